@@ -1,0 +1,1 @@
+"""Tune the hyperparameters of a training run by their own gradient."""

@@ -1,0 +1,72 @@
+"""One hypergradient: the value every estimator returns, whatever it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..inner.hyper import Tensors
+from .outcome import Outcome
+from .training import Training
+
+
+@dataclass(frozen=True)
+class Note:
+    """What else an estimator learned on the way.
+
+    steps: inner steps trained. adjoint: norm of d loss / d parameters before each step, shape
+    (steps + 1,), for methods that have one. residual: relative residual of a linear solve.
+    inner_gradient: norm of the training loss's gradient where an implicit method assumes 0.
+    """
+
+    outcome: Outcome = Outcome.OK
+    reason: str = ""
+    steps: int = 0
+    adjoint: Tensor | None = None
+    residual: float | None = None
+    inner_gradient: float | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """loss: the held-out loss. grad: its derivative by full hyper name, float64, in the values
+    themselves (not in unconstrained coordinates); empty if the outcome is not OK.
+    """
+
+    loss: float
+    grad: Tensors
+    note: Note = field(default_factory=Note)
+
+    @property
+    def ok(self) -> bool:
+        return self.note.outcome is Outcome.OK
+
+    @staticmethod
+    def diverged(steps: int, reason: str, loss: float = float("inf")) -> Estimate:
+        return Estimate(loss, {}, Note(Outcome.DIVERGED, reason, steps))
+
+
+class Estimator(Protocol):
+    """(training, point, carry, seed) -> (estimate, carry).
+
+    point: the learned values by full name. carry: whatever the estimator wants back at its next
+    call, None at the first.
+    """
+
+    def __call__(
+        self, training: Training, point: Tensors, carry: Any = None, *, seed: int
+    ) -> tuple[Estimate, Any]: ...
+
+
+def finished(loss: Tensor, grad: Tensors, note: Note) -> Estimate:
+    """An estimate, DIVERGED if any number in it is not finite."""
+    bad = [name for name, value in grad.items() if not bool(torch.isfinite(value).all())]
+    if not bool(torch.isfinite(loss)):
+        return Estimate.diverged(note.steps, "the held-out loss is not finite", float(loss))
+    if bad:
+        where = f"the metagradient in {', '.join(bad)} is not finite"
+        return Estimate(float(loss), {}, Note(Outcome.DIVERGED, where, note.steps, note.adjoint))
+    return Estimate(float(loss), grad, note)

@@ -1,0 +1,236 @@
+"""What is trained: the Problem protocol, and a Problem made from any nn.Module and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..inner.hyper import Discrete, Hyper, Tensors
+from ..inner.rule import unknown
+from .batchnorm import carry_statistics
+from .data import Data, Split, as_data, mix
+
+LossFn = Callable[..., Tensor]
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """A model, its training loss and a held-out loss, as pure functions.
+
+    hypers: the loss's own hyperparameters. Every random draw (start, batch order, dropout,
+    augmentation) is a function of the arguments alone, so that a replay repeats it bit for bit.
+    """
+
+    name: str
+    hypers: Mapping[str, Hyper]
+    choices: Mapping[str, Discrete]
+
+    def choose(self, **chosen: object) -> Problem:
+        """The same problem with other discrete options."""
+        ...
+
+    def start(self, seed: int) -> tuple[Tensors, Tensors]:
+        """Fresh (parameters, buffers)."""
+        ...
+
+    def inner_loss(
+        self, params: Tensors, buffers: Tensors, hypers: Tensors, step: int, seed: int
+    ) -> tuple[Tensor, Tensors]:
+        """The scalar training loss at a step (from 0), and the buffers after it."""
+        ...
+
+    def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
+        """The scalar held-out loss, deterministic."""
+        ...
+
+    def measure(self, params: Tensors, buffers: Tensors, split: Split) -> dict[str, float]:
+        """What to report about trained parameters on one split: "loss" and more by name."""
+        ...
+
+
+@dataclass(eq=False)
+class ModuleProblem:
+    """The Problem of training an nn.Module by mini-batches; made by `problem_from_module`."""
+
+    name: str
+    make_model: Callable[..., nn.Module]
+    loss_fn: LossFn
+    outer_loss_fn: LossFn
+    splits: Mapping[Split, Data]
+    batch_size: int
+    hypers: Mapping[str, Hyper]
+    metrics: Mapping[str, LossFn]
+    choices: Mapping[str, Discrete]
+    chosen: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        options = {option: c.default for option, c in self.choices.items()} | dict(self.chosen)
+        self._batch_size = int(str(options.pop("batch_size", self.batch_size)))
+        self._options = options
+        with _seeded(0):
+            self._model = self.make_model(**options)
+        self._device = _checked_device(self._model, self.name)
+        carry_statistics(self._model)
+        self._data = {split: data.to(self._device) for split, data in self.splits.items()}
+        _check_sizes(self._data, self._batch_size, self.name)
+        self._mutable = {n for n, _ in self._model.named_buffers()}
+
+    def choose(self, **chosen: object) -> ModuleProblem:
+        for option, value in chosen.items():
+            if option not in self.choices:
+                raise TypeError(unknown(f"{self.name} has no option", option, self.choices))
+            self.choices[option].check(option, value)
+        return replace(self, chosen={**self.chosen, **chosen})
+
+    def start(self, seed: int) -> tuple[Tensors, Tensors]:
+        with _seeded(mix(seed, 0, 1), self._device):
+            model = self.make_model(**self._options)
+        params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+        return params, frozen | {n: b.detach() for n, b in model.named_buffers()}
+
+    def inner_loss(
+        self, params: Tensors, buffers: Tensors, hypers: Tensors, step: int, seed: int
+    ) -> tuple[Tensor, Tensors]:
+        data = self._data["train"]
+        with _seeded(mix(seed, step, 2), self._device):
+            inputs, target = data.batch(_draw(len(data), self._batch_size, step, seed))
+            # Copies, because a module may update its buffers in place; frozen weights stay put.
+            carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
+            output, carried = self._forward(params, carried, inputs, training=True)
+            extra = {"hypers": hypers, "params": params} if self.hypers else {}
+            return self.loss_fn(output, target, **extra), carried
+
+    def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
+        output, target = self._evaluate(params, buffers, "valid")
+        return self.outer_loss_fn(output, target)
+
+    def measure(self, params: Tensors, buffers: Tensors, split: Split) -> dict[str, float]:
+        if split not in self.splits:
+            raise ValueError(unknown(f"{self.name} has no split", split, self.splits))
+        with torch.no_grad():
+            output, target = self._evaluate(params, buffers, split)
+            loss = {"loss": float(self.outer_loss_fn(output, target))}
+            return loss | {n: float(f(output, target)) for n, f in self.metrics.items()}
+
+    def _evaluate(self, params: Tensors, buffers: Tensors, split: Split) -> tuple[Tensor, Tensor]:
+        with _seeded(0, self._device):
+            inputs, target = self._data[split].whole()
+            output, _ = self._forward(params, dict(buffers), inputs, training=False)
+        return output, target
+
+    def _forward(
+        self, params: Tensors, buffers: Tensors, inputs: object, *, training: bool
+    ) -> tuple[Tensor, Tensors]:
+        self._model.train(training)
+        state = {**params, **buffers}
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        # functional_call writes buffers that a module replaced back into this dict.
+        output = functional_call(self._model, state, args)
+        return output, {n: state[n] for n in buffers}
+
+
+def problem_from_module(
+    make_model: Callable[..., nn.Module],
+    loss_fn: LossFn,
+    train: object,
+    valid: object,
+    *,
+    batch_size: int,
+    test: object = None,
+    hypers: Mapping[str, Hyper] = MappingProxyType({}),
+    outer_loss_fn: LossFn | None = None,
+    metrics: Mapping[str, LossFn] = MappingProxyType({}),
+    choices: Mapping[str, Discrete] = MappingProxyType({}),
+    name: str | None = None,
+) -> ModuleProblem:
+    """The problem of training the model that make_model returns, by mini-batches of train.
+
+    train, valid, test: (inputs, targets) tensors whose first dimension is the example, or a
+    map-style Dataset of such pairs. Only valid is seen by the tuner. make_model is called once per
+    seed, under that seed, and may take the discrete choices as keywords ("batch_size" among them is
+    taken by the problem itself). loss_fn(output, target) returns a scalar; if hypers declares the
+    loss's own hyperparameters it is called with hypers= and params= as well, and outer_loss_fn
+    (output, target) must say what the held-out loss is. A last, smaller batch is dropped;
+    every epoch has a permutation of its own. BatchNorm statistics are differentiated; buffers that
+    other modules update outside autograd are carried, not differentiated.
+    """
+    if hypers and outer_loss_fn is None:
+        raise ValueError(
+            "a loss with hyperparameters needs outer_loss_fn(output, target), the held-out loss: "
+            "tuning them on a loss that contains them would only switch them off"
+        )
+    splits: dict[Split, Data] = {"train": as_data(train), "valid": as_data(valid)}
+    if test is not None:
+        splits["test"] = as_data(test)
+    return ModuleProblem(
+        name=name or str(getattr(make_model, "__name__", "module")),
+        make_model=make_model,
+        loss_fn=loss_fn,
+        outer_loss_fn=outer_loss_fn or loss_fn,
+        splits=splits,
+        batch_size=batch_size,
+        hypers=hypers,
+        metrics=metrics,
+        choices=choices,
+    )
+
+
+def _check_sizes(splits: Mapping[Split, Data], batch_size: int, name: str) -> None:
+    for split, data in splits.items():
+        if len(data) == 0:
+            raise ValueError(f"{name}: the {split} data are empty; give at least one example")
+    if not 1 <= batch_size <= len(splits["train"]):
+        raise ValueError(
+            f"{name}: batch_size={batch_size} is outside [1, {len(splits['train'])}], the number "
+            "of training examples; choose a smaller batch"
+        )
+
+
+def _checked_device(model: nn.Module, name: str) -> torch.device:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: make_model returned {type(model).__name__}, not an nn.Module")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"{name}: the model has no parameters to train (requires_grad=True)")
+    return trainable[0].device
+
+
+def _draw(examples: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """The example indices of a step: consecutive parts of the epoch's permutation."""
+    epoch, part = divmod(step, examples // batch_size)
+    return _permutation(examples, seed, epoch)[part * batch_size : (part + 1) * batch_size]
+
+
+@lru_cache(maxsize=256)
+def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(mix(seed, epoch, 3))
+    return torch.randperm(examples, generator=generator)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """torch's global generators seeded inside and as before outside."""
+    # Not torch.manual_seed: it formats a stack trace for every device that is not there.
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
+__all__ = ["ModuleProblem", "Problem", "problem_from_module"]

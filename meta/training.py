@@ -1,0 +1,243 @@
+"""The one inner loop: a training run as a pure function of its hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..inner.flat import Layout, flat_step, initial_slots
+from ..inner.hyper import Hyper, Tensors
+from ..inner.rule import Rule, unknown
+from ..inner.schedule import Schedule, constant
+from .data import Split
+from .problem import Problem
+
+Grain = Literal["shared", "tensor", "element"]
+_CHECK_EVERY = 50
+
+
+class State(NamedTuple):
+    """All that training carries from one step to the next."""
+
+    p: Tensor
+    slots: Tensors
+    buffers: Tensors
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The hyperparameters in force: per step (first dimension time) and constant ones."""
+
+    varying: Tensors
+    constant: Tensors
+
+    def at(self, step: int) -> Tensors:
+        return {name: table[step] for name, table in self.varying.items()} | self.constant
+
+
+@dataclass(frozen=True)
+class Training:
+    """`steps` updates of a problem's parameters by a rule.
+
+    schedules: by hyperparameter of the rule or of the loss; its knobs replace it, as "lr.knots".
+    grains: "tensor" or "element" for one value per parameter tensor or weight. given: values other
+    than the defaults, by hyperparameter or knob; given for a scheduled hyper stands for its peak
+    or for all its knots.
+    """
+
+    problem: Problem
+    rule: Rule
+    steps: int
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    grains: Mapping[str, Grain] = field(default_factory=dict)
+    given: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} trains nothing; give at least 1")
+        clash = sorted(set(self.rule.hypers) & set(self.problem.hypers))
+        if clash:
+            raise ValueError(
+                f"{', '.join(clash)} is a hyperparameter of {self.rule.name} and of the loss of "
+                f"{self.problem.name}; rename the loss's"
+            )
+        for where in (self.schedules, self.grains):
+            for name in where:
+                if name not in self._declared:
+                    raise ValueError(unknown(f"{self.label} has no hyper", name, self._declared))
+        for name, value in self.given.items():
+            if name not in self.hypers and name not in self._declared:
+                raise ValueError(unknown(f"{self.label} has no hyper", name, self.hypers))
+            (self.hypers.get(name) or self._declared[name]).check(name, value)
+
+    @property
+    def label(self) -> str:
+        return f"{self.rule.name} on {self.problem.name}"
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The model's parameter tensors, the same for every seed."""
+        return Layout.of(self.problem.start(0)[0])
+
+    @cached_property
+    def _declared(self) -> dict[str, Hyper]:
+        """The hypers of rule and loss in their grain, before schedules."""
+        shapes: dict[str, Callable[[], tuple[int, ...]]] = {
+            "shared": lambda: (),
+            "tensor": lambda: (len(self.layout.names),),
+            "element": lambda: (sum(self.layout.sizes),),
+        }
+        declared = {**self.rule.hypers, **self.problem.hypers}
+        for name, grain in self.grains.items():
+            if name in declared:
+                if grain not in shapes:
+                    raise ValueError(unknown(f"{name} has no grain", grain, shapes))
+                declared[name] = declared[name].shaped(*shapes[grain]())
+        return declared
+
+    @cached_property
+    def _knobs(self) -> dict[str, dict[str, Hyper]]:
+        """For each hyper of rule and loss, its schedule's knobs by suffix."""
+        flat = constant()
+        return {
+            name: self.schedules.get(name, flat).knobs(hyper, self.steps)
+            for name, hyper in self._declared.items()
+        }
+
+    @cached_property
+    def hypers(self) -> dict[str, Hyper]:
+        """Every hyperparameter of this training by its full name, such as "beta1", "lr.knots"."""
+        return {
+            _full(name, suffix): knob
+            for name, knobs in self._knobs.items()
+            for suffix, knob in knobs.items()
+        }
+
+    def expand(self, names: Iterable[str]) -> list[str]:
+        """Full names from names of hypers: "lr" stands for all knobs of its schedule."""
+        full: list[str] = []
+        for name in names:
+            if name in self._knobs:
+                full += [_full(name, suffix) for suffix in self._knobs[name]]
+            elif name in self.hypers:
+                full.append(name)
+            else:
+                known = sorted({*self._knobs, *self.hypers})
+                raise ValueError(unknown(f"{self.label} has no hyper", name, known))
+        return list(dict.fromkeys(full))
+
+    def defaults(self) -> Tensors:
+        """The values in force where nothing is learned: given ones, then declared defaults."""
+        return {name: self._given(name, learned=False) for name in self.hypers}
+
+    def start(self, learn: Iterable[str]) -> Tensors:
+        """Where tuning of the hypers in learn begins, by full name, in float64."""
+        start = {name: self._given(name, learned=True) for name in self.expand(learn)}
+        for name, value in start.items():
+            self.hypers[name].check_start(name, value)
+        self.rule.complain(self._divide(self.resolve(start).at(0))[1])
+        return start
+
+    def _given(self, name: str, *, learned: bool) -> Tensor:
+        hyper, base = self.hypers[name], name.partition(".")[0]
+        derived = name != base and self._inherits(name)
+        value = self.given.get(name, self.given.get(base) if name == base or derived else None)
+        if value is not None:
+            return torch.as_tensor(value, dtype=torch.float64).expand(hyper.shape).clone()
+        if learned:
+            return hyper.starting_value(self._sizes(base))
+        return torch.full(hyper.shape, hyper.default, dtype=torch.float64)
+
+    def _inherits(self, name: str) -> bool:
+        """Whether a knob is in the units of the hyper it schedules, as a peak or knots are."""
+        return self.hypers[name].shaped() == self._declared[name.partition(".")[0]].shaped()
+
+    def _sizes(self, base: str) -> Tensor:
+        """The numel of the tensors each value of a hyper acts on, in the hyper's grain."""
+        sizes = torch.tensor(self.layout.sizes, dtype=torch.float64)
+        grain = self.grains.get(base, "shared")
+        if grain == "shared":
+            return sizes.log().mean().exp()
+        return sizes if grain == "tensor" else sizes.repeat_interleave(sizes.long())
+
+    def resolve(self, point: Tensors) -> Resolved:
+        """What is in force at every step at a point (learned values by full name)."""
+        full = self.defaults() | point
+        varying, fixed = {}, {}
+        for name, knobs in self._knobs.items():
+            if name in self.schedules:
+                values = {suffix: full[_full(name, suffix)] for suffix in knobs}
+                varying[name] = self.schedules[name].table(self.steps, values, self._declared[name])
+            else:
+                fixed[name] = full[name]
+        return Resolved(varying, fixed)
+
+    def begin(self, values: Tensors, seed: int) -> State:
+        """The state before the first step; differentiable in the values that fill slots."""
+        params, buffers = self.problem.start(seed)
+        p = self.layout.flatten(params)
+        slots = initial_slots(self.rule, self.layout, p, self._divide(values)[1])
+        return State(p, slots, buffers)
+
+    def step(
+        self, state: State, values: Tensors, i: int, seed: int, *, graph: bool = False
+    ) -> State:
+        """Step i. With graph, the result is differentiable in state and values, and state.p must
+        require grad; without, nothing is tracked.
+        """
+        p = state.p if graph else state.p.detach().requires_grad_()
+        loss_values, rule_values = self._divide(values)
+        with torch.enable_grad():
+            loss, buffers = self.problem.inner_loss(
+                self.layout.unflatten(p), state.buffers, loss_values, i, seed
+            )
+            (g,) = torch.autograd.grad(loss, p, create_graph=graph)
+        t = torch.tensor(float(i + 1), dtype=torch.float64)
+        with torch.set_grad_enabled(graph):
+            p, slots = flat_step(self.rule, self.layout, p, g, state.slots, t, rule_values)
+        if not graph:
+            p, buffers = p.detach(), {name: b.detach() for name, b in buffers.items()}
+        return State(p, slots, buffers)
+
+    def _divide(self, values: Tensors) -> tuple[Tensors, Tensors]:
+        """(values of the loss's hypers, values of the rule's)."""
+        return (
+            {name: values[name] for name in self.problem.hypers},
+            {name: values[name] for name in self.rule.hypers},
+        )
+
+    def run(
+        self,
+        resolved: Resolved,
+        seed: int,
+        watch: Callable[[int, State], object] | None = None,
+    ) -> State | None:
+        """Train without a graph. watch sees every state, the first as (0, …). None: diverged."""
+        with torch.no_grad():
+            state = self.begin(resolved.at(0), seed)
+        for i in range(self.steps):
+            if watch:
+                watch(i, state)
+            state = self.step(state, resolved.at(i), i, seed)
+            if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not bool(state.p.isfinite().all()):
+                return None
+        if watch:
+            watch(self.steps, state)
+        return state if bool(state.p.isfinite().all()) else None
+
+    def outer_loss(self, state: State, values: Tensors) -> Tensor:
+        """The held-out loss of a state, with a graph to whatever requires grad."""
+        params = self.layout.unflatten(state.p)
+        return self.problem.outer_loss(params, state.buffers, self._divide(values)[0])
+
+    def measure(self, state: State, split: Split) -> dict[str, float]:
+        return self.problem.measure(self.layout.unflatten(state.p), state.buffers, split)
+
+
+def _full(name: str, suffix: str) -> str:
+    return f"{name}.{suffix}" if suffix else name
