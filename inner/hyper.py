@@ -64,6 +64,11 @@ class Hyper:
         low, high = (self.free(torch.tensor(edge, dtype=torch.float64)) for edge in self.search)
         return float(low), float(high)
 
+    def legal(self) -> str:
+        """The legal values as an interval."""
+        end = ")" if self.scale == "logit" or math.isinf(self.high) else "]"
+        return f"[{self.low:g}, {self.high:g}{end}"
+
     def check(self, name: str, value: float | Tensor) -> None:
         """Raise ValueError unless every entry of value is legal."""
         values = torch.as_tensor(value, dtype=torch.float64)
@@ -71,10 +76,8 @@ class Hyper:
         illegal = (values < self.low) | above | values.isnan()
         if bool(illegal.any()):
             worst = float(values[illegal].flatten()[0])
-            end = ")" if self.scale == "logit" or math.isinf(self.high) else "]"
             raise ValueError(
-                f"{name}={worst:g} is outside [{self.low:g}, {self.high:g}{end}; "
-                f"its default is {self.default:g}"
+                f"{name}={worst:g} is outside {self.legal()}; its default is {self.default:g}"
             )
 
     def check_start(self, name: str, value: Tensor) -> None:

@@ -39,11 +39,13 @@ def filled(name: str) -> Slot:
 
 
 def shared(number: float) -> Slot:
-    """One float64 number that starts the same everywhere."""
+    """One float64 number that starts the same everywhere; one per element where hypers are that."""
 
     def init(p: Tensor, values: Tensors) -> Tensor:
         shape = torch.broadcast_shapes(*(v.shape for v in values.values()))
-        return torch.full(shape, number, dtype=torch.float64, device=p.device if shape else None)
+        if shape:  # A float64 vector would make float64 weights of others.
+            return torch.full(shape, number, dtype=p.dtype, device=p.device)
+        return torch.tensor(number, dtype=torch.float64)
 
     return Slot(init, shared=True)
 

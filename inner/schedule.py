@@ -18,6 +18,8 @@ from torch import Tensor
 from .hyper import Hyper, Tensors, fraction, positive
 from .rule import unknown
 
+_TINY = 1e-6
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -128,8 +130,9 @@ def one_cycle() -> Schedule:
 
     def values(i: Tensor, steps: int, k: Tensors, hyper: Hyper) -> Tensor:
         turn = k["up"] * steps - 1
-        rising = (i / turn).clamp(0, 1)
-        falling = ((i - turn) / (steps - 1 - turn)).clamp(0, 1)
+        # A leg without a step in it has no length to divide by.
+        rising = (i / turn.clamp(min=_TINY)).clamp(0, 1)
+        falling = ((i - turn) / (steps - 1 - turn).clamp(min=_TINY)).clamp(0, 1)
         start, end = 1 / k["div"], 1 / (k["div"] * k["final_div"])
         up = 1 + (start - 1) / 2 * (1 + torch.cos(torch.pi * rising))
         down = end + (1 - end) / 2 * (1 + torch.cos(torch.pi * falling))
@@ -160,7 +163,9 @@ def piecewise(knots: int = 16) -> Schedule:
         # Only knots a step needs are touched: a product with a (steps, knots) matrix would let one
         # knot at 0 (log: -inf) turn all of them into NaN.
         lower, upper = free[left.long()], free[left.long() + 1]
-        return hyper.value(lower + share * (upper - lower))
+        # 0 lies at -inf on a log scale: no line leads there, so it holds up to the next knot.
+        rise = torch.where(lower.isinf() | upper.isinf(), 0.0, upper - lower)
+        return hyper.value(lower + share * rise)
 
     return Schedule(
         f"piecewise:{knots}",

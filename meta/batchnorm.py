@@ -31,9 +31,12 @@ def _forward(self: BatchNorm, x: Tensor) -> Tensor:
     across = [d for d in range(x.ndim) if d != 1]
     tracking = self.running_mean is not None and self.running_var is not None
     if self.training or not tracking:
+        count = x.numel() / x.shape[1]
+        if count < 2:
+            raise ValueError("batch norm needs more than one value per channel to train on")
         mean, var = x.mean(across), x.var(across, correction=0)
         if self.training and tracking:
-            _update_statistics(self, mean, var, x.numel() / x.shape[1])
+            _update_statistics(self, mean, var, count)
     else:
         mean, var = self.running_mean, self.running_var  # type: ignore[assignment]
     shape = [1, -1] + [1] * (x.ndim - 2)
@@ -45,13 +48,12 @@ def _forward(self: BatchNorm, x: Tensor) -> Tensor:
 
 
 def _update_statistics(norm: BatchNorm, mean: Tensor, var: Tensor, count: float) -> None:
-    if count < 2:
-        raise ValueError("batch norm needs more than one value per channel to train on")
     assert norm.num_batches_tracked is not None  # for the type checker: it tracks statistics
     assert norm.running_mean is not None and norm.running_var is not None
     norm.num_batches_tracked = norm.num_batches_tracked + 1
     # momentum=None asks for the plain average over all batches seen.
-    new = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    seen = norm.num_batches_tracked.double()  # An integer's reciprocal would be float32.
+    new = 1 / seen if norm.momentum is None else norm.momentum
     unbiased = var * (count / (count - 1))
     norm.running_mean = (1 - new) * norm.running_mean + new * mean
     norm.running_var = (1 - new) * norm.running_var + new * unbiased

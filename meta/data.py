@@ -67,6 +67,11 @@ class DatasetData:
         # A dataset may augment with any of the three usual generators; torch's is seeded already.
         with _numpy_and_random_seeded(int(torch.randint(2**31, ()))):
             collated = default_collate([self._dataset[i] for i in index.tolist()])
+        if not isinstance(collated, tuple | list) or len(collated) < 2:
+            raise TypeError(
+                f"{type(self._dataset).__name__} must yield (inputs, target) tuples; a batch of it "
+                f"collates to {type(collated).__name__}"
+            )
         *inputs, target = (x.to(self._device) for x in collated)
         return (inputs[0] if len(inputs) == 1 else tuple(inputs)), target
 

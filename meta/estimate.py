@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -68,5 +68,5 @@ def finished(loss: Tensor, grad: Tensors, note: Note) -> Estimate:
         return Estimate.diverged(note.steps, "the held-out loss is not finite", float(loss))
     if bad:
         where = f"the metagradient in {', '.join(bad)} is not finite"
-        return Estimate(float(loss), {}, Note(Outcome.DIVERGED, where, note.steps, note.adjoint))
+        return Estimate(float(loss), {}, replace(note, outcome=Outcome.DIVERGED, reason=where))
     return Estimate(float(loss), grad, note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -25,13 +25,20 @@ LossFn = Callable[..., Tensor]
 class Problem(Protocol):
     """A model, its training loss and a held-out loss, as pure functions.
 
-    hypers: the loss's own hyperparameters. Every random draw (start, batch order, dropout,
+    hypers: the loss's own hyperparameters. choices: its discrete options; chosen: those in force
+    where not the default. Every random draw (start, batch order, dropout,
     augmentation) is a function of the arguments alone, so that a replay repeats it bit for bit.
     """
 
     name: str
     hypers: Mapping[str, Hyper]
     choices: Mapping[str, Discrete]
+    chosen: Mapping[str, object]
+
+    @property
+    def splits(self) -> Iterable[Split]:
+        """What `measure` can be asked for; "valid" always."""
+        ...
 
     def choose(self, **chosen: object) -> Problem:
         """The same problem with other discrete options."""

@@ -37,7 +37,7 @@ class Replay:
             reason = f"the weights stopped being finite by step {len(states)}"
             return Estimate.diverged(len(states), reason), None
 
-        cotangents = _Cotangents(resolved, training.steps)
+        cotangents = _Cotangents(resolved)
         loss, adjoint = _seed_adjoint(training, states.pop(), plain, cotangents)
         if adjoint is None:
             reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
@@ -55,7 +55,7 @@ class Replay:
 class _Cotangents:
     """Sums d loss / d value in force, per step where scheduled, and pulls them to the knobs."""
 
-    def __init__(self, resolved: Resolved, steps: int) -> None:
+    def __init__(self, resolved: Resolved) -> None:
         self.names = [
             name
             for name, value in (resolved.varying | resolved.constant).items()
@@ -63,7 +63,6 @@ class _Cotangents:
         ]
         self._varying = {n: torch.zeros_like(v) for n, v in resolved.varying.items()}
         self._constant = {n: torch.zeros_like(v) for n, v in resolved.constant.items()}
-        self._last = steps - 1
 
     def add(self, step: int, grads: Sequence[Tensor | None]) -> None:
         for name, grad in zip(self.names, grads, strict=True):

@@ -68,12 +68,12 @@ class Training:
             )
         for where in (self.schedules, self.grains):
             for name in where:
-                if name not in self._declared:
-                    raise ValueError(unknown(f"{self.label} has no hyper", name, self._declared))
+                if name not in self.declared:
+                    raise ValueError(unknown(f"{self.label} has no hyper", name, self.declared))
         for name, value in self.given.items():
-            if name not in self.hypers and name not in self._declared:
+            if name not in self.hypers and name not in self.declared:
                 raise ValueError(unknown(f"{self.label} has no hyper", name, self.hypers))
-            (self.hypers.get(name) or self._declared[name]).check(name, value)
+            (self.hypers.get(name) or self.declared[name]).check(name, value)
 
     @property
     def label(self) -> str:
@@ -85,7 +85,7 @@ class Training:
         return Layout.of(self.problem.start(0)[0])
 
     @cached_property
-    def _declared(self) -> dict[str, Hyper]:
+    def declared(self) -> dict[str, Hyper]:
         """The hypers of rule and loss in their grain, before schedules."""
         shapes: dict[str, Callable[[], tuple[int, ...]]] = {
             "shared": lambda: (),
@@ -106,7 +106,7 @@ class Training:
         flat = constant()
         return {
             name: self.schedules.get(name, flat).knobs(hyper, self.steps)
-            for name, hyper in self._declared.items()
+            for name, hyper in self.declared.items()
         }
 
     @cached_property
@@ -155,7 +155,7 @@ class Training:
 
     def _inherits(self, name: str) -> bool:
         """Whether a knob is in the units of the hyper it schedules, as a peak or knots are."""
-        return self.hypers[name].shaped() == self._declared[name.partition(".")[0]].shaped()
+        return self.hypers[name].shaped() == self.declared[name.partition(".")[0]].shaped()
 
     def _sizes(self, base: str) -> Tensor:
         """The numel of the tensors each value of a hyper acts on, in the hyper's grain."""
@@ -172,7 +172,7 @@ class Training:
         for name, knobs in self._knobs.items():
             if name in self.schedules:
                 values = {suffix: full[_full(name, suffix)] for suffix in knobs}
-                varying[name] = self.schedules[name].table(self.steps, values, self._declared[name])
+                varying[name] = self.schedules[name].table(self.steps, values, self.declared[name])
             else:
                 fixed[name] = full[name]
         return Resolved(varying, fixed)
@@ -216,14 +216,22 @@ class Training:
         resolved: Resolved,
         seed: int,
         watch: Callable[[int, State], object] | None = None,
+        *,
+        start: State | None = None,
+        done: int = 0,
     ) -> State | None:
-        """Train without a graph. watch sees every state, the first as (0, …). None: diverged."""
-        with torch.no_grad():
-            state = self.begin(resolved.at(0), seed)
+        """Train without a graph. watch sees every state, the first as (0, …). None: diverged.
+
+        start: go on from this state, reached after `done` steps, instead of from fresh weights.
+        """
+        state = start
+        if state is None:
+            with torch.no_grad():
+                state = self.begin(resolved.at(0), seed)
         for i in range(self.steps):
             if watch:
                 watch(i, state)
-            state = self.step(state, resolved.at(i), i, seed)
+            state = self.step(state, resolved.at(i), done + i, seed)
             if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not bool(state.p.isfinite().all()):
                 return None
         if watch:
@@ -237,6 +245,18 @@ class Training:
 
     def measure(self, state: State, split: Split) -> dict[str, float]:
         return self.problem.measure(self.layout.unflatten(state.p), state.buffers, split)
+
+    def curve(self, point: Tensors, seed: int, points: int = 25) -> list[tuple[int, float]]:
+        """(step, held-out loss) along training at a point, about `points` of them."""
+        every = max(1, self.steps // points)
+        marks: list[tuple[int, float]] = []
+
+        def watch(i: int, state: State) -> None:
+            if i % every == 0 or i == self.steps:
+                marks.append((i, self.measure(state, "valid")["loss"]))
+
+        self.run(self.resolve(point), seed, watch)
+        return marks
 
 
 def _full(name: str, suffix: str) -> str:

@@ -1,4 +1,4 @@
-"""AdamW: Adam with weight decay taken off the weights. Loshchilov & Hutter 2019, arXiv:1711.05101."""
+"""AdamW: Adam with decoupled weight decay. Loshchilov & Hutter 2019, arXiv:1711.05101."""
 
 from ..hyper import decay, learning_rate, positive, weight_decay
 from ..rule import rule, zeros

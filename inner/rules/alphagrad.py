@@ -29,7 +29,7 @@ from .sgd import heavy_ball, nesterov_needs_momentum
     nesterov=Choice(False, (False, True)),
 )
 def alphagrad(p, g, s, t, lr, alpha, eps, momentum, dampening, weight_decay, nesterov):
-    # root, not norm's own root: a tensor without a gradient has norm 0.
+    # root, not norm(): where a tensor has no gradient, norm's second derivative is NaN.
     squashed = torch.tanh(alpha * g / (root((g * g).sum()) + eps))
     d, s = heavy_ball(squashed + weight_decay * p, s, t, momentum, dampening, nesterov)
     return p - lr * d, s

@@ -26,7 +26,7 @@ def heavy_ball(
 ) -> tuple[Tensor, Tensors]:
     """The direction d through a momentum buffer: (direction to take, slots)."""
     # torch ignores dampening where there is no momentum.
-    kept = 1 - torch.where(momentum == 0, 0.0, dampening)
+    kept = 1 - dampening * momentum.sign()
     b = torch.where(t == 1, d, momentum * s["momentum_buffer"] + kept * d)
     return d + momentum * b if nesterov else b, {"momentum_buffer": b}
 

@@ -1,0 +1,58 @@
+"""A learned schedule as a torch LRScheduler, for any optimizer whose groups have the names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class HyperScheduler(LRScheduler):
+    """Sets scheduled hyperparameters of every parameter group, step by step.
+
+    tables: for each name ("lr", "beta1", "momentum", …) its value at steps 0 … T-1, or one such
+    sequence per parameter group. After the last step the last value stays. beta1 and beta2 are
+    written into a group's "betas" where it has that pair. Call step() after every optimizer step.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tables: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
+        last_epoch: int = -1,
+    ) -> None:
+        count = len(optimizer.param_groups)
+        self.tables: dict[str, list[Sequence[float]]] = {}
+        for name, table in tables.items():
+            nested = isinstance(table[0], Sequence)
+            self.tables[name] = list(table) if nested else [table] * count  # type: ignore[arg-type,list-item]
+            if len(self.tables[name]) != count:
+                raise ValueError(
+                    f"{name} has {len(self.tables[name])} schedules for {count} parameter groups"
+                )
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of every group now; the other scheduled hypers are set on the way."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for name, per_group in self.tables.items():
+            for i, (group, table) in enumerate(
+                zip(self.optimizer.param_groups, per_group, strict=True)
+            ):
+                value = table[min(self.last_epoch, len(table) - 1)]
+                if name == "lr":
+                    rates[i] = value
+                elif name in ("beta1", "beta2") and "betas" in group:
+                    betas = list(group["betas"])
+                    betas[name == "beta2"] = value
+                    group["betas"] = tuple(betas)
+                elif name in group:
+                    group[name] = value
+                else:
+                    raise ValueError(
+                        f"{type(self.optimizer).__name__} has no {name!r} to schedule; its groups "
+                        f"hold {', '.join(k for k in group if k != 'params')}"
+                    )
+        return rates

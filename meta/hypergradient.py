@@ -1,0 +1,94 @@
+"""One training and one hypergradient, for users who bring their own loop around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..inner.hyper import Tensors
+from ..inner.rule import Rule, unknown
+from ..inner.rules import find_rule
+from ..inner.schedule import Schedule, find_schedule
+from .data import Split
+from .estimate import Estimate, Estimator
+from .implicit import Implicit
+from .problem import Problem
+from .replay import Replay
+from .training import Grain, Training
+
+METHODS: dict[str, Callable[[], Estimator]] = {"replay": Replay, "implicit": Implicit}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """params, buffers: what training ended with, by name. measures: of each held-out split."""
+
+    params: Tensors
+    buffers: Tensors
+    measures: dict[Split, dict[str, float]]
+
+
+def make_training(
+    problem: Problem,
+    rule: str | Rule,
+    steps: int,
+    schedules: Mapping[str, str | Schedule] | None,
+    grains: Mapping[str, Grain] | None,
+    given: Mapping[str, float | Tensor] | None,
+) -> Training:
+    """A Training from names and specs, as every public function takes them."""
+    found = {name: find_schedule(spec) for name, spec in (schedules or {}).items()}
+    return Training(problem, find_rule(rule), steps, found, dict(grains or {}), dict(given or {}))
+
+
+def split_names(learn: str | Iterable[str]) -> tuple[str, ...]:
+    """("lr", "beta1") from "lr,beta1" or from any iterable of names."""
+    return tuple(name.strip() for name in learn.split(",")) if isinstance(learn, str) else (*learn,)
+
+
+def hypergradient(
+    problem: Problem,
+    rule: str | Rule = "adamw",
+    *,
+    learn: str | Iterable[str] = ("lr",),
+    steps: int = 200,
+    schedules: Mapping[str, str | Schedule] | None = None,
+    grains: Mapping[str, Grain] | None = None,
+    given: Mapping[str, float | Tensor] | None = None,
+    seed: int = 0,
+    method: str | Estimator = "replay",
+) -> Estimate:
+    """The held-out loss after training and its derivative in every hyper of learn.
+
+    given: the values to differentiate at, where not the starting ones. method: "replay" is exact
+    for the training as it is, in every hyper; "implicit" is the limit of training to the end, in
+    hypers of the loss only. The derivatives are in the values, not in their logarithms.
+    """
+    training = make_training(problem, rule, steps, schedules, grains, given)
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(unknown("there is no method", method, METHODS))
+        method = METHODS[method]()
+    estimate, _ = method(training, training.start(split_names(learn)), None, seed=seed)
+    return estimate
+
+
+def train(
+    problem: Problem,
+    rule: str | Rule = "adamw",
+    *,
+    steps: int = 200,
+    schedules: Mapping[str, str | Schedule] | None = None,
+    grains: Mapping[str, Grain] | None = None,
+    given: Mapping[str, float | Tensor] | None = None,
+    seed: int = 0,
+) -> Trained | None:
+    """Train once with given values; None if the weights stopped being finite."""
+    training = make_training(problem, rule, steps, schedules, grains, given)
+    state = training.run(training.resolve({}), seed)
+    if state is None:
+        return None
+    measures = {split: training.measure(state, split) for split in problem.splits}
+    return Trained(training.layout.unflatten(state.p), state.buffers, measures)

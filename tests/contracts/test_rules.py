@@ -1,0 +1,420 @@
+"""What every registered rule promises. A new rule earns all of this for one line in REFERENCE."""
+
+import ast
+import inspect
+import io
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from hyperdescent.inner.flat import Layout, flat_step, initial_slots
+from hyperdescent.inner.hyper import Choice
+from hyperdescent.inner.optim import torch_form
+from hyperdescent.inner.rules import RULES
+
+F64 = torch.float64
+
+
+class AlphaGradTwin(torch.optim.Optimizer):
+    """AlphaGrad in Python numbers, in the order of the author's code."""
+
+    def __init__(self, params, **defaults):
+        super().__init__(params, defaults)
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = self.moved(p, self.state[p].get("buffer"), group)
+
+    def moved(self, p, buffer, group):
+        weights, g = p.detach().flatten().tolist(), p.grad.flatten().tolist()
+        norm = math.sqrt(sum(x * x for x in g))
+        new_buffer = []
+        for i, x in enumerate(g):
+            d = math.tanh(group["alpha"] * (x / (norm + group["eps"])))
+            d += group["weight_decay"] * weights[i]
+            if group["momentum"]:
+                kept = group["momentum"] * buffer[i] + (1 - group["dampening"]) * d if buffer else d
+                new_buffer.append(kept)
+                d = d + group["momentum"] * kept if group["nesterov"] else kept
+            weights[i] -= group["lr"] * d
+        p.data.copy_(torch.tensor(weights, dtype=p.dtype).view_as(p))
+        return {"buffer": new_buffer}
+
+
+REFERENCE = {
+    "adagrad": partial(torch.optim.Adagrad, foreach=False),
+    "adam": partial(torch.optim.Adam, foreach=False),
+    "adamw": partial(torch.optim.AdamW, foreach=False),
+    "alphagrad": AlphaGradTwin,
+    "amsgrad": partial(torch.optim.Adam, amsgrad=True, foreach=False),
+    "nadam": partial(torch.optim.NAdam, foreach=False),
+    "radam": partial(torch.optim.RAdam, foreach=False),
+    "rmsprop": partial(torch.optim.RMSprop, foreach=False),
+    "sgd": partial(torch.optim.SGD, foreach=False),
+}
+
+# Large enough that a wrong slope in any of them shows in the path; others take the middle of
+# their search range.
+POINT = {
+    "lr": 0.1,
+    "beta1": 0.8,
+    "beta2": 0.9,
+    "eps": 0.05,
+    "weight_decay": 0.1,
+    "momentum": 0.7,
+    "dampening": 0.3,
+    "alpha": 0.9,
+}
+GRAINS = {"shared": (), "per tensor": (3,), "per element": (7,)}
+SMALL = {"matrix": torch.zeros(2, 2), "vector": torch.zeros(2), "scalar": torch.zeros(())}
+LAYOUT = Layout.of(SMALL)
+STEPS = 8  # RAdam's adaptive step begins at the sixth for beta2 = 0.9.
+
+
+def variants():
+    """Every rule under every combination of its options."""
+    for rule in RULES.values():
+        options = {n: c.options for n, c in rule.choices.items() if isinstance(c, Choice)}
+        for chosen in itertools.product(*options.values()):
+            named = dict(zip(options, chosen, strict=True))
+            label = "-".join([rule.name, *(f"{n}={v}" for n, v in named.items())])
+            yield pytest.param(rule.choose(**named), id=label)
+
+
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+each_variant = pytest.mark.parametrize("rule", list(variants()))
+each_grain = pytest.mark.parametrize("grain", GRAINS)
+
+
+def applies(rule, hyper):
+    return hyper.when is None or rule.options()[hyper.when[0]] == hyper.when[1]
+
+
+def middle(hyper, share=0.5):
+    low, high = hyper.box()
+    return float(hyper.value(torch.tensor(low + share * (high - low), dtype=F64)))
+
+
+def point(rule, grain="shared", **changed):
+    """A value of every hyperparameter where each of them matters."""
+    return {
+        name: torch.full(GRAINS[grain], number, dtype=F64)
+        for name, hyper in rule.hypers.items()
+        for number in [changed.get(name, POINT.get(name, middle(hyper)))]
+        if applies(rule, hyper)
+    } | {
+        name: torch.tensor(hyper.default, dtype=F64)
+        for name, hyper in rule.hypers.items()
+        if not applies(rule, hyper)
+    }
+
+
+def defaults(rule):
+    return {name: torch.tensor(h.default, dtype=F64) for name, h in rule.hypers.items()}
+
+
+def noise(seed, shape, dtype=F64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def path(rule, values, *, alive=1.0, dtype=F64, steps=STEPS):
+    """The flat weights and slots after some steps along a gradient that depends on the weights."""
+    p = noise(0, (7,), dtype)
+    s = initial_slots(rule, LAYOUT, p, values)
+    for step in range(1, steps + 1):
+        g = alive * (torch.sin(p) + noise(step, (7,), dtype))
+        p, s = flat_step(rule, LAYOUT, p, g, s, torch.tensor(step, dtype=F64), values)
+    return p, s
+
+
+def free_path(rule, fixed, names, *free):
+    """The weights at the end of a path, from unconstrained coordinates."""
+    moved = {n: rule.hypers[n].value(z) for n, z in zip(names, free, strict=True)}
+    return path(rule, fixed | moved)[0]
+
+
+def free_point(rule, grain="shared"):
+    values = point(rule, grain)
+    names = [n for n, h in rule.hypers.items() if applies(rule, h)]
+    spread = 1 + 0.1 * noise(99, GRAINS[grain])
+    free = [(rule.hypers[n].free(values[n]) * spread).requires_grad_() for n in names]
+    return values, names, free
+
+
+def parameters(dtype=F64):
+    shapes = [(3, 4), (5,), (), (2, 3, 2, 2)]
+    return [torch.nn.Parameter(noise(i, shape, dtype)) for i, shape in enumerate(shapes)]
+
+
+def descend(optimizers, steps, start=0):
+    """Steps of optimizers side by side, each along its own weights."""
+    for step in range(start, start + steps):
+        for optimizer in optimizers:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, p in enumerate(params):
+                p.grad = torch.sin(p.detach()) + noise(1000 * step + i, p.shape, p.dtype)
+            optimizer.step()
+
+
+def weights(optimizer):
+    return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+
+
+def grouped(values):
+    """Hyperparameters as torch.optim takes them."""
+    given = {n: float(v) for n, v in values.items()}
+    if "beta1" in given:
+        given["betas"] = (given.pop("beta1"), given.pop("beta2"))
+    return given
+
+
+@pytest.fixture
+def default_float64():
+    # torch.optim.NAdam keeps its running product in the default dtype.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(F64)
+    yield
+    torch.set_default_dtype(before)
+
+
+class TestReference:
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    @each_variant
+    def test_same_path_with_changing_hyperparameters(self, rule, seed, default_float64):
+        def draw(moment):
+            shares = torch.rand(len(rule.hypers), generator=torch.Generator().manual_seed(moment))
+            drawn = zip(rule.hypers.items(), shares.tolist(), strict=True)
+            middles = {n: torch.tensor(middle(h, 0.25 + x / 2)) for (n, h), x in drawn}
+            return grouped(defaults(rule) | {n: middles[n] for n in point(rule) if n in moving})
+
+        moving = {n for n, h in rule.hypers.items() if applies(rule, h)}
+        ours = torch_form(rule)(parameters(), **draw(seed), **rule.options())
+        theirs = REFERENCE[rule.name](parameters(), **draw(seed), **rule.options())
+        for block in range(10):
+            descend([ours, theirs], 5, start=5 * block)
+            for optimizer in (ours, theirs):
+                optimizer.param_groups[0].update(draw(100 * block + seed))
+        torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-12, atol=1e-12)
+
+    @each_rule
+    def test_same_path_at_the_defaults_of_both(self, rule, default_float64):
+        given = grouped(defaults(rule)) if rule.name == "alphagrad" else {}
+        ours = torch_form(rule)(parameters())
+        theirs = REFERENCE[rule.name](
+            parameters(), **given, **({} if not given else rule.options())
+        )
+        descend([ours, theirs], 50)
+        torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-12, atol=1e-12)
+
+    @each_rule
+    def test_maximize_is_the_mirror_image(self, rule):
+        ours, mirror = (torch_form(rule)(parameters(), maximize=flag) for flag in (False, True))
+        for step in range(20):
+            for optimizer, sign in ((ours, 1), (mirror, -1)):
+                for i, p in enumerate(weights(optimizer)):
+                    optimizer.param_groups[0]["params"][i].grad = sign * noise(step + i, p.shape)
+                optimizer.step()
+        assert all(map(torch.equal, weights(ours), weights(mirror)))
+
+
+class TestGradient:
+    @each_grain
+    @each_variant
+    def test_is_right_in_every_hyperparameter(self, rule, grain):
+        values, names, free = free_point(rule, grain)
+        moved = partial(free_path, rule, values, names)
+        # The rounding of central differences is 1e-10; slopes at this point are above 1e-6.
+        assert torch.autograd.gradcheck(moved, free, eps=1e-5, atol=1e-8, rtol=1e-5)
+
+    # torch's own forward mode scripts its decompositions on first use.
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    @each_variant
+    def test_is_right_in_forward_mode(self, rule):
+        values, names, free = free_point(rule)
+        moved = partial(free_path, rule, values, names)
+        assert torch.autograd.gradcheck(
+            moved,
+            free,
+            eps=1e-5,
+            atol=1e-8,
+            rtol=1e-5,
+            check_forward_ad=True,
+            check_backward_ad=False,
+        )
+
+    @each_variant
+    def test_every_hyperparameter_moves_the_path(self, rule):
+        values, names, free = free_point(rule)
+        start = free_path(rule, values, names, *free)
+        for i, name in enumerate(names):
+            nudged = [z + 0.1 * (i == j) for j, z in enumerate(free)]
+            change = free_path(rule, values, names, *nudged) - start
+            assert change.abs().max() > 1e-6, f"{rule.name} does not depend on {name}"
+
+    @pytest.mark.parametrize("where", ["a whole tensor", "one element", "everywhere"])
+    @pytest.mark.parametrize("start", ["defaults", "point"])
+    @each_variant
+    def test_is_finite_where_weights_never_get_a_gradient(self, rule, start, where):
+        alive = torch.ones(7, dtype=F64)
+        alive[
+            {"a whole tensor": slice(4), "one element": slice(5, 6), "everywhere": slice(7)}[where]
+        ] = 0
+        values = defaults(rule) if start == "defaults" else point(rule, weight_decay=0.0)
+        values = {n: v.requires_grad_() for n, v in values.items()}
+        end, _ = path(rule, values, alive=alive)
+        assert end.isfinite().all()
+        for name, slope in zip(
+            values,
+            torch.autograd.grad(end.sum(), values.values(), materialize_grads=True),
+            strict=True,
+        ):
+            assert slope.isfinite(), f"{rule.name}: the slope in {name} is {slope}"
+
+    @each_variant
+    def test_second_derivatives_are_finite_too(self, rule):
+        values = {n: v.requires_grad_() for n, v in defaults(rule).items()}
+        alive = torch.ones(7, dtype=F64)
+        alive[:4] = 0
+        end, _ = path(rule, values, alive=alive, steps=3)
+        slopes = torch.autograd.grad(
+            end.square().sum(), values.values(), create_graph=True, materialize_grads=True
+        )
+        curvature = torch.autograd.grad(
+            sum(slopes), values.values(), materialize_grads=True, allow_unused=True
+        )
+        assert torch.stack(curvature).isfinite().all(), dict(zip(values, curvature, strict=True))
+
+    @each_variant
+    def test_a_batch_of_hyperparameters_is_a_loop_over_them(self, rule):
+        values, names, free = free_point(rule)
+        batch = [z.detach() + torch.tensor([0.0, 0.1, -0.2], dtype=F64) for z in free]
+        moved = partial(free_path, rule, values, names)
+        one_by_one = torch.stack([moved(*row) for row in zip(*batch, strict=True)])
+        # The noise along the path is drawn, from its own seed, within the batched function.
+        at_once = torch.func.vmap(moved, randomness="same")(*batch)
+        torch.testing.assert_close(at_once, one_by_one, rtol=1e-12, atol=1e-15)
+
+
+class TestForm:
+    @each_variant
+    def test_inputs_are_untouched(self, rule):
+        values = point(rule)
+        p, g = noise(0, (2, 3)), noise(1, (2, 3))
+        s = {n: x + 0.5 if x.ndim else x for n, x in rule.init(p, values).items()}
+        t = torch.tensor(2, dtype=F64)
+        given = {"p": p, "g": g, "t": t, **s, **values}
+        before = {n: (x.clone(), x._version) for n, x in given.items()}
+        rule(p, g, s, t, values)
+        for name, x in given.items():
+            assert torch.equal(x, before[name][0]), name
+            assert x._version == before[name][1], name
+
+    @each_grain
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @each_variant
+    def test_dtype_and_shape_are_kept(self, rule, dtype, grain):
+        p, s = path(rule, point(rule, grain), dtype=dtype)
+        assert (p.dtype, p.shape) == (dtype, (7,))
+        assert p.isfinite().all()
+        for name, slot in rule.slots.items():
+            if slot.shared and grain == "shared":
+                assert (s[name].dtype, s[name].shape) == (F64, ())
+            else:
+                assert (s[name].dtype, s[name].shape) == (dtype, (7,)), name
+
+    @each_variant
+    def test_dtype_is_kept_where_one_hyperparameter_has_a_grain_of_its_own(self, rule):
+        for name in rule.hypers:
+            values = point(rule) | {name: point(rule, "per tensor")[name].expand(3)}
+            p, s = path(rule, values, dtype=torch.float32)
+            assert p.dtype == torch.float32, f"{rule.name} with {name} per tensor"
+            vectors = {n: x.dtype for n, x in s.items() if x.ndim}
+            assert set(vectors.values()) <= {torch.float32}, f"{name} per tensor gives {vectors}"
+
+    @each_grain
+    @each_variant
+    def test_flat_step_is_the_rule_on_each_tensor(self, rule, grain):
+        values, names, free = free_point(rule, grain)
+        values |= {n: rule.hypers[n].value(z.detach()) for n, z in zip(names, free, strict=True)}
+        flat, _ = path(rule, values)
+        # A value per element takes the shape of its tensor, one per tensor is a number there.
+        for i, (name, start) in enumerate(LAYOUT.unflatten(noise(0, (7,))).items()):
+            own = {
+                n: v if v.ndim == 0 else LAYOUT.unflatten(v)[name] if v.numel() == 7 else v[i]
+                for n, v in values.items()
+            }
+            p, s = start, rule.init(start, own)
+            for step in range(1, STEPS + 1):
+                g = torch.sin(p) + LAYOUT.unflatten(noise(step, (7,)))[name]
+                p, s = rule(p, g, s, torch.tensor(step, dtype=F64), own)
+            torch.testing.assert_close(LAYOUT.unflatten(flat)[name], p, rtol=1e-14, atol=1e-15)
+
+    @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+    @each_variant
+    def test_torch_form_is_the_rule(self, rule, dtype):
+        values = point(rule)
+        optimizer = torch_form(rule)(parameters(dtype), **grouped(values))
+        expected = []
+        for i, start in enumerate(weights(optimizer)):
+            p = start.clone().view(start.shape or (1,))
+            s = rule.init(p, values)
+            for step in range(STEPS):
+                g = torch.sin(p) + noise(1000 * step + i, p.shape, dtype)
+                p, s = rule(p, g, s, torch.tensor(step + 1, dtype=F64), values)
+            expected.append(p.view(start.shape))
+        descend([optimizer], STEPS)
+        torch.testing.assert_close(weights(optimizer), expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @each_variant
+    def test_a_resumed_run_is_bit_identical(self, rule, dtype):
+        def build():
+            first, *others = parameters(dtype)
+            groups = [{"params": [first], "lr": 0.03}, {"params": others}]
+            return torch_form(rule)(groups, **grouped(point(rule)))
+
+        straight, broken, resumed = build(), build(), build()
+        descend([straight], 15)
+        descend([broken], 7)
+        file = io.BytesIO()
+        torch.save(broken.state_dict(), file)
+        file.seek(0)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        for new, old in zip(weights(resumed), weights(broken), strict=True):
+            new.copy_(old)
+        descend([resumed], 8, start=7)
+        assert all(map(torch.equal, weights(resumed), weights(straight)))
+        assert [group["t"].dtype for group in resumed.param_groups] == [F64, F64]
+
+    @each_variant
+    def test_bfloat16_weights_train(self, rule):
+        p = torch.nn.Parameter(noise(0, (8,), torch.bfloat16))
+        extra = {"momentum": 0.5} if rule.options().get("nesterov") else {}
+        optimizer = torch_form(rule)([p], lr=0.1, **extra)
+        before = p.detach().square().sum()
+        for _ in range(400):
+            p.grad = p.detach().clone()
+            optimizer.step()
+        assert p.detach().square().sum() < before / 4
+        assert optimizer.param_groups[0]["t"] == 400
+
+
+class TestFile:
+    @each_rule
+    def test_is_mathematics_only(self, rule):
+        tree = ast.parse(inspect.getsource(inspect.getmodule(rule.update)))
+        banned = {"math", "float", "item", "detach", "data", "numpy", "tolist", "no_grad"}
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        used |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        assert not used & banned, "these cut the graph"
+
+    @each_rule
+    def test_cites_its_source(self, rule):
+        assert any(str(year) in rule.doc for year in range(1950, 2030)) or "arXiv:" in rule.doc
+
+    @each_rule
+    def test_is_registered_under_the_class_name_in_lower_case(self, rule):
+        assert rule.name == rule.title.lower()
