@@ -1,1 +1,89 @@
-"""Tune the hyperparameters of a training run by their own gradient."""
+"""Tune the hyperparameters of a training run by their own gradient.
+
+import hyperdescent as hd
+
+result = hd.tune(problem, "adamw", learn="lr,beta1", schedules={"lr": "piecewise:16"})
+optimizer = result.optimizer(model)
+scheduler = result.scheduler(optimizer)
+"""
+
+import sys
+from importlib import import_module
+
+from .inner import optim
+from .inner.hyper import (
+    Choice,
+    Hyper,
+    Integer,
+    decay,
+    fraction,
+    learning_rate,
+    positive,
+    weight_decay,
+)
+from .inner.rule import Rule, filled, root, rule, shared, zeros
+from .inner.rules import RULES as rules
+from .inner.schedule import SCHEDULES as schedules
+from .inner.schedule import Schedule
+from .meta.descent import MetaOptimizer
+from .meta.hypergradient import hypergradient, train
+from .meta.implicit import Implicit
+from .meta.outcome import Outcome
+from .meta.problem import Problem, problem_from_module
+from .meta.replay import Replay
+from .meta.training import Training
+from .search.result import Result
+from .search.tune import tune
+from .studies.problems import find_problem as problem
+
+# So that `from hyperdescent.optim import AdamW` reads like torch's.
+sys.modules[f"{__name__}.optim"] = optim
+
+# Studies bring pydantic and YAML along, which nobody who only tunes should wait for.
+_STUDIES = {"Study": "study", "read_study": "study", "run": "run"}
+
+__all__ = [
+    "Choice",
+    "Hyper",
+    "Implicit",
+    "Integer",
+    "MetaOptimizer",
+    "Outcome",
+    "Problem",
+    "Replay",
+    "Result",
+    "Rule",
+    "Schedule",
+    "Study",
+    "Training",
+    "decay",
+    "filled",
+    "fraction",
+    "hypergradient",
+    "learning_rate",
+    "optim",
+    "positive",
+    "problem",
+    "problem_from_module",
+    "read_study",
+    "root",
+    "rule",
+    "rules",
+    "run",
+    "schedules",
+    "shared",
+    "train",
+    "tune",
+    "weight_decay",
+    "zeros",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _STUDIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".studies.{_STUDIES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,37 @@
+# Everything below works from a fresh clone with Python 3.11 or later and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUDGET ?= 50s
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/installed
+	$(BIN)/hyperdescent demo --out runs/demo --budget $(BUDGET)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+# Format, lint and types; mypy sees the root under the package's name through a link.
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	mkdir -p build/typing && ln -sfn ../.. build/typing/hyperdescent
+	MYPYPATH=build/typing $(BIN)/mypy -p hyperdescent
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch by itself first: pinned, it is the build that the rest was tested with.
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,162 @@
+"""The `hyperdescent` command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Tune the hyperparameters of a training run by their own gradient.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def tune(
+    problem: Annotated[str, typer.Option(help="A built-in problem; see `hyperdescent problems`.")],
+    rule: Annotated[str, typer.Option(help="An update rule; see `hyperdescent rules`.")] = "adamw",
+    learn: Annotated[str, typer.Option(help="Hypers to learn, such as lr,beta1.")] = "lr",
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
+    budget: Annotated[str, typer.Option(help="Time to spend, such as 60s, 5m, 1.5h.")] = "60s",
+    schedule: Annotated[
+        list[str] | None, typer.Option(metavar="HYPER=SCHEDULE", help="Such as lr=piecewise:16.")
+    ] = None,
+    grain: Annotated[
+        list[str] | None, typer.Option(metavar="HYPER=GRAIN", help="Such as alpha=tensor.")
+    ] = None,
+    start: Annotated[
+        list[str] | None, typer.Option(metavar="HYPER=VALUE", help="Start at or keep a value.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Such as nesterov=true.")
+    ] = None,
+    route: Annotated[str, typer.Option(help="auto, gradient or search.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the run; the same call resumes it.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of torch; small models are fastest with one.")] = 1,
+) -> None:
+    """Tune a rule's hyperparameters on a built-in problem."""
+    import torch
+
+    from ..inner.rules import find_rule
+    from ..meta.outcome import Outcome
+    from ..search.tune import tune as run
+    from ..studies.problems import find_problem
+    from .show import show_result
+
+    torch.set_num_threads(threads)
+    given = {name: _number("--start", name, text) for name, text in _pairs("--start", start)}
+    options = {name: _option(text) for name, text in _pairs("--option", option)}
+    found_rule = find_rule(rule)
+    of_rule = {name: value for name, value in options.items() if name in found_rule.choices}
+    of_problem = {name: value for name, value in options.items() if name not in of_rule}
+    result = run(
+        find_problem(problem, **of_problem),
+        found_rule.choose(**of_rule),
+        learn=learn,
+        steps=steps,
+        schedules=dict(_pairs("--schedule", schedule)),
+        grains=dict(_pairs("--grain", grain)),  # type: ignore[arg-type]  # checked by Training
+        given=given,
+        budget=budget,
+        seed=seed,
+        route=route,
+        out=out,
+    )
+    show_result(result, out)
+    if result.outcome is Outcome.INTERRUPTED:
+        raise typer.Exit(130)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
+    budget: Annotated[str, typer.Option(help="Time for each of the two tuners.")] = "50s",
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; local by default.")] = None,
+) -> None:
+    """Metagradients against TPE on real data, in the same seconds: about two and a half minutes."""
+    from .demo import run_demo
+
+    run_demo(out, budget, seed, address)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study in YAML.")],
+    out: Annotated[Path, typer.Option(help="Folder for the records; a second call resumes.")],
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; local by default.")] = None,
+    serial: Annotated[bool, typer.Option(help="In this process, without Ray.")] = False,
+) -> None:
+    """Run a study, problems by arms by seeds, in parallel on Ray."""
+    from .show import run_study_file
+
+    run_study_file(file, out, address, serial)
+
+
+@app.command()
+def rules() -> None:
+    """List the update rules and their hyperparameters."""
+    from ..inner.rules import RULES
+    from .show import show_rules
+
+    show_rules(RULES)
+
+
+@app.command()
+def problems() -> None:
+    """List the built-in problems."""
+    from .show import show_problems
+
+    show_problems()
+
+
+def _pairs(flag: str, given: list[str] | None) -> list[tuple[str, str]]:
+    pairs = []
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise ValueError(f"{flag} {text!r} is not NAME=VALUE")
+        pairs.append((name.strip(), value.strip()))
+    return pairs
+
+
+def _number(flag: str, name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}={text!r} is not a number") from error
+
+
+def _option(text: str) -> Any:
+    """A word as JSON would read it (true, 128), else the word itself."""
+    try:
+        return json.loads(text.lower())
+    except json.JSONDecodeError:
+        return text
+
+
+def main() -> None:
+    """Run the command; errors of the user's input are one line, Ctrl-C is exit code 130."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted before anything was evaluated", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The decision between gradient and search: a pure function with its reason in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..meta.descent import Descent
+from ..meta.outcome import Outcome
+from .space import Space, hyper_size
+
+Route = Literal["gradient", "search"]
+ROUTES = ("auto", "gradient", "search")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The route to take and why."""
+
+    route: Route
+    reason: str
+
+
+def choose_route(space: Space, asked: str = "auto") -> Decision:
+    """Before anything has run: what the space itself allows."""
+    if asked not in ROUTES:
+        raise ValueError(f"route={asked!r} is not one of {', '.join(ROUTES)}")
+    discrete = ", ".join(
+        f"{name} ({type(option).__name__.lower()})" for name, option in space.discrete.items()
+    )
+    if asked == "gradient" and discrete:
+        raise ValueError(
+            f"route='gradient' cannot learn {discrete}: there is no gradient; leave it out of "
+            "learn or use route='auto'"
+        )
+    if asked == "search":
+        return Decision("search", "search was asked for")
+    if discrete:
+        return Decision("search", f"there is no gradient in {discrete}")
+    count = sum(map(hyper_size, space.smooth.values()))
+    how = "asked for" if asked == "gradient" else "chosen"
+    return Decision(
+        "gradient", f"{how}: all {count} learned numbers are smooth in the held-out loss"
+    )
+
+
+def reconsider(descent: Descent, asked: str = "auto") -> Decision | None:
+    """After a metagradient: the switch to make, or None to go on."""
+    if descent.outcome is Outcome.OK:
+        return None
+    reason = f"{descent.outcome.sentence} ({descent.reason})"
+    return Decision("gradient" if asked == "gradient" else "search", reason)

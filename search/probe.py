@@ -1,0 +1,57 @@
+"""A few steps before the real run: is the loss finite, and does one evaluation fit the budget?"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+from ..meta.differences import held_out_loss
+from ..meta.estimate import Estimator
+from ..meta.training import Training
+
+_SHORT, _LONG = 1, 3
+
+
+def check_first_loss(training: Training, seed: int) -> None:
+    """Raise ValueError if the loss is not finite before any update."""
+    params, buffers = training.problem.start(seed)
+    values = training.resolve({}).at(0)
+    loss_values = {name: values[name] for name in training.problem.hypers}
+    loss, _ = training.problem.inner_loss(params, buffers, loss_values, 0, seed)
+    if not math.isfinite(float(loss)):
+        raise ValueError(
+            f"{training.label}: the loss is {float(loss)} at step 0, before any update; check the "
+            "data for NaN, the model's initial weights and the loss function"
+        )
+
+
+def check_budget(
+    training: Training, estimator: Estimator | None, budget: float, left: float, seed: int
+) -> None:
+    """Raise ValueError if one evaluation of the whole training takes longer than what is left.
+
+    estimator: the one whose estimates are to be paid for; None for plain trainings.
+    """
+    short, longer = (_seconds(training, estimator, steps, seed) for steps in (_SHORT, _LONG))
+    per_step = max(longer - short, 0.0) / (_LONG - _SHORT)
+    whole = short + per_step * (training.steps - _SHORT)
+    if whole > left:
+        what = "metagradient" if estimator else "training"
+        raise ValueError(
+            f"budget={budget:g} s is too small for one {what} of {training.steps} steps, which "
+            f"takes about {whole:.2g} s here; give at least {10 * whole:.2g} s, or fewer steps"
+        )
+
+
+def _seconds(training: Training, estimator: Estimator | None, steps: int, seed: int) -> float:
+    # Schedules cost nothing to speak of, and one of them may have a knob per step.
+    given = {name: v for name, v in training.given.items() if name in training.declared}
+    short = replace(training, steps=steps, schedules={}, given=given)
+    point = short.defaults()
+    began = time.monotonic()
+    if estimator:
+        estimator(short, point, seed=seed)
+    else:
+        held_out_loss(short, point, seed)
+    return time.monotonic() - began

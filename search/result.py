@@ -1,0 +1,156 @@
+"""What tuning found, in a form that code which never heard of this project can use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..inner.hyper import Tensors
+from ..inner.rule import Rule
+from ..inner.rules import find_rule
+from ..meta.outcome import Outcome
+from .folder import write_text
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from ..inner.torch_schedule import HyperScheduler
+
+
+@dataclass(frozen=True)
+class Result:
+    """rule: the tuned rule, its options chosen. hypers: the learned values by full name
+    ("lr.knots", "beta1"). options: discrete options in force. loss: mean held-out loss over
+    `losses`, one per confirming training seed. outcome, route, reason: how it ended, by which way,
+    and why that way. in_force: every hyperparameter of rule and loss as training used it; those in
+    scheduled have one row per step. defaults: the same before tuning. history: one row per
+    evaluation. curves: held-out loss against steps for "default" and "learned". settings and
+    provenance: everything needed to repeat it.
+    """
+
+    rule: Rule
+    hypers: Tensors
+    options: dict[str, Any]
+    loss: float
+    losses: list[float]
+    outcome: Outcome
+    route: str
+    reason: str
+    in_force: Tensors
+    scheduled: list[str]
+    defaults: Tensors
+    history: list[dict[str, Any]] = field(repr=False, default_factory=list)
+    curves: dict[str, list[tuple[int, float]]] = field(repr=False, default_factory=dict)
+    settings: dict[str, Any] = field(repr=False, default_factory=dict)
+    provenance: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def optimizer(
+        self, params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
+    ) -> Optimizer:
+        """The tuned rule as a torch.optim.Optimizer of a model or its parameters.
+
+        Per-tensor and per-element values need the model's parameters in their own order.
+        """
+        from ..inner import optim
+
+        given = list(params.parameters() if isinstance(params, nn.Module) else params)
+        values = {
+            name: self.in_force[name][0] if name in self.scheduled else self.in_force[name]
+            for name in self.rule.hypers
+        }
+        form: Callable[..., Optimizer] = optim.torch_form(self.rule)
+        shared = {name: float(value) for name, value in values.items() if value.ndim == 0}
+        if len(shared) == len(values):
+            return form(given, **shared, **self.rule.options())
+        trained = [p for p in given if isinstance(p, Tensor) and p.requires_grad]
+        grained = {name: _per_tensor(name, v, trained) for name, v in values.items() if v.ndim}
+        groups = [
+            {"params": [p], **{name: parts[i] for name, parts in grained.items()}}
+            for i, p in enumerate(trained)
+        ]
+        return form(groups, **shared, **self.rule.options())
+
+    def scheduler(self, optimizer: Optimizer) -> HyperScheduler:
+        """The learned schedules for an optimizer made by `optimizer` (or any with these names)."""
+        from ..inner.torch_schedule import HyperScheduler
+
+        names = [name for name in self.scheduled if name in self.rule.hypers]
+        if not names:
+            raise ValueError(
+                "nothing is scheduled; the optimizer's constant values are all there is"
+            )
+        tables = {
+            name: self.in_force[name].tolist()
+            if self.in_force[name].ndim == 1
+            else self.in_force[name].T.tolist()
+            for name in names
+        }
+        return HyperScheduler(optimizer, tables)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw schedules, held-out curves and the search itself as a picture."""
+        from .plot import drawing_of
+
+        drawing_of(self).save(path)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON that `load` reads back."""
+        write_text(Path(path), json.dumps(self.plain(), indent=1))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values: the rule by name, tensors as lists, what JSON cannot say as null."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: _plain(v) for name, v in (values | {"rule": self.rule.name}).items()}
+
+    @staticmethod
+    def load(path: str | Path) -> Result:
+        data = json.loads(Path(path).read_text())
+        for name in ("hypers", "in_force", "defaults"):
+            data[name] = {k: torch.tensor(v, dtype=torch.float64) for k, v in data[name].items()}
+        for name in ("loss", "losses"):
+            data[name] = _number(data[name])
+        data["curves"] = {
+            k: [(int(i), _number(y)) for i, y in v] for k, v in data["curves"].items()
+        }
+        rule = find_rule(data["rule"])
+        chosen = {n: v for n, v in data["options"].items() if n in rule.choices}
+        return Result(**data | {"rule": rule.choose(**chosen), "outcome": Outcome(data["outcome"])})
+
+
+def _per_tensor(name: str, value: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """One value per parameter from a per-tensor or per-element grain."""
+    if value.numel() == len(params):
+        return list(value.unbind())
+    sizes = [p.numel() for p in params]
+    if value.numel() != sum(sizes):
+        raise ValueError(
+            f"{name} holds {value.numel()} values for {len(params)} tensors of {sum(sizes)} "
+            "weights; give the parameters of the model it was learned on"
+        )
+    parts: list[Tensor] = list(value.split(sizes))
+    return [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as lists; numbers that JSON lacks as null."""
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not -float("inf") < value < float("inf"):
+        return None
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(v) for v in value]
+    return float("inf") if value is None else value

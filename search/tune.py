@@ -1,0 +1,233 @@
+"""tune(): descend the metagradient, watch it, search where it fails, confirm what was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..inner.rule import Rule
+from ..inner.schedule import Schedule
+from ..meta.coordinates import Coordinates
+from ..meta.data import mix
+from ..meta.descent import MetaOptimizer
+from ..meta.differences import held_out_loss
+from ..meta.hypergradient import make_training, split_names
+from ..meta.outcome import Outcome
+from ..meta.problem import Problem
+from ..meta.training import Grain
+from .budget import Clock, seconds
+from .decision import Decision, choose_route, reconsider
+from .folder import RunFolder
+from .log import Event, Log
+from .probe import check_budget, check_first_loss
+from .progress import watching
+from .provenance import provenance
+from .result import Result
+from .searcher import OptunaSearcher
+from .space import Point, Space
+
+# The share of the budget kept for training the best candidates again under other seeds.
+_CONFIRMING = 0.12
+_CANDIDATES = 5
+_CONFIRMING_SEEDS = 8
+
+
+def tune(
+    problem: Problem,
+    rule: str | Rule = "adamw",
+    *,
+    learn: str | Iterable[str] = ("lr",),
+    steps: int = 200,
+    schedules: Mapping[str, str | Schedule] | None = None,
+    grains: Mapping[str, Grain] | None = None,
+    given: Mapping[str, float | Tensor] | None = None,
+    budget: str | float = "60s",
+    seed: int = 0,
+    route: str = "auto",
+    meta: MetaOptimizer | None = None,
+    out: str | Path | None = None,
+    progress: bool | Callable[[Event], None] = True,
+) -> Result:
+    """Tune hyperparameters of training problem for `steps` steps by rule, within budget seconds.
+
+    learn: names of hypers of the rule or the loss ("lr,beta1" or a list), and of discrete options.
+    schedules: by hyper, such as {"lr": "piecewise:16"}; its knobs are learned in its place.
+    grains: {"alpha": "tensor"} for one value per parameter tensor, "element" per weight. given:
+    values to start from, and to keep where not learned. route: "auto" descends the metagradient
+    and falls back to Optuna where there is none; "gradient" and "search" insist. out: a folder
+    that keeps the run; the same call on it goes on where it stopped. Ctrl-C ends the run with the
+    best point so far.
+
+    Raises ValueError or TypeError for input that cannot work, before time is spent on it; numerical
+    failure is the Result's outcome.
+    """
+    training = make_training(problem, rule, steps, schedules, grains, given)
+    space = Space(training, split_names(learn))
+    decision = choose_route(space, route)
+    settings = _settings(space, route, seed)
+    log = Log(Clock(seconds(budget)))
+    with ExitStack() as stack:
+        if out is not None:
+            log.folder = RunFolder(Path(out))
+            stack.enter_context(log.folder.claimed(settings))
+            log.resume()
+            if log.clock.left <= 0 and log.folder.result.exists():
+                return Result.load(log.folder.result)
+        log.watch = stack.enter_context(watching(progress))
+        return _run(space, decision, settings, log, meta or MetaOptimizer())
+
+
+def _run(
+    space: Space, decision: Decision, settings: dict[str, Any], log: Log, meta: MetaOptimizer
+) -> Result:
+    seed, start = settings["seed"], space.start()
+    try:
+        if not log.rows:
+            training = space.at(start.discrete)
+            check_first_loss(training, seed)
+            estimator = meta.estimator if decision.route == "gradient" else None
+            check_budget(training, estimator, log.clock.budget, log.clock.left, seed)
+        if decision.route == "gradient":
+            decision = _descend(space, start, meta, log, settings) or decision
+        if decision.route == "search":
+            _search(space, start, log, seed)
+        losses, point = _confirm(space, start, log, seed)
+        outcome = _outcome(log, decision)
+    except KeyboardInterrupt:
+        log.save()
+        if not log.found:
+            raise
+        losses, point, outcome = [], log.best()[0], Outcome.INTERRUPTED
+    log.save()
+    return _finish(space, decision, settings, log, losses, point, outcome)
+
+
+def _descend(
+    space: Space, start: Point, meta: MetaOptimizer, log: Log, settings: dict[str, Any]
+) -> Decision | None:
+    """The gradient route; the decision to leave it, or None when the budget is spent."""
+    coordinates = Coordinates(space.smooth)
+    log.descent = descent = log.descent or meta.begin(coordinates, start.smooth)
+    while _searching(log) and descent.outcome is Outcome.OK:
+        here, k = coordinates.point(descent.z), len(log.rows)
+        estimate = meta.step(
+            space.training,
+            coordinates,
+            descent,
+            seed=mix(settings["seed"], k),
+            progress=log.clock.progress / (1 - _CONFIRMING),
+        )
+        log.note("gradient", estimate.loss, Point(here), outcome=str(estimate.note.outcome), seed=k)
+    return reconsider(descent, settings["route"])
+
+
+def _search(space: Space, start: Point, log: Log, seed: int) -> None:
+    """Optuna from the best point so far, for what is left of the budget."""
+    searcher = OptunaSearcher(
+        space,
+        (log.best() or [start])[0],
+        seed=seed,
+        known=[(point, loss) for loss, point in log.found],
+        journal=log.folder.journal if log.folder else None,
+    )
+    while _searching(log):
+        point, k = searcher.ask(), len(log.rows)
+        loss = float(held_out_loss(space.at(point.discrete), point.smooth, mix(seed, k)))
+        outcome = Outcome.OK if math.isfinite(loss) else Outcome.DIVERGED
+        searcher.tell(loss if outcome is Outcome.OK else outcome)
+        log.note("search", loss, point, outcome=str(outcome), seed=k)
+
+
+def _confirm(space: Space, start: Point, log: Log, seed: int) -> tuple[list[float], Point]:
+    """Train the best candidates again under common fresh seeds; the best mean wins.
+
+    Every evaluation so far had a seed of its own, so the lowest loss seen owes part to luck.
+    """
+    points = log.best(_CANDIDATES) or [start]
+    if log.descent is not None and log.descent.trusted is not None:
+        # The step has shrunk to nothing by now, so the last point is the descent's own answer.
+        points.append(Point(Coordinates(space.smooth).point(log.descent.trusted)))
+    losses: list[list[float]] = [[] for _ in points]
+    for k in range(_CONFIRMING_SEEDS):
+        if k > 0 and log.clock.left <= 0:
+            break
+        for point, kept in zip(points, losses, strict=True):
+            training = space.at(point.discrete)
+            kept.append(float(held_out_loss(training, point.smooth, mix(seed, k, 1))))
+            log.watch(Event("confirm", kept[-1], log.best_loss, log.clock.progress))
+    winner = min(range(len(points)), key=lambda i: sum(losses[i]))
+    return losses[winner], points[winner]
+
+
+def _searching(log: Log) -> bool:
+    return log.clock.progress < 1 - _CONFIRMING
+
+
+def _outcome(log: Log, decision: Decision) -> Outcome:
+    if not log.found:
+        return Outcome.DIVERGED
+    insisted = decision.route == "gradient" and log.descent is not None
+    return log.descent.outcome if insisted and log.descent else Outcome.OK
+
+
+def _settings(space: Space, route: str, seed: int) -> dict[str, Any]:
+    """What makes a run the run it is; its budget may grow."""
+    training = space.training
+    return {
+        "problem": training.problem.name,
+        "problem_options": dict(training.problem.chosen),
+        "rule": training.rule.name,
+        "rule_options": training.rule.options(),
+        "steps": training.steps,
+        "schedules": {name: s.name for name, s in training.schedules.items()},
+        "grains": dict(training.grains),
+        "given": {name: torch.as_tensor(v).tolist() for name, v in training.given.items()},
+        "learn": list(space.learn),
+        "route": route,
+        "seed": seed,
+    }
+
+
+def _finish(
+    space: Space,
+    decision: Decision,
+    settings: dict[str, Any],
+    log: Log,
+    losses: list[float],
+    point: Point,
+    outcome: Outcome,
+) -> Result:
+    training = space.at(point.discrete)
+    learned, default = training.resolve(point.smooth), training.resolve({})
+    result = Result(
+        rule=training.rule,
+        hypers={name: value.detach() for name, value in point.smooth.items()},
+        options={**training.rule.options(), **point.discrete},
+        loss=sum(losses) / len(losses) if losses else log.best_loss,
+        losses=losses,
+        outcome=outcome,
+        route=decision.route,
+        reason=decision.reason,
+        in_force=learned.varying | learned.constant,
+        defaults=default.varying | default.constant,
+        scheduled=list(training.schedules),
+        history=log.rows,
+        curves={
+            name: training.curve(values, settings["seed"])
+            for name, values in (("default", {}), ("learned", point.smooth))
+        }
+        if log.folder
+        else {},
+        settings={**settings, "budget": log.clock.budget, "spent": log.clock.spent},
+        provenance=dict(provenance()),
+    )
+    if log.folder:
+        result.save(log.folder.result)
+        result.plot(log.folder.path / "schedule.png")
+    return result
