@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,19 +20,26 @@ from .outcome import Outcome
 from .replay import Replay
 from .training import Training
 
+# How many losses the recent median is over, and how many of their spreads make an outlier.
+_RECENT, _OUTLIER = 11, 5.0
+# Of the anchor, per step; and the growth of a cut step per trusted estimate.
+_KEPT, _RECOVERY = 0.8, 1.05
+
 
 @dataclass
 class Descent:
     """Where a descent stands: everything needed to go on with it.
 
     z: coordinates of the next estimate. trusted: the last ones whose metagradient could be used.
-    scale: the factor by which failures have cut the step.
+    anchor: a running average of the trusted ones. losses: theirs. scale: the factor by which
+    failures have cut the step.
     """
 
     z: Tensor
     slots: Tensors
     trusted: Tensor | None = None
-    moves: int = 0
+    anchor: Tensor | None = None
+    losses: list[float] = field(default_factory=list)
     failures: int = 0
     scale: float = 1.0
     carry: Any = None
@@ -43,26 +51,32 @@ class Descent:
 class MetaOptimizer:
     """Descends the held-out loss in unconstrained coordinates (logarithms, logits).
 
-    rule: any rule of the catalogue, by default Adam, whose step does not depend on the scale of the
-    gradient. rate: its learning rate at the start, in coordinates, so 0.2 is about 20 % of a
-    learning rate per step; it falls to 0 with the budget along half a cosine. bound: the most that
-    a coordinate moves in one step. blow_up: an adjoint that grows more than this over training
-    is chaos, not a direction (Metz et al. 2021, arXiv:2111.05803).
+    The gradient it follows is relative: d log(loss) / d coordinate, which says by what share the
+    loss falls if a learning rate doubles, whatever the loss is measured in. rule: any rule of the
+    catalogue, by default Adam. rate: its learning rate at the start, so 0.2 is at most about 20 %
+    of a learning rate per step; it falls to 0 with the budget along half a cosine. eps: the
+    relative gradient below which a coordinate is left to rest; without it Adam would march the
+    ones that do not matter as fast as the ones that do. bound: the most that a coordinate moves in
+    one step.
 
     Every metagradient has a training seed of its own, so that the expected loss is descended and
-    not one seed's. A training that diverges, or whose metagradient blows up, sends the descent back
-    to the last trusted point and cuts the step to `cut` of what it was; only when `patience`
-    failures in a row leave no step to cut does it give up.
+    not one seed's. An estimate is not trusted if training diverged, if the adjoint grew more than
+    blow_up on its way back (chaos, not a direction: Metz et al. 2021, arXiv:2111.05803), or if the
+    loss jumped by more than `jump` of the recent median and far out of its spread. Such a step is
+    taken back half the way to the anchor and the next are cut to `cut` of their length; `patience`
+    failures in a row, or one before anything was trusted, end the descent.
     """
 
     estimator: Estimator = field(default_factory=Replay)
     rule: Rule = field(default_factory=lambda: find_rule("adam"))
     rate: float = 0.2
-    bound: float = 0.5
+    eps: float = 0.03
     beta1: float = 0.9
     beta2: float = 0.99
+    bound: float = 0.5
     blow_up: float = 1e6
-    cut: float = 0.5
+    jump: float = 0.5
+    cut: float = 0.7
     patience: int = 12
 
     def begin(self, coordinates: Coordinates, start: Tensors) -> Descent:
@@ -84,52 +98,61 @@ class MetaOptimizer:
         estimate, descent.carry = self.estimator(
             training, coordinates.point(z), descent.carry, seed=seed
         )
-        grad = coordinates.pull(z, estimate.grad) if estimate.ok else torch.zeros_like(z)
-        if estimate.note.outcome is Outcome.NOT_DIFFERENTIABLE:
-            descent.outcome, descent.reason = estimate.note.outcome, estimate.note.reason
-        elif not estimate.ok or self._chaotic(estimate):
-            self._retreat(descent, estimate)
-        elif not bool(grad.any()):
-            descent.outcome = Outcome.STALLED
-            descent.reason = "the metagradient is exactly zero: these hypers do not move the loss"
+        note = estimate.note
+        if note.outcome is Outcome.NOT_DIFFERENTIABLE:
+            descent.outcome, descent.reason = note.outcome, note.reason
+        elif why := self._distrust(descent, estimate):
+            self._retreat(descent, note.outcome if not estimate.ok else Outcome.NOISY, why)
         else:
-            self._advance(coordinates, descent, estimate, grad, progress)
+            grad = coordinates.pull(z, estimate.grad)
+            if bool(grad.any()):
+                self._advance(coordinates, descent, estimate.loss, grad, progress)
+            else:
+                descent.outcome = Outcome.STALLED
+                descent.reason = "the metagradient is exactly zero: these hypers change nothing"
         return estimate
 
+    def _distrust(self, descent: Descent, estimate: Estimate) -> str:
+        """Why an estimate must not be followed; empty if it may."""
+        if not estimate.ok:
+            return estimate.note.reason or estimate.note.outcome.sentence
+        adjoint = estimate.note.adjoint
+        if adjoint is not None and bool(adjoint.max() > self.blow_up * adjoint[-1]):
+            return f"the adjoint grew more than {self.blow_up:g} times on its way back"
+        recent = descent.losses[-_RECENT:]
+        if len(recent) > _RECENT // 2:
+            middle = median(recent)
+            spread = median(abs(loss - middle) for loss in recent)
+            if estimate.loss > middle + max(self.jump * abs(middle), _OUTLIER * spread):
+                return f"the loss jumped from about {middle:.3g} to {estimate.loss:.3g}"
+        return ""
+
     def _advance(
-        self,
-        coordinates: Coordinates,
-        descent: Descent,
-        estimate: Estimate,
-        grad: Tensor,
-        progress: float,
+        self, coordinates: Coordinates, descent: Descent, loss: float, grad: Tensor, progress: float
     ) -> None:
         z = descent.trusted = descent.z
+        descent.anchor = z if descent.anchor is None else torch.lerp(z, descent.anchor, _KEPT)
+        descent.losses.append(loss)
         descent.failures = 0
-        descent.scale = min(1.0, descent.scale / self.cut**0.25)
-        descent.moves += 1
-        t = torch.tensor(float(descent.moves), dtype=torch.float64)
+        descent.scale = min(1.0, descent.scale * _RECOVERY)
+        # A loss may be 0 or cross it, where shares of it mean nothing.
+        size = max(abs(loss), 1e-3 * max(map(abs, descent.losses)), 1e-30)
+        t = torch.tensor(float(len(descent.losses)), dtype=torch.float64)
         rate = descent.scale * self.rate * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         moved, descent.slots = flat_step(
-            self.rule, coordinates.layout, z, grad, descent.slots, t, self._values(rate)
+            self.rule, coordinates.layout, z, grad / size, descent.slots, t, self._values(rate)
         )
         descent.z = coordinates.inside(z + (moved - z).clamp(-self.bound, self.bound))
 
-    def _retreat(self, descent: Descent, estimate: Estimate) -> None:
+    def _retreat(self, descent: Descent, outcome: Outcome, why: str) -> None:
         descent.failures += 1
         descent.scale *= self.cut
-        kind = Outcome.NOISY if estimate.ok else estimate.note.outcome
-        why = estimate.note.reason or "the adjoint blew up on its way back through training"
-        if descent.trusted is None or descent.failures >= self.patience:
-            descent.outcome, descent.reason = kind, why
-        if descent.trusted is not None:
-            # Part of the way back each time: the last move is what went wrong.
-            descent.z = torch.lerp(descent.trusted, descent.z, self.cut)
-
-    def _chaotic(self, estimate: Estimate) -> bool:
-        adjoint = estimate.note.adjoint
-        return adjoint is not None and bool(adjoint.max() > self.blow_up * adjoint[-1])
+        if descent.anchor is None or descent.failures >= self.patience:
+            descent.outcome, descent.reason = outcome, why
+        else:
+            # To the average and not to the last point, which may itself stand on the edge.
+            descent.z = torch.lerp(descent.anchor, descent.z, 0.5)
 
     def _values(self, rate: float) -> Tensors:
-        own = {"lr": rate, "beta1": self.beta1, "beta2": self.beta2}
+        own = {"lr": rate, "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
         return self.rule.values({name: v for name, v in own.items() if name in self.rule.hypers})

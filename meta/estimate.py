@@ -20,6 +20,7 @@ class Note:
     steps: inner steps trained. adjoint: norm of d loss / d parameters before each step, shape
     (steps + 1,), for methods that have one. residual: relative residual of a linear solve.
     inner_gradient: norm of the training loss's gradient where an implicit method assumes 0.
+    graphs: steps whose graph was kept, so that they were not done again on the way back.
     """
 
     outcome: Outcome = Outcome.OK
@@ -28,6 +29,7 @@ class Note:
     adjoint: Tensor | None = None
     residual: float | None = None
     inner_gradient: float | None = None
+    graphs: int = 0
 
 
 @dataclass(frozen=True)

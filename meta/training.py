@@ -219,10 +219,12 @@ class Training:
         *,
         start: State | None = None,
         done: int = 0,
+        advance: Callable[[int, State], State] | None = None,
     ) -> State | None:
         """Train without a graph. watch sees every state, the first as (0, …). None: diverged.
 
         start: go on from this state, reached after `done` steps, instead of from fresh weights.
+        advance: does a step in another way than `step` without a graph would.
         """
         state = start
         if state is None:
@@ -231,7 +233,10 @@ class Training:
         for i in range(self.steps):
             if watch:
                 watch(i, state)
-            state = self.step(state, resolved.at(i), done + i, seed)
+            if advance:
+                state = advance(i, state)
+            else:
+                state = self.step(state, resolved.at(i), done + i, seed)
             if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not bool(state.p.isfinite().all()):
                 return None
         if watch:

@@ -147,12 +147,7 @@ def _option(text: str) -> Any:
 def main() -> None:
     """Run the command; errors of the user's input are one line, Ctrl-C is exit code 130."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted before anything was evaluated", file=sys.stderr)
-        sys.exit(130)
+        app()
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

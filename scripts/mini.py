@@ -64,7 +64,7 @@ def values(z):
 
 
 # 3. Training, once more with a graph for a single step, and the way back.
-def step(state, t, seed, lr, beta1, beta2, graph):
+def step(state, t, seed, graph, lr, beta1, beta2):
     w = state[0] if graph else state[0].detach().requires_grad_()
     (g,) = torch.autograd.grad(loss(w, batch(t, seed)), w, create_graph=graph)
     return adam((w, *state[1:]), g, t, lr, beta1, beta2)
@@ -78,7 +78,7 @@ def metagradient(z, seed):
     states = [(start(seed), *torch.zeros(2, sum(torch.Size(s).numel() for s in SHAPES)))]
     for t in range(1, STEPS + 1):
         hyper = (fixed[t - 1], *fixed[STEPS:])
-        states.append(tuple(x.detach() for x in step(states[-1], t, seed, *hyper, graph=False)))
+        states.append(tuple(x.detach() for x in step(states[-1], t, seed, False, *hyper)))
     w = states[-1][0].requires_grad_()
     held_out = loss(w, VALID)
     adjoint = (torch.autograd.grad(held_out, w)[0], *map(torch.zeros_like, states[-1][1:]))
@@ -86,7 +86,7 @@ def metagradient(z, seed):
     for t in range(STEPS, 0, -1):
         used = (t - 1, STEPS, STEPS + 1)
         before = [x.detach().requires_grad_() for x in (*states[t - 1], *(fixed[i] for i in used))]
-        after = step(before[:3], t, seed, *before[3:], graph=True)
+        after = step(before[:3], t, seed, True, *before[3:])
         grads = torch.autograd.grad(after, before, adjoint)
         adjoint = grads[:3]
         for i, grad in zip(used, grads[3:], strict=True):

@@ -11,7 +11,7 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 def seconds(budget: str | float) -> float:
     """A budget such as "60s", "5m", "1.5h" or a number of seconds."""
     if isinstance(budget, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", budget)
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", budget)
         if not match or match[2] not in _UNITS:
             raise ValueError(f"budget={budget!r} is not a time; write it as 60s, 5m or 1.5h")
         budget = float(match[1]) * _UNITS[match[2]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..inner.rule import unknown
 from ..meta.descent import Descent
 from ..meta.outcome import Outcome
 from .space import Space, hyper_size
@@ -24,7 +25,7 @@ class Decision:
 def choose_route(space: Space, asked: str = "auto") -> Decision:
     """Before anything has run: what the space itself allows."""
     if asked not in ROUTES:
-        raise ValueError(f"route={asked!r} is not one of {', '.join(ROUTES)}")
+        raise ValueError(unknown("there is no route", asked, ROUTES))
     discrete = ", ".join(
         f"{name} ({type(option).__name__.lower()})" for name, option in space.discrete.items()
     )

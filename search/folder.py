@@ -37,7 +37,10 @@ class RunFolder:
         """Hold the folder; ValueError if it belongs to a run of other settings."""
         with sole_writer(self.path):
             file = self.path / "settings.json"
-            if file.exists():
+            if file.exists() and not (self.path / "state.pt").exists():
+                # Nothing was evaluated, so a start that failed or was stopped binds nobody.
+                self.journal.unlink(missing_ok=True)
+            elif file.exists():
                 before = json.loads(file.read_text())
                 now = json.loads(json.dumps(settings))
                 odd = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from .result import Result
 
-_COLORS = {"default": "#8a8a8a", "learned": "#0b63b0", "gradient": "#0b63b0"}
-_OTHERS = ("#c2571a", "#2f7d32", "#7b3f9e")
+_DEFAULT = "#8a8a8a"
+_OTHERS = ("#0b63b0", "#c2571a", "#2f7d32", "#7b3f9e")
 
 
 @dataclass(frozen=True)
@@ -54,42 +54,43 @@ class Drawing:
                 color = _color(label, self.evaluations)
                 axes[-1].plot(*zip(*marks, strict=True), ".", color=color, alpha=0.5, label=label)
         _dress(axes[-1], "held-out loss of every evaluation", "seconds", log=True)
+        losses = [loss for marks in self.evaluations.values() for _, loss in marks]
+        if losses:
+            # A search tries values that blow up; they must not flatten what is worth seeing.
+            axes[-1].set_ylim(top=3 * float(np.quantile(losses, 0.9)))
         figure.suptitle(self.title)
         figure.savefig(path, dpi=120)
 
 
 def drawing_of(result: Result) -> Drawing:
-    """The picture of one result against where it started."""
-    return compare({"default": result, "learned": result}, title=_title(result))
+    """The picture of one result against where it started, its evaluations by route."""
+    drawing = compare({"default": result, "learned": result}, title=_title(result))
+    routes = {route: _marks(result, route) for route in ("gradient", "search")}
+    return replace(drawing, evaluations={route: m for route, m in routes.items() if m})
 
 
 def compare(results: Mapping[str, Result], title: str) -> Drawing:
     """Several results of the same problem side by side; the one called "default" untuned."""
-    any_result = next(iter(results.values()))
-    names = [n for n in any_result.scheduled if n in any_result.in_force] or ["lr"]
-    named = [(label, label == "default", r) for label, r in results.items()]
+    one = next(iter(results.values()))
+    names = [name for name in one.scheduled if name in one.rule.hypers] or ["lr"]
+    tuned = {label: result for label, result in results.items() if label != "default"}
     return Drawing(
         title=title,
         schedules={
             name: {
-                label: _over_time(r, r.defaults if untuned else r.in_force, name)
-                for label, untuned, r in named
+                label: _over_time(r, r.in_force if label in tuned else r.defaults, name)
+                for label, r in results.items()
             }
             for name in names
-            if name in any_result.in_force
+            if name in one.in_force
         },
         curves={
-            label: r.curves["default" if untuned else "learned"]
-            for label, untuned, r in named
+            label: r.curves["learned" if label in tuned else "default"]
+            for label, r in results.items()
             if r.curves
         },
-        evaluations={
-            route: _marks(r.history, route)
-            for _, untuned, r in named
-            for route in ("gradient", "search")
-            if not untuned and _marks(r.history, route)
-        },
-        log=frozenset(n for n, h in any_result.rule.hypers.items() if h.scale == "log"),
+        evaluations={label: _marks(r) for label, r in tuned.items()},
+        log=frozenset(n for n, h in one.rule.hypers.items() if h.scale == "log"),
     )
 
 
@@ -108,13 +109,17 @@ def _over_time(result: Result, values: Mapping[str, Tensor], name: str) -> Tenso
     return value.reshape(1, -1).expand(steps, -1)
 
 
-def _marks(rows: list[dict[str, Any]], route: str) -> list[tuple[float, float]]:
-    return [(r["seconds"], r["loss"]) for r in rows if r["route"] == route and r["loss"]]
+def _marks(result: Result, route: str | None = None) -> list[tuple[float, float]]:
+    return [
+        (row["seconds"], row["loss"])
+        for row in result.history
+        if row["loss"] is not None and route in (None, row["route"])
+    ]
 
 
 def _color(label: str, among: Mapping[str, Any]) -> str:
-    others = [name for name in among if name not in _COLORS]
-    return _COLORS.get(label) or _OTHERS[others.index(label) % len(_OTHERS)]
+    others = [name for name in among if name != "default"]
+    return _DEFAULT if label == "default" else _OTHERS[others.index(label) % len(_OTHERS)]
 
 
 def _dress(ax: Axes, title: str, across: str, *, log: bool) -> None:

@@ -26,17 +26,20 @@ def check_first_loss(training: Training, seed: int) -> None:
         )
 
 
-def check_budget(
-    training: Training, estimator: Estimator | None, budget: float, left: float, seed: int
-) -> None:
-    """Raise ValueError if one evaluation of the whole training takes longer than what is left.
+def check_budget(training: Training, estimator: Estimator | None, budget: float, seed: int) -> None:
+    """Raise ValueError if one evaluation of the whole training takes longer than budget seconds.
 
     estimator: the one whose estimates are to be paid for; None for plain trainings.
     """
-    short, longer = (_seconds(training, estimator, steps, seed) for steps in (_SHORT, _LONG))
+    # The first call of anything pays for what is loaded and allocated once.
+    _seconds(training, estimator, _SHORT, seed)
+    short, longer = (
+        min(_seconds(training, estimator, steps, seed) for _ in range(2))
+        for steps in (_SHORT, _LONG)
+    )
     per_step = max(longer - short, 0.0) / (_LONG - _SHORT)
     whole = short + per_step * (training.steps - _SHORT)
-    if whole > left:
+    if whole > budget:
         what = "metagradient" if estimator else "training"
         raise ValueError(
             f"budget={budget:g} s is too small for one {what} of {training.steps} steps, which "

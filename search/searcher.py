@@ -56,6 +56,7 @@ class OptunaSearcher:
         # A sampler resumed with its first seed would repeat the draws of its first session.
         self._study.sampler = optuna.samplers.TPESampler(seed=mix(seed, before) % 2**32)
         if before:
+            self._ask_again()
             return
         distributions = space.distributions()
         for point, loss in known or []:
@@ -68,6 +69,15 @@ class OptunaSearcher:
                 )
             )
         self._study.enqueue_trial(space.numbers(start))
+
+    def _ask_again(self) -> None:
+        """Put what an earlier session asked for but never told first in line."""
+        from optuna.trial import TrialState
+
+        # As the sole writer, nobody else is running them.
+        for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            self._study.enqueue_trial(trial.params)
 
     def ask(self) -> Point:
         self._trial = self._study.ask()

@@ -92,7 +92,9 @@ def _run(
             training = space.at(start.discrete)
             check_first_loss(training, seed)
             estimator = meta.estimator if decision.route == "gradient" else None
-            check_budget(training, estimator, log.clock.budget, log.clock.left, seed)
+            check_budget(training, estimator, log.clock.budget, seed)
+            # What is loaded and allocated once is not charged.
+            log.clock = Clock(log.clock.budget)
         if decision.route == "gradient":
             decision = _descend(space, start, meta, log, settings) or decision
         if decision.route == "search":
@@ -100,7 +102,8 @@ def _run(
         losses, point = _confirm(space, start, log, seed)
         outcome = _outcome(log, decision)
     except KeyboardInterrupt:
-        log.save()
+        if log.rows:
+            log.save()
         if not log.found:
             raise
         losses, point, outcome = [], log.best()[0], Outcome.INTERRUPTED
@@ -150,9 +153,9 @@ def _confirm(space: Space, start: Point, log: Log, seed: int) -> tuple[list[floa
     Every evaluation so far had a seed of its own, so the lowest loss seen owes part to luck.
     """
     points = log.best(_CANDIDATES) or [start]
-    if log.descent is not None and log.descent.trusted is not None:
-        # The step has shrunk to nothing by now, so the last point is the descent's own answer.
-        points.append(Point(Coordinates(space.smooth).point(log.descent.trusted)))
+    if log.descent is not None and log.descent.anchor is not None:
+        # The steps have shrunk to nothing by now, so this is the descent's own answer.
+        points.append(Point(Coordinates(space.smooth).point(log.descent.anchor)))
     losses: list[list[float]] = [[] for _ in points]
     for k in range(_CONFIRMING_SEEDS):
         if k > 0 and log.clock.left <= 0:

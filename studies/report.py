@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from .problems import label_of
 from .record import Record, Records
@@ -58,14 +58,18 @@ def table(records: Records | Iterable[Record], title: str | None = None) -> Tabl
     missing = records.missing if isinstance(records, Records) else 0
     caption = f"{missing} more cells have not run" if missing else None
     shown = Table(title=title, caption=caption, box=SIMPLE, padding=(0, 1), collapse_padding=True)
-    for heading in ("problem", "arm", "n"):
+    # One problem alone is the title's to name.
+    of_row: tuple[Literal["problem", "arm"], ...] = ("problem", "arm")
+    headings = of_row if len({row["problem"] for row in rows}) > 1 else of_row[1:]
+    for heading in (*headings, "n"):
         shown.add_column(heading, no_wrap=True)
-    for heading in measures:
+    for measure in measures:
         # A narrow terminal breaks a cell before its deviation, never inside a number.
-        shown.add_column(heading, justify="right", min_width=8)
+        shown.add_column(measure, justify="right", min_width=8)
     for row in rows:
         cells = [_spelled(row["measures"].get(name)) for name in measures]
-        shown.add_row(row["problem"], row["arm"], f"{row['trained']}/{row['cells']}", *cells)
+        names = [row[heading] for heading in headings]
+        shown.add_row(*names, f"{row['trained']}/{row['cells']}", *cells)
     return shown
 
 

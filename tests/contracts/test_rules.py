@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from hyperdescent.inner.flat import Layout, flat_step, initial_slots
 from hyperdescent.inner.hyper import Choice
 from hyperdescent.inner.optim import torch_form

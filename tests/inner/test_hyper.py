@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hyperdescent.inner.hyper import (
     Choice,
     Integer,
@@ -13,8 +16,6 @@ from hyperdescent.inner.hyper import (
     positive,
     weight_decay,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 RATE, KEPT, SHARE = learning_rate(1e-3), decay(0.9), fraction(0.3)
 KINDS = pytest.mark.parametrize("hyper", [RATE, KEPT, SHARE], ids=["rate", "decay", "fraction"])

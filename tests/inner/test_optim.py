@@ -7,12 +7,13 @@ import pickle
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+
 from hyperdescent.inner import optim
 from hyperdescent.inner.hyper import learning_rate
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rule import rule
 from hyperdescent.inner.rules import RULES
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 
 def model(seed=0):

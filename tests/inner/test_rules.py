@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rules import RULES, find_rule
 

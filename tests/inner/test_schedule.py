@@ -5,9 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
+
 from hyperdescent.inner.hyper import decay, learning_rate
 from hyperdescent.inner.schedule import SCHEDULES, Schedule, find_schedule, piecewise
-from torch.optim import lr_scheduler
 
 DOUBLE = torch.float64
 LR, BETA = learning_rate(1e-3), decay(0.9)

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from hyperdescent.meta.batchnorm import carry_statistics
 from torch import nn
+
+from hyperdescent.meta.batchnorm import carry_statistics
 
 DOUBLE = torch.float64
 INPUTS = {

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from hyperdescent.inner.hyper import positive
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
@@ -12,7 +14,6 @@ from hyperdescent.meta.linear import conjugate_gradient, neumann
 from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.problem import problem_from_module
 from hyperdescent.meta.training import Training
-from torch import nn
 
 DOUBLE = torch.float64
 TIGHT = conjugate_gradient(steps=60, tol=1e-14)

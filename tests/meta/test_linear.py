@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from hyperdescent.meta.linear import conjugate_gradient, neumann
 
 DOUBLE = torch.float64

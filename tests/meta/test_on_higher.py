@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from hyperdescent.inner import optim
 from hyperdescent.inner.rules import RULES
 from hyperdescent.meta.on_higher import differentiable_form, register
 from hyperdescent.meta.problem import problem_from_module
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
-from torch import nn
 
 higher = pytest.importorskip("higher")
 register()

@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from hyperdescent.inner.hyper import Choice, positive
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta.data import as_data, mix
 from hyperdescent.meta.problem import Problem, problem_from_module
 from hyperdescent.meta.training import Training
-from torch import nn
 
 
 def net(width=4):

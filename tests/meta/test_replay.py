@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from hyperdescent.inner.hyper import fraction, positive
 from hyperdescent.inner.rules import RULES, find_rule
 from hyperdescent.inner.schedule import SCHEDULES, find_schedule
@@ -21,7 +23,6 @@ from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.problem import _draw, problem_from_module
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
-from torch import nn
 
 DOUBLE = torch.float64
 STEPS = 12
@@ -237,6 +238,28 @@ class TestEverySchedule:
     def test_exact_in_every_knob_of_a_loss_hyper(self, spec):
         # A unit of smoothing is its whole range, so h is finer than for a factor e.
         assert_exact(scheduled("smoothing", spec, of=penalized()), ["smoothing"], h=1e-3)
+
+
+class TestMemory:
+    """Keeping a step's graph or doing the step again must not change a bit."""
+
+    @pytest.mark.parametrize("make", [mlp, cnn, dropout_net])
+    def test_every_mixture_of_graphs_and_states_gives_the_same_bits(self, make):
+        run = training("adamw", problem(make), schedules={"lr": find_schedule("piecewise:3")})
+        point = run.start(["lr", "beta1", "weight_decay"])
+        whole, _ = Replay()(run, point, seed=1)
+        assert whole.note.graphs == STEPS
+        for memory, graphs in ((0, 0), (1, 1)):
+            estimate, _ = Replay(memory=memory)(run, point, seed=1)
+            assert estimate.note.graphs == graphs
+            assert estimate.loss == whole.loss
+            assert all(torch.equal(estimate.grad[n], whole.grad[n]) for n in point)
+
+    def test_more_memory_keeps_more_graphs(self):
+        run = training("adamw", problem(mlp))
+        point = run.start(["lr"])
+        kept = [Replay(m)(run, point, seed=0)[0].note.graphs for m in (0, 20_000, 40_000, 2**30)]
+        assert kept == sorted(set(kept)) and kept[-1] == STEPS
 
 
 class TestGrains:
