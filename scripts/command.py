@@ -47,7 +47,6 @@ def tune(
     import torch
 
     from ..inner.rules import find_rule
-    from ..meta.outcome import Outcome
     from ..search.tune import tune as run
     from ..studies.problems import find_problem
     from .show import show_result
@@ -72,7 +71,7 @@ def tune(
         out=out,
     )
     show_result(result, out)
-    if result.outcome is Outcome.INTERRUPTED:
+    if result.interrupted:
         raise typer.Exit(130)
 
 

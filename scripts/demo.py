@@ -20,7 +20,7 @@ from ..studies.problems import find_problem
 from ..studies.report import summary, table
 from ..studies.run import run
 from ..studies.study import Arm, ProblemSpec, Study
-from .show import console
+from .show import console, one_line
 
 PROBLEM, RULE, STEPS, SCHEDULES = "digits-mlp", "adamw", 200, {"lr": "piecewise:16"}
 LEARN = ("lr", "beta1", "beta2", "weight_decay")
@@ -37,35 +37,40 @@ def run_demo(out: Path, budget: str, seed: int, address: str | None) -> None:
         f"Tuning {RULE} for {PROBLEM}: a learning-rate schedule of 16 knots, beta1, beta2 and "
         f"weight decay, {STEPS} training steps, {budget} for each tuner."
     )
-    found = {
-        "hyperdescent": _tune("auto", out / "hyperdescent", budget, seed),
-        "tpe": _tune("search", out / "tpe", budget, seed),
-    }
-    for name, result in found.items():
+    found: dict[str, Result] = {}
+    for name, route in (("hyperdescent", "auto"), ("tpe", "search")):
+        result = found[name] = _tune(route, out / name, budget, seed)
         screen.print(
             f"{name}: held-out loss {result.loss:.4f} after {len(result.history)} evaluations; "
             f"route {result.route}: {result.reason}"
         )
     study = _study(found)
-    screen.print(f"Training {len(study.arms)} arms with {len(study.seeds)} fresh seeds on Ray …")
-    records = run(study, address=address or "local", out=out / "records.jsonl")
-    told: dict[str, Any] = {
+    told = f"Training {len(study.arms)} arms with {len(study.seeds)} fresh seeds each, on Ray"
+    screen.print(told)
+    with screen.status(told) as status:
+        records = run(
+            study,
+            address=address or "local",
+            out=out / "records.jsonl",
+            progress=lambda record: status.update(f"{told}: {one_line(record)}"),
+        )
+    whole: dict[str, Any] = {
         "study": study.model_dump(mode="json"),
         "summary": summary(records),
         "tuners": {name: result.plain() for name, result in found.items()},
         "seconds": time.monotonic() - began,
         "provenance": provenance(),
     }
-    write_text(out / "result.json", json.dumps(told, indent=1))
+    write_text(out / "result.json", json.dumps(whole, indent=1))
     pictured = {"default": found["hyperdescent"], **found}
     title = f"{RULE} on {PROBLEM}, {budget} each"
     compare(pictured, title).save(out / "schedule.png")
     screen.print(table(records, title=f"{PROBLEM}: mean ± standard deviation over fresh seeds"))
-    screen.print(f"{told['seconds']:.0f} s in all; kept in {out}: result.json, schedule.png")
+    screen.print(f"{whole['seconds']:.0f} s in all; kept in {out}: result.json, schedule.png")
 
 
 def _tune(route: str, out: Path, budget: str, seed: int) -> Result:
-    return tune(
+    result = tune(
         find_problem(PROBLEM),
         RULE,
         learn=LEARN,
@@ -75,8 +80,10 @@ def _tune(route: str, out: Path, budget: str, seed: int) -> Result:
         seed=seed,
         route=route,
         out=out,
-        progress=True,
     )
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
 def _study(found: dict[str, Result]) -> Study:

@@ -66,12 +66,13 @@ def run_study_file(file: Path, out: Path, address: str | None, serial: bool) -> 
         study,
         address=None if serial else address or "local",
         out=out / "records.jsonl",
-        progress=lambda record: screen.print(_one_line(record), style="dim"),
+        progress=lambda record: screen.print(one_line(record), style="dim"),
     )
     screen.print(table(records, title=study.name))
 
 
-def _one_line(record: Record) -> str:
+def one_line(record: Record) -> str:
+    """A record as a line of progress."""
     arm, outcome = record.inputs["arm"], record.outcome or record.error
     told = arm["name"] if isinstance(arm, dict) else arm
     return f"{told}, seed {record.inputs['seed']}: {outcome}, {record.measures}"

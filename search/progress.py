@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .log import Event
 
+_LINE_SECONDS = 5.0
+
 
 @contextmanager
 def watching(progress: bool | Callable[[Event], None]) -> Iterator[Callable[[Event], None]]:
-    """A watcher from tune's progress argument: True draws a bar where a terminal shows it."""
+    """A watcher from tune's progress argument: True draws a bar, or lines where no terminal is."""
     if callable(progress):
         yield progress
-    elif progress and sys.stderr.isatty():
+    elif not progress:
+        yield lambda event: None
+    elif sys.stderr.isatty():
         with _bar() as watch:
             yield watch
     else:
-        yield lambda event: None
+        yield _Lines()
+
+
+class _Lines:
+    """A line on standard error every few seconds."""
+
+    def __init__(self) -> None:
+        self._count, self._next = 0, time.monotonic() + _LINE_SECONDS
+
+    def __call__(self, event: Event) -> None:
+        self._count += 1
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _LINE_SECONDS
+            share = min(event.progress, 1.0)
+            print(f"{event.route}: {share:.0%}, {_told(self._count, event)}", file=sys.stderr)
+
+
+def _told(count: int, event: Event) -> str:
+    return f"{count} evaluations, loss {event.loss:.4f}, best {event.best:.4f}"
 
 
 @contextmanager
@@ -40,7 +63,7 @@ def _bar() -> Iterator[Callable[[Event], None]]:
         def watch(event: Event) -> None:
             nonlocal count
             count += 1
-            told = f"{count} evaluations  loss {event.loss:.4f}  best {event.best:.4f}"
-            bar.update(task, description=event.route, completed=min(event.progress, 1), told=told)
+            share = min(event.progress, 1.0)
+            bar.update(task, description=event.route, completed=share, told=_told(count, event))
 
         yield watch

@@ -103,6 +103,11 @@ class Result:
         """Write JSON that `load` reads back."""
         write_text(Path(path), json.dumps(self.plain(), indent=1))
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether there is budget left that the same call would go on to spend."""
+        return self.outcome is Outcome.INTERRUPTED
+
     def plain(self) -> dict[str, Any]:
         """As JSON values: the rule by name, tensors as lists, what JSON cannot say as null."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -77,8 +77,9 @@ def tune(
             log.folder = RunFolder(Path(out))
             stack.enter_context(log.folder.claimed(settings))
             log.resume()
-            if log.clock.left <= 0 and log.folder.result.exists():
-                return Result.load(log.folder.result)
+            done = Result.load(log.folder.result) if log.folder.result.exists() else None
+            if done and done.settings["budget"] >= log.clock.budget and not done.interrupted:
+                return done
         log.watch = stack.enter_context(watching(progress))
         return _run(space, decision, settings, log, meta or MetaOptimizer())
 
