@@ -49,7 +49,7 @@ class Layout:
             value = value.repeat_interleave(
                 torch.tensor(self.sizes, device=value.device), output_size=like.numel()
             )
-        return value.to(like.dtype)
+        return value.to(like)
 
 
 def initial_slots(rule: Rule, layout: Layout, p: Tensor, values: Tensors) -> Tensors:
@@ -89,5 +89,5 @@ def _grains(layout: Layout, value: Tensor, like: Tensor) -> list[Tensor]:
     if value.ndim == 0:
         return [value] * len(layout.names)
     if value.numel() == like.numel():
-        return _parts(layout, value.to(like.dtype))
+        return _parts(layout, value.to(like))
     return list(value.unbind())

@@ -28,17 +28,21 @@ def console() -> Console:
 
 
 def show_result(result: Result, out: Path | None) -> None:
-    """The learned values against where they started, and how they were found."""
+    """The learned values against the defaults, and how they were found."""
     screen = console()
     told = Table(title=f"{result.rule.name} on {result.settings['problem']}")
-    for column in ("hyperparameter", "start", "learned"):
+    for column in ("hyperparameter", "default", "learned"):
         told.add_column(column)
-    for name in result.rule.hypers.keys() | (result.in_force.keys() - result.rule.hypers.keys()):
+    for name in dict.fromkeys([*result.rule.hypers, *result.in_force]):
         before, after = result.defaults[name], result.in_force[name]
         if not before.equal(after):
             told.add_row(name, _spelled(before), _spelled(after))
     for name in sorted(set(result.options) & set(result.settings["learn"])):
-        told.add_row(name, "", str(result.options[name]))
+        told.add_row(
+            name,
+            str(result.rule.choices[name].default) if name in result.rule.choices else "",
+            str(result.options[name]),
+        )
     screen.print(told)
     spread = max(result.losses) - min(result.losses) if len(result.losses) > 1 else None
     over = (

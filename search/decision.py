@@ -8,7 +8,7 @@ from typing import Literal
 from ..inner.rule import unknown
 from ..meta.descent import Descent
 from ..meta.outcome import Outcome
-from .space import Space, hyper_size
+from .space import SEARCHABLE, Space
 
 Route = Literal["gradient", "search"]
 ROUTES = ("auto", "gradient", "search")
@@ -38,16 +38,19 @@ def choose_route(space: Space, asked: str = "auto") -> Decision:
         return Decision("search", "search was asked for")
     if discrete:
         return Decision("search", f"there is no gradient in {discrete}")
-    count = sum(map(hyper_size, space.smooth.values()))
     how = "asked for" if asked == "gradient" else "chosen"
     return Decision(
-        "gradient", f"{how}: all {count} learned numbers are smooth in the held-out loss"
+        "gradient", f"{how}: all {space.size} learned numbers are smooth in the held-out loss"
     )
 
 
-def reconsider(descent: Descent, asked: str = "auto") -> Decision | None:
+def reconsider(descent: Descent, space: Space, asked: str = "auto") -> Decision | None:
     """After a metagradient: the switch to make, or None to go on."""
     if descent.outcome is Outcome.OK:
         return None
     reason = f"{descent.outcome.sentence} ({descent.reason})"
-    return Decision("gradient" if asked == "gradient" else "search", reason)
+    if asked == "gradient":
+        return Decision("gradient", reason)
+    if space.size > SEARCHABLE:
+        return Decision("gradient", f"{reason}; {space.size} numbers are too many to search")
+    return Decision("search", reason)

@@ -15,9 +15,11 @@ from ..meta.descent import Descent
 from ..meta.outcome import Outcome
 from .budget import Clock
 from .folder import RunFolder
-from .space import Point
+from .space import SEARCHABLE, Point
 
 _SAVE_EVERY_SECONDS = 1.0
+# Points of more numbers than a row repeats: how many of the best stay in memory.
+_LARGE_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,15 @@ class Log:
                 "route": route,
                 "loss": loss if finite else None,
                 "seconds": self.clock.spent,
-                "point": {name: value.tolist() for name, value in point.smooth.items()},
+                "point": _readable(point),
                 "options": point.discrete,
                 **more,
             }
         )
         if finite:
             self.found.append((loss, point))
+        if self.rows[-1]["point"] is None:
+            self.found = sorted(self.found, key=lambda found: found[0])[:_LARGE_KEPT]
         if time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
             self.save()
         self.watch(Event(route, loss, self.best_loss, self.clock.progress))
@@ -76,6 +80,11 @@ class Log:
             self.folder.save_state(
                 {
                     "rows": self.rows,
+                    "large": [
+                        (loss, point.smooth, point.discrete)
+                        for loss, point in self.found
+                        if _readable(point) is None
+                    ],
                     "spent": self.clock.spent,
                     "descent": self.descent and _saved_descent(self.descent),
                 }
@@ -94,13 +103,21 @@ class Log:
         self.found = [
             (row["loss"], Point(_tensors(row["point"]), row["options"]))
             for row in self.rows
-            if row["loss"] is not None
+            if row["loss"] is not None and row["point"] is not None
         ]
+        self.found += [(loss, Point(*point)) for loss, *point in state["large"]]
 
 
 def _saved_descent(descent: Descent) -> dict[str, Any]:
     # A carry is only a warm start and may be anything; it is made again.
     return {**vars(descent), "outcome": str(descent.outcome), "carry": None}
+
+
+def _readable(point: Point) -> dict[str, Any] | None:
+    """The values as lists; None where they are too many to repeat in every row."""
+    if sum(value.numel() for value in point.smooth.values()) > SEARCHABLE:
+        return None
+    return {name: value.tolist() for name, value in point.smooth.items()}
 
 
 def _tensors(point: dict[str, Any]) -> Tensors:

@@ -55,7 +55,7 @@ class Drawing:
                 axes[-1].plot(*zip(*marks, strict=True), ".", color=color, alpha=0.5, label=label)
         _dress(axes[-1], "held-out loss of every evaluation", "seconds", log=True)
         losses = [loss for marks in self.evaluations.values() for _, loss in marks]
-        if losses:
+        if losses and min(losses) > 0:
             # A search tries values that blow up; they must not flatten what is worth seeing.
             axes[-1].set_ylim(top=3 * float(np.quantile(losses, 0.9)))
         figure.suptitle(self.title)

@@ -114,7 +114,8 @@ class Result:
         return {name: _plain(v) for name, v in (values | {"rule": self.rule.name}).items()}
 
     @staticmethod
-    def load(path: str | Path) -> Result:
+    def load(path: str | Path, rule: Rule | None = None) -> Result:
+        """What `save` wrote. rule: the one it was saved with, where no registered one."""
         data = json.loads(Path(path).read_text())
         for name in ("hypers", "in_force", "defaults"):
             data[name] = {k: torch.tensor(v, dtype=torch.float64) for k, v in data[name].items()}
@@ -123,9 +124,12 @@ class Result:
         data["curves"] = {
             k: [(int(i), _number(y)) for i, y in v] for k, v in data["curves"].items()
         }
-        rule = find_rule(data["rule"])
-        chosen = {n: v for n, v in data["options"].items() if n in rule.choices}
-        return Result(**data | {"rule": rule.choose(**chosen), "outcome": Outcome(data["outcome"])})
+        rule = rule or find_rule(data["rule"])
+        options = rule.options()
+        chosen = {n: v for n, v in data["options"].items() if n in options and v != options[n]}
+        # A registered rule stays itself, and so its optimizer the class of hyperdescent.optim.
+        rule = rule.choose(**chosen) if chosen else rule
+        return Result(**data | {"rule": rule, "outcome": Outcome(data["outcome"])})
 
 
 def _per_tensor(name: str, value: Tensor, params: list[Tensor]) -> list[Tensor]:

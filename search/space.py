@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 # Beyond this many numbers a sampler learns nothing from the trials anyone can pay for.
-_SEARCHABLE = 1000
+SEARCHABLE = 1000
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Space:
         names = self.training.expand(name for name in self.learn if name not in self._options)
         return {name: self.training.hypers[name] for name in names}
 
+    @property
+    def size(self) -> int:
+        """How many numbers the smooth hypers are."""
+        return sum(map(_size, self.smooth.values()))
+
     def start(self) -> Point:
         """Where both routes begin."""
         in_force = {**self.training.rule.options(), **self.training.problem.chosen}
@@ -82,10 +87,10 @@ class Space:
         """Optuna's distribution of every number and option, conditional ones included."""
         from optuna import distributions as d
 
-        total = sum(hyper_size(hyper) for hyper in self.smooth.values())
-        if total > _SEARCHABLE:
+        if self.size > SEARCHABLE:
             raise ValueError(
-                f"{total} numbers are too many to search without gradients (limit {_SEARCHABLE}); "
+                f"{self.size} numbers are too many to search without gradients (limit "
+                f"{SEARCHABLE}); "
                 "use a coarser grain or fewer knots"
             )
         out: dict[str, BaseDistribution] = {}
@@ -143,12 +148,12 @@ class Space:
         return in_force[option] == wanted
 
 
-def hyper_size(hyper: Hyper) -> int:
+def _size(hyper: Hyper) -> int:
     return torch.Size(hyper.shape).numel()
 
 
 def _keys(name: str, hyper: Hyper) -> list[str]:
-    return [f"{name}[{i}]" for i in range(hyper_size(hyper))] if hyper.shape else [name]
+    return [f"{name}[{i}]" for i in range(_size(hyper))] if hyper.shape else [name]
 
 
 def _float(hyper: Hyper) -> BaseDistribution:

@@ -77,7 +77,8 @@ def tune(
             log.folder = RunFolder(Path(out))
             stack.enter_context(log.folder.claimed(settings))
             log.resume()
-            done = Result.load(log.folder.result) if log.folder.result.exists() else None
+            kept = log.folder.result
+            done = Result.load(kept, training.rule) if kept.exists() else None
             if done and done.settings["budget"] >= log.clock.budget and not done.interrupted:
                 return done
         log.watch = stack.enter_context(watching(progress))
@@ -128,7 +129,7 @@ def _descend(
             progress=log.clock.progress / (1 - _CONFIRMING),
         )
         log.note("gradient", estimate.loss, Point(here), outcome=str(estimate.note.outcome), seed=k)
-    return reconsider(descent, settings["route"])
+    return reconsider(descent, space, settings["route"])
 
 
 def _search(space: Space, start: Point, log: Log, seed: int) -> None:
@@ -163,7 +164,9 @@ def _confirm(space: Space, start: Point, log: Log, seed: int) -> tuple[list[floa
             break
         for point, kept in zip(points, losses, strict=True):
             training = space.at(point.discrete)
-            kept.append(float(held_out_loss(training, point.smooth, mix(seed, k, 1))))
+            loss = float(held_out_loss(training, point.smooth, mix(seed, k, 1)))
+            # NaN compares as neither better nor worse, and so could win.
+            kept.append(loss if math.isfinite(loss) else math.inf)
             log.watch(Event("confirm", kept[-1], log.best_loss, log.clock.progress))
     winner = min(range(len(points)), key=lambda i: sum(losses[i]))
     return losses[winner], points[winner]
@@ -191,7 +194,10 @@ def _settings(space: Space, route: str, seed: int) -> dict[str, Any]:
         "steps": training.steps,
         "schedules": {name: s.name for name, s in training.schedules.items()},
         "grains": dict(training.grains),
-        "given": {name: torch.as_tensor(v).tolist() for name, v in training.given.items()},
+        "given": {
+            name: torch.as_tensor(v, dtype=torch.float64).tolist()
+            for name, v in training.given.items()
+        },
         "learn": list(space.learn),
         "route": route,
         "seed": seed,

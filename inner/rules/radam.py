@@ -31,6 +31,7 @@ def radam(p, g, s, t, lr, beta1, beta2, eps, weight_decay, decoupled_weight_deca
     # A branch not taken still has a slope, and 0 * inf is NaN: both get harmless arguments there.
     n, k = torch.where(adaptive, length, 6.0), torch.where(adaptive, longest, 6.0)
     rectified = torch.sqrt((n - 4) * (n - 2) * k / ((k - 4) * (k - 2) * n) * c2)
-    scale = rectified / torch.where(adaptive, root(v) + eps, 1.0)
-    step = m / (1 - beta1**t) * torch.where(adaptive, scale, 1.0)
+    # adaptive as a factor and not a branch: t may be a number on another device than the weights.
+    scale = torch.where(adaptive, rectified, 1.0) / (adaptive * (root(v) + eps) + ~adaptive)
+    step = m / (1 - beta1**t) * scale
     return p - lr * step, {"m": m, "v": v}

@@ -7,7 +7,6 @@ the learning rate multiplies after the buffer, as in torch.optim.SGD.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..hyper import Choice, Tensors, decay, fraction, learning_rate, weight_decay
@@ -25,9 +24,10 @@ def heavy_ball(
     d: Tensor, s: Tensors, t: Tensor, momentum: Tensor, dampening: Tensor, nesterov: bool
 ) -> tuple[Tensor, Tensors]:
     """The direction d through a momentum buffer: (direction to take, slots)."""
-    # torch ignores dampening where there is no momentum.
-    kept = 1 - dampening * momentum.sign()
-    b = torch.where(t == 1, d, momentum * s["momentum_buffer"] + kept * d)
+    # Products, not branches, so that a number on the CPU may meet weights on another device. torch
+    # ignores dampening where there is no momentum.
+    kept = 1 - dampening * momentum.sign() * (t > 1)
+    b = momentum * s["momentum_buffer"] + kept * d
     return d + momentum * b if nesterov else b, {"momentum_buffer": b}
 
 
