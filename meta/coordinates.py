@@ -19,12 +19,14 @@ class Coordinates:
         self.layout = Layout(tuple(hypers), tuple(torch.Size(h.shape) for h in hypers.values()))
         boxes = [h.box() for h in self.hypers.values()]
         self._low, self._high = (
-            torch.cat([torch.full((size,), box[side]) for size, box in self._sized(boxes)]).double()
+            torch.cat(
+                [
+                    torch.full((size,), box[side], dtype=torch.float64)
+                    for size, box in zip(self.layout.sizes, boxes, strict=True)
+                ]
+            )
             for side in (0, 1)
         )
-
-    def _sized(self, boxes: list[tuple[float, float]]) -> list[tuple[int, tuple[float, float]]]:
-        return list(zip(self.layout.sizes, boxes, strict=True))
 
     def free(self, point: Tensors) -> Tensor:
         """The coordinates of a point."""

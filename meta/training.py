@@ -73,7 +73,14 @@ class Training:
         for name, value in self.given.items():
             if name not in self.hypers and name not in self.declared:
                 raise ValueError(unknown(f"{self.label} has no hyper", name, self.hypers))
-            (self.hypers.get(name) or self.declared[name]).check(name, value)
+            hyper = self.hypers.get(name) or self.declared[name]
+            hyper.check(name, value)
+            shape = torch.as_tensor(value).shape
+            if shape and shape != hyper.shape:
+                raise ValueError(
+                    f"{name} is given {tuple(shape)} values and has {hyper.shape or 'one'}; give "
+                    "one number or as many as its schedule and grain make"
+                )
 
     @property
     def label(self) -> str:
@@ -140,8 +147,12 @@ class Training:
         start = {name: self._given(name, learned=True) for name in self.expand(learn)}
         for name, value in start.items():
             self.hypers[name].check_start(name, value)
-        self.rule.complain(self._divide(self.resolve(start).at(0))[1])
+        self.complain(start)
         return start
+
+    def complain(self, point: Tensors) -> None:
+        """Raise ValueError if the rule's values at a point contradict its options."""
+        self.rule.complain(self._divide(self.resolve(point).at(0))[1])
 
     def _given(self, name: str, *, learned: bool) -> Tensor:
         hyper, base = self.hypers[name], name.partition(".")[0]

@@ -51,7 +51,7 @@ def show_result(result: Result, out: Path | None) -> None:
         else ""
     )
     screen.print(f"held-out loss {result.loss:.4f}{over} after {len(result.history)} evaluations")
-    screen.print(f"route: {result.route}, {result.reason}")
+    screen.print(f"route: {result.route}, because {result.reason}")
     if result.outcome is not Outcome.OK:
         screen.print(f"outcome: {result.outcome}: {result.outcome.sentence}")
     if out is not None:

@@ -38,10 +38,8 @@ def choose_route(space: Space, asked: str = "auto") -> Decision:
         return Decision("search", "search was asked for")
     if discrete:
         return Decision("search", f"there is no gradient in {discrete}")
-    how = "asked for" if asked == "gradient" else "chosen"
-    return Decision(
-        "gradient", f"{how}: all {space.size} learned numbers are smooth in the held-out loss"
-    )
+    smooth = f"all {space.size} learned numbers are smooth in the held-out loss"
+    return Decision("gradient", f"asked for; {smooth}" if asked == "gradient" else smooth)
 
 
 def reconsider(descent: Descent, space: Space, asked: str = "auto") -> Decision | None:

@@ -55,7 +55,8 @@ class Result:
     ) -> Optimizer:
         """The tuned rule as a torch.optim.Optimizer of a model or its parameters.
 
-        Per-tensor and per-element values need the model's parameters in their own order.
+        Per-tensor values need the model's parameters in their own order; per-element values have
+        no place in a torch optimizer.
         """
         from ..inner import optim
 
@@ -133,17 +134,18 @@ class Result:
 
 
 def _per_tensor(name: str, value: Tensor, params: list[Tensor]) -> list[Tensor]:
-    """One value per parameter from a per-tensor or per-element grain."""
+    """One value for each parameter, from a per-tensor grain."""
     if value.numel() == len(params):
         return list(value.unbind())
-    sizes = [p.numel() for p in params]
-    if value.numel() != sum(sizes):
+    if value.numel() == sum(p.numel() for p in params):
         raise ValueError(
-            f"{name} holds {value.numel()} values for {len(params)} tensors of {sum(sizes)} "
-            "weights; give the parameters of the model it was learned on"
+            f"{name} has a value for each of {value.numel()} weights, and a torch optimizer takes "
+            "one for each tensor; use hyperdescent.train, or learn it with the grain 'tensor'"
         )
-    parts: list[Tensor] = list(value.split(sizes))
-    return [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
+    raise ValueError(
+        f"{name} holds {value.numel()} values for {len(params)} parameter tensors; give the "
+        "parameters of the model it was learned on"
+    )
 
 
 def _plain(value: Any) -> Any:

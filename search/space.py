@@ -43,6 +43,11 @@ class Space:
                 raise ValueError(unknown(f"{self.training.label} has no hyper", name, set(known)))
         if not self.learn:
             raise ValueError(f"nothing to learn; name one or more of: {', '.join(sorted(known))}")
+        for name, option in self.discrete.items():
+            for value in option.options if isinstance(option, Choice) else ():
+                # An option that contradicts the values it is to be tried with is told now.
+                point = self._settled(self.start().smooth, {name: value})
+                self.at(point.discrete).complain(point.smooth)
 
     @cached_property
     def _options(self) -> dict[str, Discrete]:
@@ -115,13 +120,19 @@ class Space:
                 discrete[name] = _ask(trial, name, distributions[name])
         smooth = {}
         for name, hyper in self.smooth.items():
-            smooth[name] = start.smooth[name]
             if self._active(hyper, discrete):
                 numbers = [float(_ask(trial, k, distributions[k])) for k in _keys(name, hyper)]
                 smooth[name] = _from_numbers(hyper, numbers)
-            elif hyper.when is not None:
-                smooth[name] = torch.full(hyper.shape, hyper.default, dtype=torch.float64)
-        return Point(smooth, discrete)
+        return self._settled(start.smooth | smooth, discrete)
+
+    def _settled(self, smooth: Tensors, discrete: dict[str, object]) -> Point:
+        """A point in which hypers that mean nothing have their default."""
+        idle = {
+            name: torch.full(hyper.shape, hyper.default, dtype=torch.float64)
+            for name, hyper in self.smooth.items()
+            if not self._active(hyper, discrete)
+        }
+        return Point(smooth | idle, discrete)
 
     def numbers(self, point: Point) -> dict[str, object]:
         """A point as Optuna's parameters, only the meaningful ones."""

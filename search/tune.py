@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def _run(
             check_first_loss(training, seed)
             estimator = meta.estimator if decision.route == "gradient" else None
             check_budget(training, estimator, log.clock.budget, seed)
+            if decision.route == "search":
+                import_module("optuna")
             # What is loaded and allocated once is not charged.
             log.clock = Clock(log.clock.budget)
         if decision.route == "gradient":

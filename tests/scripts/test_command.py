@@ -1,0 +1,202 @@
+"""The command line: what it prints, its exit codes, Ctrl-C, and going on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hyperdescent.inner.rules import RULES
+from hyperdescent.scripts import command
+from hyperdescent.studies.problems import PROBLEMS
+
+COMMAND = [sys.executable, "-m", "hyperdescent.scripts.command"]
+WINE = ["tune", "--problem", "wine-mlp", "--steps", "5"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """(exit code, stdout, stderr) of a command in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hyperdescent", *arguments])
+        code = 0
+        try:
+            command.main()
+        except SystemExit as done:
+            code = done.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def one_line(told):
+    assert told.startswith("error: ") and told.count("\n") == 1 and "Traceback" not in told
+    return told
+
+
+class TestTune:
+    def test_it_prints_a_table_the_route_and_the_reason(self, tmp_path):
+        told = subprocess.run(
+            [*COMMAND, *WINE, "--budget", "2s", "--out", str(tmp_path), "--learn", "lr,beta1"],
+            capture_output=True,
+            text=True,
+        )
+        assert told.returncode == 0, told.stderr
+        for part in ("adamw on wine-mlp", "lr", "beta1", "0.001", "held-out loss"):
+            assert part in told.stdout
+        # In the order of the rule's signature.
+        assert told.stdout.index("│ lr ") < told.stdout.index("│ beta1 ")
+        assert "route: gradient, because all 2 learned numbers are smooth" in told.stdout
+        assert str(tmp_path) in told.stdout.replace("\n", "")
+        assert (tmp_path / "schedule.png").stat().st_size > 0
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["outcome"] == "ok"
+        assert f"after {len(result['history'])} evaluations" in told.stdout
+
+    def test_flags_reach_the_run(self, call, tmp_path):
+        code, told, _ = call(
+            *("tune", "--problem", "wine-mlp", "--rule", "sgd", "--steps", "4", "--budget", "1s"),
+            *("--learn", "lr,momentum", "--schedule", "lr=piecewise:3", "--start", "lr=0.05"),
+            *("--option", "nesterov=true", "--option", "width=8", "--option", "activation=tanh"),
+            *("--start", "momentum=0.5", "--seed", "3", "--out", str(tmp_path)),
+        )
+        assert code == 0
+        settings = json.loads((tmp_path / "settings.json").read_text())
+        assert settings["problem_options"] == {"width": 8, "activation": "tanh"}
+        assert settings["rule_options"]["nesterov"] is True
+        assert settings["schedules"] == {"lr": "piecewise:3"}
+        assert settings["given"] == {"lr": 0.05, "momentum": 0.5}
+        assert (settings["seed"], settings["steps"], settings["rule"]) == (3, 4, "sgd")
+        assert "sgd on wine-mlp" in told
+
+    def test_grains_and_discrete_options_are_learned(self, call):
+        code, told, _ = call(
+            *("tune", "--problem", "wine-mlp", "--rule", "alphagrad", "--steps", "3"),
+            *("--learn", "alpha,width", "--grain", "alpha=tensor", "--budget", "2s"),
+        )
+        assert code == 0
+        assert "route: search" in told
+        assert "there is no gradient in width (integer)" in " ".join(told.split())
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            (["--problem", "wine-mpl"], "'wine-mpl'; did you mean 'wine-mlp'"),
+            (["--rule", "adamm"], "'adamm'; did you mean 'adam'"),
+            (["--learn", "leraning_rate"], "'leraning_rate'"),
+            (["--start", "lr"], "--start 'lr' is not NAME=VALUE"),
+            (["--start", "lr=fast"], "--start lr='fast' is not a number"),
+            (["--start", "=1"], "--start '=1' is not NAME=VALUE"),
+            (["--start", "lr=0"], "lr=0 has no place on its log scale"),
+            (["--schedule", "lr"], "--schedule 'lr' is not NAME=VALUE"),
+            (["--schedule", "lr=cosin"], "'cosin'; did you mean 'cosine'"),
+            (["--grain", "lr="], "--grain 'lr=' is not NAME=VALUE"),
+            (["--grain", "lr=tensors"], "'tensors'; did you mean 'tensor'"),
+            (["--option", "widht=8"], "'widht'; did you mean 'width'"),
+            (["--option", "width=wide"], "width='wide' is not a whole number"),
+            (["--budget", "soon"], "budget='soon' is not a time"),
+            (["--route", "serach"], "'serach'; did you mean 'search'"),
+            (["--steps", "0"], "steps=0 trains nothing"),
+        ],
+    )
+    def test_a_mistake_is_one_line_and_exit_code_2(self, call, arguments, told):
+        code, out, err = call(*WINE, *arguments)
+        assert (code, out) == (2, "")
+        assert told in one_line(err)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["tune"], ["tune", "--problem"], [*WINE, "--bogus"], ["bogus"], [*WINE, "--steps", "x"]],
+    )
+    def test_wrong_usage_is_exit_code_2_without_a_traceback(self, call, arguments):
+        code, out, err = call(*arguments)
+        assert (code, out) == (2, "")
+        assert "Error" in err and "Traceback" not in err
+
+    def test_help_says_what_there_is(self, call):
+        code, out, _ = call("--help")
+        assert code == 0
+        for name in ("tune", "study", "rules", "problems", "demo"):
+            assert name in out
+
+
+class TestLists:
+    def test_rules_lists_every_rule_with_its_hypers(self, call):
+        code, out, _ = call("rules")
+        assert code == 0
+        for name, rule in RULES.items():
+            assert f" {name} " in out
+            assert all(hyper in out for hyper in rule.hypers)
+
+    def test_problems_lists_every_problem(self, call):
+        code, out, _ = call("problems")
+        assert code == 0
+        assert all(f" {name} " in out for name in PROBLEMS)
+
+
+class Session:
+    """A run of its own process on one folder."""
+
+    def __init__(self, folder, budget):
+        self.folder = folder
+        arguments = [*WINE, "--learn", "lr,beta1", "--out", str(folder), "--budget", budget]
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def interrupt(self, when):
+        """Press Ctrl-C as soon as `when()`; (exit code, stdout, stderr)."""
+        # The start of Python and torch on a busy machine.
+        deadline = time.monotonic() + 120
+        while not when() and time.monotonic() < deadline:
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.05)
+        self.process.send_signal(signal.SIGINT)
+        return self.end()
+
+    def end(self):
+        out, err = self.process.communicate(timeout=120)
+        return self.process.returncode, out, err
+
+    @property
+    def result(self):
+        return json.loads((self.folder / "result.json").read_text())
+
+
+def test_ctrl_c_keeps_the_best_and_the_same_command_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    first = Session(folder, "1h")
+    code, out, err = first.interrupt((folder / "state.pt").exists)
+    assert code == 130, err
+    assert "interrupted" in out and "Traceback" not in err
+    before = first.result
+    assert before["outcome"] == "interrupted"
+    assert before["history"]
+
+    second = Session(folder, f"{before['settings']['spent'] + 1}s")
+    code, out, err = second.end()
+    assert code == 0, err
+    after = second.result
+    assert after["outcome"] == "ok"
+    assert after["history"][: len(before["history"])] == before["history"]
+    assert len(after["history"]) > len(before["history"])
+
+
+def test_a_second_run_on_a_folder_in_use_is_refused(tmp_path, call):
+    first = Session(tmp_path, "1h")
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "state.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        code, _, err = call(*WINE, "--learn", "lr,beta1", "--out", str(tmp_path))
+        assert code == 2
+        assert f"{tmp_path} is in use by another run" in one_line(err)
+    finally:
+        first.process.kill()
+        first.end()
+    # Killed, not asked to stop: the folder is free at once and the run goes on.
+    code, out, _ = call(*WINE, "--learn", "lr,beta1", "--out", str(tmp_path), "--budget", "3s")
+    assert code == 0, out
