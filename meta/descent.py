@@ -24,22 +24,24 @@ from .training import Training
 _RECENT, _OUTLIER = 11, 5.0
 # Of the anchor, per step; and the growth of a cut step per trusted estimate.
 _KEPT, _RECOVERY = 0.8, 1.05
+# Of the largest squared entry of the gradient, per step.
+_REMEMBERED = 0.9
 
 
 @dataclass
 class Descent:
     """Where a descent stands: everything needed to go on with it.
 
-    z: coordinates of the next estimate. trusted: the last ones whose metagradient could be used.
-    anchor: a running average of the trusted ones. losses: theirs. scale: the factor by which
-    failures have cut the step.
+    z: coordinates of the next estimate. anchor: a running average of those whose estimate was
+    trusted. losses: theirs. steepest: a running mean square of the largest entry of their
+    gradients. scale: the factor by which failures have cut the step.
     """
 
     z: Tensor
     slots: Tensors
-    trusted: Tensor | None = None
     anchor: Tensor | None = None
     losses: list[float] = field(default_factory=list)
+    steepest: float = 0.0
     failures: int = 0
     scale: float = 1.0
     carry: Any = None
@@ -51,13 +53,12 @@ class Descent:
 class MetaOptimizer:
     """Descends the held-out loss in unconstrained coordinates (logarithms, logits).
 
-    The gradient it follows is relative: d log(loss) / d coordinate, which says by what share the
-    loss falls if a learning rate doubles, whatever the loss is measured in. rule: any rule of the
-    catalogue, by default Adam. rate: its learning rate at the start, so 0.2 is at most about 20 %
-    of a learning rate per step; it falls to 0 with the budget along half a cosine. eps: the
-    relative gradient below which a coordinate is left to rest; without it Adam would march the
-    ones that do not matter as fast as the ones that do. bound: the most that a coordinate moves in
-    one step.
+    rule: any rule of the catalogue, by default Adam. It is given the gradient relative to the
+    recent largest entry of it, so that neither the units of the loss nor its fall matter. rate: the
+    rule's learning rate at the start, so 0.2 is at most about 20 % of a learning rate per step; it
+    falls to 0 with the budget along half a cosine. eps: the share of the largest entry below which
+    a coordinate is left to rest; without it Adam would march the ones that do not matter as fast
+    as the ones that do. bound: the most that a coordinate moves in one step.
 
     Every metagradient has a training seed of its own, so that the expected loss is descended and
     not one seed's. An estimate is not trusted if training diverged, if the adjoint grew more than
@@ -70,7 +71,7 @@ class MetaOptimizer:
     estimator: Estimator = field(default_factory=Replay)
     rule: Rule = field(default_factory=lambda: find_rule("adam"))
     rate: float = 0.2
-    eps: float = 0.03
+    eps: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.99
     bound: float = 0.5
@@ -130,14 +131,16 @@ class MetaOptimizer:
     def _advance(
         self, coordinates: Coordinates, descent: Descent, loss: float, grad: Tensor, progress: float
     ) -> None:
-        z = descent.trusted = descent.z
+        z = descent.z
         descent.anchor = z if descent.anchor is None else torch.lerp(z, descent.anchor, _KEPT)
         descent.losses.append(loss)
         descent.failures = 0
         descent.scale = min(1.0, descent.scale * _RECOVERY)
-        # A loss may be 0 or cross it, where shares of it mean nothing.
-        size = max(abs(loss), 1e-3 * max(map(abs, descent.losses)), 1e-30)
-        t = torch.tensor(float(len(descent.losses)), dtype=torch.float64)
+        moves = len(descent.losses)
+        largest = float(grad.abs().max()) ** 2
+        descent.steepest = _REMEMBERED * descent.steepest + (1 - _REMEMBERED) * largest
+        size = math.sqrt(descent.steepest / (1 - _REMEMBERED**moves))
+        t = torch.tensor(float(moves), dtype=torch.float64)
         rate = descent.scale * self.rate * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         moved, descent.slots = flat_step(
             self.rule, coordinates.layout, z, grad / size, descent.slots, t, self._values(rate)

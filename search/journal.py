@@ -6,7 +6,6 @@ the file again, and a lock left by a killed process blocks the next one for 30 s
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; raise BlockingIOError if another process does."""
+    """Hold a run's folder; raise BlockingIOError if another process does.
+
+    Where the system has no flock (Windows), a second run is not noticed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
     with open(folder / "lock", "a") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..meta.differences import held_out_loss
@@ -13,28 +14,43 @@ from ..meta.training import Training
 _SHORT, _LONG = 1, 3
 
 
-def check_first_loss(training: Training, seed: int) -> None:
-    """Raise ValueError if the loss is not finite before any update."""
+def first_losses(training: Training, seed: int) -> dict[str, float]:
+    """The training and the held-out loss before any update; ValueError if one is not finite.
+
+    To five digits, which tell one problem from another and do not depend on the machine.
+    """
     params, buffers = training.problem.start(seed)
     values = training.resolve({}).at(0)
     loss_values = {name: values[name] for name in training.problem.hypers}
-    loss, _ = training.problem.inner_loss(params, buffers, loss_values, 0, seed)
-    if not math.isfinite(float(loss)):
-        raise ValueError(
-            f"{training.label}: the loss is {float(loss)} at step 0, before any update; check the "
-            "data for NaN, the model's initial weights and the loss function"
-        )
+    losses = {
+        "train": training.problem.inner_loss(params, buffers, loss_values, 0, seed)[0],
+        "held-out": training.problem.outer_loss(params, buffers, loss_values),
+    }
+    for name, loss in losses.items():
+        if not math.isfinite(float(loss)):
+            raise ValueError(
+                f"{training.label}: the {name} loss is {float(loss)} at step 0, before any update; "
+                "check the data for NaN, the model's initial weights and the loss function"
+            )
+    return {name: float(f"{float(loss):.5g}") for name, loss in losses.items()}
 
 
-def check_budget(training: Training, estimator: Estimator | None, budget: float, seed: int) -> None:
+def check_budget(
+    training: Training,
+    learned: Iterable[str],
+    estimator: Estimator | None,
+    budget: float,
+    seed: int,
+) -> None:
     """Raise ValueError if one evaluation of the whole training takes longer than budget seconds.
 
     estimator: the one whose estimates are to be paid for; None for plain trainings.
     """
     # The first call of anything pays for what is loaded and allocated once.
-    _seconds(training, estimator, _SHORT, seed)
+    names = {name.partition(".")[0] for name in learned}
+    _seconds(training, names, estimator, _SHORT, seed)
     short, longer = (
-        min(_seconds(training, estimator, steps, seed) for _ in range(2))
+        min(_seconds(training, names, estimator, steps, seed) for _ in range(2))
         for steps in (_SHORT, _LONG)
     )
     per_step = max(longer - short, 0.0) / (_LONG - _SHORT)
@@ -47,11 +63,13 @@ def check_budget(training: Training, estimator: Estimator | None, budget: float,
         )
 
 
-def _seconds(training: Training, estimator: Estimator | None, steps: int, seed: int) -> float:
+def _seconds(
+    training: Training, names: set[str], estimator: Estimator | None, steps: int, seed: int
+) -> float:
     # Schedules cost nothing to speak of, and one of them may have a knob per step.
     given = {name: v for name, v in training.given.items() if name in training.declared}
     short = replace(training, steps=steps, schedules={}, given=given)
-    point = short.defaults()
+    point = {name: value for name, value in short.defaults().items() if name in names}
     began = time.monotonic()
     if estimator:
         estimator(short, point, seed=seed)

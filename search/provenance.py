@@ -34,6 +34,8 @@ def _unchanging() -> Provenance:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "gpus": _gpus(),
     }
 
 
@@ -48,6 +50,20 @@ def _cpu_model() -> str:
     listing = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", listing.read_text()) if listing.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def _memory_gib() -> int | None:
+    """Of the machine, whatever part of it a container may use."""
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", ())):
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
+
+
+def _gpus() -> str | None:
+    """The names of those this process may use; asking for a name starts CUDA, so only if any."""
+    if not torch.cuda.is_available():
+        return None
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
 __all__ = ["PACKAGES", "Provenance", "provenance"]

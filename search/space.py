@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..inner.hyper import Choice, Discrete, Hyper, Tensors
 from ..inner.rule import unknown
@@ -60,7 +61,8 @@ class Space:
     @cached_property
     def smooth(self) -> dict[str, Hyper]:
         names = self.training.expand(name for name in self.learn if name not in self._options)
-        return {name: self.training.hypers[name] for name in names}
+        start = self.training.start(names) if names else {}
+        return {name: _around(self.training.hypers[name], start[name]) for name in names}
 
     @property
     def size(self) -> int:
@@ -157,6 +159,12 @@ class Space:
             **discrete,
         }
         return in_force[option] == wanted
+
+
+def _around(hyper: Hyper, start: Tensor) -> Hyper:
+    """The hyper with a search range that holds where it starts."""
+    low, high = hyper.search
+    return replace(hyper, search=(min(low, float(start.min())), max(high, float(start.max()))))
 
 
 def _size(hyper: Hyper) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from ..meta.differences import held_out_loss
 from ..meta.hypergradient import make_training, split_names
 from ..meta.outcome import Outcome
 from ..meta.problem import Problem
-from ..meta.training import Grain
+from ..meta.training import Grain, Training
 from .budget import Clock, seconds
+from .confirm import CANDIDATES, confirm
 from .decision import Decision, choose_route, reconsider
 from .folder import RunFolder
 from .log import Event, Log
-from .probe import check_budget, check_first_loss
+from .probe import check_budget, first_losses
 from .progress import watching
 from .provenance import provenance
 from .result import Result
@@ -35,8 +37,6 @@ from .space import Point, Space
 
 # The share of the budget kept for training the best candidates again under other seeds.
 _CONFIRMING = 0.12
-_CANDIDATES = 5
-_CONFIRMING_SEEDS = 8
 
 
 def tune(
@@ -71,7 +71,8 @@ def tune(
     training = make_training(problem, rule, steps, schedules, grains, given)
     space = Space(training, split_names(learn))
     decision = choose_route(space, route)
-    settings = _settings(space, route, seed)
+    meta = meta or MetaOptimizer()
+    settings = _settings(space, meta, route, seed)
     log = Log(Clock(seconds(budget)))
     with ExitStack() as stack:
         if out is not None:
@@ -83,7 +84,7 @@ def tune(
             if done and done.settings["budget"] >= log.clock.budget and not done.interrupted:
                 return done
         log.watch = stack.enter_context(watching(progress))
-        return _run(space, decision, settings, log, meta or MetaOptimizer())
+        return _run(space, decision, settings, log, meta)
 
 
 def _run(
@@ -92,10 +93,9 @@ def _run(
     seed, start = settings["seed"], space.start()
     try:
         if not log.rows:
-            training = space.at(start.discrete)
-            check_first_loss(training, seed)
             estimator = meta.estimator if decision.route == "gradient" else None
-            check_budget(training, estimator, log.clock.budget, seed)
+            training = space.at(start.discrete)
+            check_budget(training, space.smooth, estimator, log.clock.budget, seed)
             if decision.route == "search":
                 import_module("optuna")
             # What is loaded and allocated once is not charged.
@@ -105,7 +105,7 @@ def _run(
         if decision.route == "search":
             _search(space, start, log, seed)
         losses, point = _confirm(space, start, log, seed)
-        outcome = _outcome(log, decision)
+        outcome = _outcome(log, decision, losses)
     except KeyboardInterrupt:
         if log.rows:
             log.save()
@@ -153,42 +153,39 @@ def _search(space: Space, start: Point, log: Log, seed: int) -> None:
 
 
 def _confirm(space: Space, start: Point, log: Log, seed: int) -> tuple[list[float], Point]:
-    """Train the best candidates again under common fresh seeds; the best mean wins.
-
-    Every evaluation so far had a seed of its own, so the lowest loss seen owes part to luck.
-    """
-    points = log.best(_CANDIDATES) or [start]
+    """The best of the points found and of where it all started, under fresh seeds."""
+    candidates = log.best(CANDIDATES - 2)
     if log.descent is not None and log.descent.anchor is not None:
         # The steps have shrunk to nothing by now, so this is the descent's own answer.
-        points.append(Point(Coordinates(space.smooth).point(log.descent.anchor)))
-    losses: list[list[float]] = [[] for _ in points]
-    for k in range(_CONFIRMING_SEEDS):
-        if k > 0 and log.clock.left <= 0:
-            break
-        for point, kept in zip(points, losses, strict=True):
-            training = space.at(point.discrete)
-            loss = float(held_out_loss(training, point.smooth, mix(seed, k, 1)))
-            # NaN compares as neither better nor worse, and so could win.
-            kept.append(loss if math.isfinite(loss) else math.inf)
-            log.watch(Event("confirm", kept[-1], log.best_loss, log.clock.progress))
-    winner = min(range(len(points)), key=lambda i: sum(losses[i]))
-    return losses[winner], points[winner]
+        candidates.insert(0, Point(Coordinates(space.smooth).point(log.descent.anchor)))
+    candidates.insert(1, start)
+
+    def train(point: Point, k: int) -> float:
+        training = space.at(point.discrete)
+        loss = float(held_out_loss(training, point.smooth, mix(seed, k, 1)))
+        log.watch(Event("confirm", loss, log.best_loss, log.clock.progress))
+        return loss
+
+    whole = max(log.clock.left, 1e-9)
+    return confirm(candidates, train, lambda: log.clock.left / whole)
 
 
 def _searching(log: Log) -> bool:
     return log.clock.progress < 1 - _CONFIRMING
 
 
-def _outcome(log: Log, decision: Decision) -> Outcome:
-    if not log.found:
-        return Outcome.DIVERGED
-    insisted = decision.route == "gradient" and log.descent is not None
-    return log.descent.outcome if insisted and log.descent else Outcome.OK
+def _outcome(log: Log, decision: Decision, losses: list[float]) -> Outcome:
+    if not log.rows:
+        return Outcome.OUT_OF_BUDGET
+    if decision.route == "gradient" and log.descent and log.descent.outcome is not Outcome.OK:
+        return log.descent.outcome
+    return Outcome.OK if math.isfinite(sum(losses)) else Outcome.DIVERGED
 
 
-def _settings(space: Space, route: str, seed: int) -> dict[str, Any]:
+def _settings(space: Space, meta: MetaOptimizer, route: str, seed: int) -> dict[str, Any]:
     """What makes a run the run it is; its budget may grow."""
     training = space.training
+    of_meta = {f.name: getattr(meta, f.name) for f in fields(meta)}
     return {
         "problem": training.problem.name,
         "problem_options": dict(training.problem.chosen),
@@ -204,6 +201,9 @@ def _settings(space: Space, route: str, seed: int) -> dict[str, Any]:
         "learn": list(space.learn),
         "route": route,
         "seed": seed,
+        "meta": of_meta | {"rule": meta.rule.name, "estimator": type(meta.estimator).__name__},
+        # Problems go by name, and two of one name need not be the same.
+        "first_losses": first_losses(space.at(space.start().discrete), seed),
     }
 
 
@@ -231,16 +231,22 @@ def _finish(
         defaults=default.varying | default.constant,
         scheduled=list(training.schedules),
         history=log.rows,
-        curves={
-            name: training.curve(values, settings["seed"])
-            for name, values in (("default", {}), ("learned", point.smooth))
-        }
-        if log.folder
-        else {},
         settings={**settings, "budget": log.clock.budget, "spent": log.clock.spent},
         provenance=dict(provenance()),
     )
     if log.folder:
         result.save(log.folder.result)
+        if not result.interrupted:
+            result = replace(result, curves=_curves(training, point, settings["seed"]))
+            result.save(log.folder.result)
         result.plot(log.folder.path / "schedule.png")
     return result
+
+
+def _curves(training: Training, point: Point, seed: int) -> dict[str, list[tuple[int, float]]]:
+    """Held-out loss along training before and after; empty if the user cannot wait for it."""
+    try:
+        learned = training.curve(point.smooth, seed)
+        return {"default": training.curve({}, seed), "learned": learned}
+    except KeyboardInterrupt:
+        return {}

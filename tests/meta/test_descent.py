@@ -131,7 +131,6 @@ class TestDivergence:
     def test_it_goes_halfway_back_to_the_anchor_and_cuts_the_step(self):
         stub = Stub(lambda call, point: failing() if call in (3, 4) else quadratic(point))
         descent, path, _ = descend(MetaOptimizer(stub), 5)
-        torch.testing.assert_close(descent.trusted, path[2], rtol=0, atol=0)
         away = [z - descent.anchor for z in (path[3], path[4], descent.z)]
         torch.testing.assert_close(away[1], away[0] / 2)
         torch.testing.assert_close(away[2], away[0] / 4)
@@ -144,7 +143,6 @@ class TestDivergence:
         trusted = torch.stack(path)
         assert (descent.anchor >= trusted.amin(0)).all()
         assert (descent.anchor <= trusted.amax(0)).all()
-        torch.testing.assert_close(descent.trusted, path[-1], rtol=0, atol=0)
 
     def test_a_success_forgives_and_the_step_grows_back(self):
         stub = Stub(lambda call, point: failing() if call == 3 else quadratic(point))
@@ -195,7 +193,7 @@ class TestDivergence:
 
         descent, _, estimates = descend(MetaOptimizer(Stub(judge)), 200)
         assert descent.outcome is Outcome.OK
-        assert descent.trusted[0] > wall - 0.3
+        assert descent.anchor[0] > wall - 0.5
         assert sum(not estimate.ok for estimate in estimates) < 100
 
 
@@ -212,7 +210,7 @@ class TestBlowUp:
     def test_a_blown_up_adjoint_is_a_failure(self):
         descent, path, _ = descend(MetaOptimizer(self.blown(1e7)), 2)
         assert descent.failures == 1
-        torch.testing.assert_close(descent.trusted, path[0], rtol=0, atol=0)
+        torch.testing.assert_close(descent.anchor, path[0], rtol=0, atol=0)
 
     def test_and_ends_as_noise_with_a_reason(self):
         descent, _, _ = descend(MetaOptimizer(self.blown(1e7), patience=2), 3)
@@ -239,9 +237,8 @@ class TestJump:
         return Stub(judge)
 
     def test_a_loss_far_above_the_recent_ones_is_not_trusted(self):
-        descent, path, _ = descend(MetaOptimizer(self.jumping(3.0)), 11)
+        descent, _, _ = descend(MetaOptimizer(self.jumping(3.0)), 11)
         assert descent.failures == 1
-        torch.testing.assert_close(descent.trusted, path[9], rtol=0, atol=0)
         assert max(descent.losses) == 1
 
     def test_a_small_rise_is(self):
@@ -255,6 +252,20 @@ class TestJump:
     def test_nothing_is_recent_at_the_start(self):
         descent, _, _ = descend(MetaOptimizer(self.jumping(30.0, at=2)), 3)
         assert descent.failures == 0
+
+
+def test_the_units_of_the_loss_do_not_matter():
+    ends = []
+    for unit in (1.0, 1e-6, -3.0):
+        # A negative unit turns the loss around, and its gradient is turned back.
+        def judge(call, point, unit=unit):
+            estimate = quadratic(point)
+            grad = {name: abs(unit) * g for name, g in estimate.grad.items()}
+            return Estimate(unit * estimate.loss, grad)
+
+        ends.append(descend(MetaOptimizer(Stub(judge), jump=1e9), 5)[0].z)
+    torch.testing.assert_close(ends[1], ends[0])
+    torch.testing.assert_close(ends[2], ends[0])
 
 
 def test_a_zero_metagradient_stalls():
@@ -279,8 +290,8 @@ def test_the_options_of_the_meta_rule_are_passed_on():
     assert not torch.equal(*ends)
     plain = MetaOptimizer(Stub(), rule=find_rule("sgd"), rate=0.1)
     _, path, estimates = descend(plain, 2, progress=lambda k, steps: 0.0)
-    relative = COORDINATES.pull(path[0], estimates[0].grad) / estimates[0].loss
-    torch.testing.assert_close(path[1], path[0] - 0.1 * relative)
+    grad = COORDINATES.pull(path[0], estimates[0].grad)
+    torch.testing.assert_close(path[1], path[0] - 0.1 * grad / grad.abs().max())
 
 
 def test_a_coordinate_that_does_not_matter_rests():

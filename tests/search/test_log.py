@@ -62,7 +62,7 @@ def test_the_folder_brings_everything_back(tmp_path, filled):
     filled.descent = Descent(
         z,
         {"m": z + 1},
-        trusted=z + 2,
+        anchor=z + 2,
         failures=3,
         scale=0.25,
         carry=object(),
@@ -83,7 +83,7 @@ def test_the_folder_brings_everything_back(tmp_path, filled):
     assert (back.descent.failures, back.descent.scale, back.descent.reason) == (3, 0.25, "why")
     assert back.descent.carry is None
     torch.testing.assert_close(back.descent.z, z, rtol=0, atol=0)
-    torch.testing.assert_close(back.descent.trusted, z + 2, rtol=0, atol=0)
+    torch.testing.assert_close(back.descent.anchor, z + 2, rtol=0, atol=0)
     torch.testing.assert_close(back.descent.slots["m"], z + 1, rtol=0, atol=0)
 
 

@@ -1,5 +1,7 @@
 """The space both routes share: what is smooth, what is discrete, and how Optuna sees it."""
 
+import math
+
 import optuna
 import pytest
 import torch
@@ -91,9 +93,11 @@ class TestStart:
         assert start.smooth["lr"].item() == 0.05
         assert start.discrete == {"nesterov": True}
 
-    def test_a_start_outside_the_search_range_is_moved_to_its_edge(self, space):
+    def test_a_start_outside_the_search_range_widens_it(self, space):
         found = space("lr", given={"lr": 50.0})
-        assert found.numbers(found.start()) == {"lr": 10.0}
+        assert found.numbers(found.start()) == {"lr": 50.0}
+        assert found.distributions()["lr"].high == 50.0
+        assert found.smooth["lr"].box()[1] == pytest.approx(math.log(50.0))
 
 
 class TestNumbers:

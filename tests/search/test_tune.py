@@ -255,9 +255,14 @@ class TestMessages:
 
     def test_nan_in_the_data_is_found_at_step_0(self, make_problem):
         broken = torch.full((40, 5), math.nan), torch.zeros(40, dtype=torch.int64)
-        with pytest.raises(ValueError, match="the loss is nan at step 0") as told:
+        with pytest.raises(ValueError, match="the train loss is nan at step 0") as told:
             run(make_problem(train=broken))
         assert "check the data for NaN" in str(told.value)
+
+    def test_nan_in_the_held_out_data_is_found_at_step_0(self, make_problem):
+        broken = torch.full((40, 5), math.nan), torch.zeros(40, dtype=torch.int64)
+        with pytest.raises(ValueError, match="the held-out loss is nan at step 0"):
+            run(make_problem(valid=broken))
 
     def test_a_start_without_a_logarithm_is_refused(self, problem):
         with pytest.raises(ValueError, match="lr=0 has no place on its log scale") as told:
