@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUDGET ?= 50s
+# On Linux the package index's own torch brings several GB of CUDA along. On a machine without a
+# GPU give the index of torch's CPU builds instead: make demo TORCH_INDEX=...
+TORCH_INDEX ?=
 
 .PHONY: demo test check clean
 
@@ -25,7 +28,8 @@ $(VENV)/bin/python:
 # torch by itself first: pinned, it is the build that the rest was tested with.
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 

@@ -33,12 +33,12 @@ _TO_VALUE: dict[Scale, Callable[[Tensor], Tensor]] = {
 class Hyper:
     """A continuous hyperparameter.
 
-    low, high: the legal values, high exclusive on the logit scale. scale: the coordinate in which
-    a unit step means about the same everywhere. search: the range in which a tuner moves. start:
-    where tuning begins, for a default that its scale cannot represent (0 has no logarithm).
-    size_power: the start is multiplied by numel**size_power of the tensor it acts on. shape: ()
-    for one shared number, else one value per knot, tensor or element. when: the (option, value)
-    under which it means anything.
+    low, high: the legal values, high exclusive on the logit scale and where infinite. scale: the
+    coordinate in which a unit step means about the same everywhere. search: the range in which a
+    tuner moves. start: where tuning begins, for a default that its scale cannot represent (0 has
+    no logarithm). size_power: the start is multiplied by numel**size_power of the tensor it acts
+    on. shape: () for one shared number, else one value per knot, tensor or element. when: the
+    (option, value) under which it means anything.
     """
 
     default: float
@@ -64,15 +64,19 @@ class Hyper:
         low, high = (self.free(torch.tensor(edge, dtype=torch.float64)) for edge in self.search)
         return float(low), float(high)
 
+    @property
+    def _open(self) -> bool:
+        """Whether high itself is illegal."""
+        return self.scale == "logit" or math.isinf(self.high)
+
     def legal(self) -> str:
         """The legal values as an interval."""
-        end = ")" if self.scale == "logit" or math.isinf(self.high) else "]"
-        return f"[{self.low:g}, {self.high:g}{end}"
+        return f"[{self.low:g}, {self.high:g}{')' if self._open else ']'}"
 
     def check(self, name: str, value: float | Tensor) -> None:
         """Raise ValueError unless every entry of value is legal."""
         values = torch.as_tensor(value, dtype=torch.float64)
-        above = values >= self.high if self.scale == "logit" else values > self.high
+        above = values >= self.high if self._open else values > self.high
         illegal = (values < self.low) | above | values.isnan()
         if bool(illegal.any()):
             worst = float(values[illegal].flatten()[0])
@@ -104,11 +108,22 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Choice:
-    """A categorical option. when: the (option, value) under which it means anything."""
+    """A categorical option. options: plain values, because runs are saved as JSON. when: the
+    (option, value) under which it means anything.
+    """
 
     default: object
     options: tuple[object, ...]
     when: tuple[str, object] | None = None
+
+    def __post_init__(self) -> None:
+        for option in (self.default, *self.options):
+            if not isinstance(option, bool | int | float | str | None):
+                raise TypeError(
+                    f"the option {option!r} is a {type(option).__name__}, which a saved run cannot "
+                    "hold: options are None, bool, int, float or str; give its name instead and "
+                    "look the name up, as in {'relu': nn.ReLU}[activation]"
+                )
 
     def check(self, name: str, value: object) -> None:
         if value not in self.options:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -30,24 +31,32 @@ class Slot:
     shared: bool = False
 
 
-zeros = Slot(lambda p, values: torch.zeros_like(p))
+def _zeros(p: Tensor, values: Tensors) -> Tensor:
+    return torch.zeros_like(p)
+
+
+zeros = Slot(_zeros)
 
 
 def filled(name: str) -> Slot:
     """A buffer that starts at the value of the hyperparameter called name."""
-    return Slot(lambda p, values: torch.zeros_like(p) + values[name])
+    return Slot(partial(_filled, name))
+
+
+def _filled(name: str, p: Tensor, values: Tensors) -> Tensor:
+    return torch.zeros_like(p) + values[name]
 
 
 def shared(number: float) -> Slot:
     """One float64 number that starts the same everywhere; one per element where hypers are that."""
+    return Slot(partial(_shared, number), shared=True)
 
-    def init(p: Tensor, values: Tensors) -> Tensor:
-        shape = torch.broadcast_shapes(*(v.shape for v in values.values()))
-        if shape:  # A float64 vector would make float64 weights of others.
-            return torch.full(shape, number, dtype=p.dtype, device=p.device)
-        return torch.tensor(number, dtype=torch.float64)
 
-    return Slot(init, shared=True)
+def _shared(number: float, p: Tensor, values: Tensors) -> Tensor:
+    shape = torch.broadcast_shapes(*(v.shape for v in values.values()))
+    if shape:  # A float64 vector would make float64 weights of others.
+        return torch.full(shape, number, dtype=p.dtype, device=p.device)
+    return torch.tensor(number, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,25 @@ class Rule:
         """One step on one unit; nothing is changed in place."""
         return self.update(p, g, s, t, **values, **self.options())
 
+    def __reduce__(self) -> tuple[Callable[..., Rule], tuple[object, ...]]:
+        # By name: under the name of its function, pickle would find the rule instead.
+        if _registered(self.name) == replace(self, chosen={}):
+            return _recall, (self.name, dict(self.chosen))
+        return Rule, tuple(getattr(self, each.name) for each in fields(self))
+
+
+def _registered(name: str) -> Rule | None:
+    from .rules import RULES  # Here, because the registered rules are made with this module.
+
+    return RULES.get(name)
+
+
+def _recall(name: str, chosen: Mapping[str, object]) -> Rule:
+    found = _registered(name)
+    if found is None:
+        raise ValueError(f"there is no rule {name!r} here; it was pickled by another version")
+    return found.choose(**chosen) if chosen else found
+
 
 def rule(
     title: str,
@@ -155,5 +183,5 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that does not exist: the nearest one first, then all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{what} {name!r}{hint} it has: {', '.join(known) or 'none'}"
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return f"{what} {name!r};{hint} known: {', '.join(known) or 'none'}"

@@ -25,12 +25,14 @@ _TINY = 1e-6
 class Schedule:
     """name: as it is asked for. knobs(hyper, steps): the declarations that replace the scheduled
     hyper, by suffix. values(i, steps, knobs, hyper): its values at the float64 steps i, shape
-    (len(i), *hyper.shape).
+    (len(i), *hyper.shape). levels: the knobs that are values of the hyper itself, in its unit and
+    grain; a value given for the hyper is one for them.
     """
 
     name: str
     knobs: Callable[[Hyper, int], dict[str, Hyper]]
     values: Callable[[Tensor, int, Tensors, Hyper], Tensor]
+    levels: tuple[str, ...] = ("peak",)
 
     def table(self, steps: int, knobs: Tensors, hyper: Hyper) -> Tensor:
         """The value in force at each of the steps, first dimension time."""
@@ -47,6 +49,7 @@ def constant() -> Schedule:
         "constant",
         lambda hyper, steps: {"": hyper},
         lambda i, steps, k, hyper: _scaled(torch.ones_like(i), k[""]),
+        levels=("",),
     )
 
 
@@ -171,6 +174,7 @@ def piecewise(knots: int = 16) -> Schedule:
         f"piecewise:{knots}",
         lambda hyper, steps: {"knots": hyper.shaped(knots, *hyper.shape)},
         values,
+        levels=("knots",),
     )
 
 
@@ -184,6 +188,7 @@ def free() -> Schedule:
         "free",
         lambda hyper, steps: {"steps": hyper.shaped(steps, *hyper.shape)},
         lambda i, steps, k, hyper: k["steps"][i.long()],
+        levels=("steps",),
     )
 
 
@@ -213,6 +218,6 @@ def find_schedule(spec: str | Schedule) -> Schedule:
     if not argument:
         return make()
     try:
-        return make(int(argument) if argument.isdigit() else argument)
+        return make(int(argument) if argument.removeprefix("-").isdigit() else argument)
     except TypeError as error:
         raise ValueError(f"schedule {spec!r}: {name} cannot take {argument!r}") from error

@@ -26,18 +26,20 @@ class HyperScheduler(LRScheduler):
         count = len(optimizer.param_groups)
         self.tables: dict[str, list[Sequence[float]]] = {}
         for name, table in tables.items():
-            nested = isinstance(table[0], Sequence)
+            nested = len(table) > 0 and isinstance(table[0], Sequence)
             self.tables[name] = list(table) if nested else [table] * count  # type: ignore[arg-type,list-item]
             if len(self.tables[name]) != count:
-                raise ValueError(
-                    f"{name} has {len(self.tables[name])} schedules for {count} parameter groups"
-                )
+                raise ValueError(_uneven(name, len(self.tables[name]), count))
+            if any(len(each) == 0 for each in self.tables[name]):
+                raise ValueError(f"a table of {name} is empty; give its value at every step")
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of every group now; the other scheduled hypers are set on the way."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for name, per_group in self.tables.items():
+            if len(per_group) != len(rates):
+                raise ValueError(_uneven(name, len(per_group), len(rates)))
             for i, (group, table) in enumerate(
                 zip(self.optimizer.param_groups, per_group, strict=True)
             ):
@@ -56,3 +58,10 @@ class HyperScheduler(LRScheduler):
                         f"hold {', '.join(k for k in group if k != 'params')}"
                     )
         return rates
+
+
+def _uneven(name: str, tables: int, groups: int) -> str:
+    return (
+        f"{name} has {tables} schedules for {groups} parameter groups; give one for each, and add "
+        "groups to the optimizer before the scheduler is made"
+    )

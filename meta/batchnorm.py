@@ -7,7 +7,6 @@ reads them, so a metagradient without that path is wrong. Ioffe & Szegedy 2015, 
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,32 +18,43 @@ else:
     BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
+class _Carried(BatchNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return _normalized(self, x)
+
+
 def carry_statistics(model: nn.Module) -> None:
-    """Make every batch norm of model update its statistics out of place and differentiably."""
+    """Make every batch norm of model update its statistics out of place and differentiably.
+
+    A subclass with a forward of its own keeps it, and finds this batch norm at super().forward.
+    One that does not ask there (SyncBatchNorm) has statistics that are carried, not differentiated.
+    """
     for module in model.modules():
         if isinstance(module, BatchNorm):
-            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+            kind = type(module)
+            # Python's order of bases puts _Carried behind kind and its parents but for _BatchNorm.
+            module.__class__ = type(kind.__name__, (kind, _Carried), {})
 
 
-def _forward(self: BatchNorm, x: Tensor) -> Tensor:
-    self._check_input_dim(x)
+def _normalized(norm: BatchNorm, x: Tensor) -> Tensor:
+    norm._check_input_dim(x)
     across = [d for d in range(x.ndim) if d != 1]
-    tracking = self.running_mean is not None and self.running_var is not None
-    if self.training or not tracking:
+    tracking = norm.running_mean is not None and norm.running_var is not None
+    if norm.training or not tracking:
         count = x.numel() / x.shape[1]
         if count < 2:
             raise ValueError("batch norm needs more than one value per channel to train on")
         mean, var = x.mean(across), x.var(across, correction=0)
-        if self.training and tracking:
-            _update_statistics(self, mean, var, count)
+        if norm.training and tracking:
+            _update_statistics(norm, mean, var, count)
     else:
-        mean, var = self.running_mean, self.running_var  # type: ignore[assignment]
+        mean, var = norm.running_mean, norm.running_var  # type: ignore[assignment]
     shape = [1, -1] + [1] * (x.ndim - 2)
-    scale = torch.rsqrt(var + self.eps)
-    if self.affine:
-        scale = scale * self.weight
+    scale = torch.rsqrt(var + norm.eps)
+    if norm.affine:
+        scale = scale * norm.weight
     out = (x - mean.view(shape)) * scale.view(shape)
-    return out + self.bias.view(shape) if self.affine else out
+    return out + norm.bias.view(shape) if norm.affine else out
 
 
 def _update_statistics(norm: BatchNorm, mean: Tensor, var: Tensor, count: float) -> None:

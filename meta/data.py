@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -61,7 +61,7 @@ class DatasetData:
         return len(self._dataset)
 
     def to(self, device: torch.device) -> DatasetData:
-        return DatasetData(self._dataset, device)
+        return self if device == self._device else DatasetData(self._dataset, device)
 
     def batch(self, index: Tensor) -> tuple[Inputs, Tensor]:
         # A dataset may augment with any of the three usual generators; torch's is seeded already.
@@ -72,8 +72,23 @@ class DatasetData:
                 f"{type(self._dataset).__name__} must yield (inputs, target) tuples; a batch of it "
                 f"collates to {type(collated).__name__}"
             )
-        *inputs, target = (x.to(self._device) for x in collated)
-        return (inputs[0] if len(inputs) == 1 else tuple(inputs)), target
+        *nested, target = collated
+        inputs = tuple(self._flat(nested))
+        (target,) = self._flat([target])
+        return (inputs[0] if len(inputs) == 1 else inputs), target
+
+    def _flat(self, nested: Iterable[object]) -> Iterator[Tensor]:
+        """The tensors of nested tuples, in order and on the device."""
+        for x in nested:
+            if isinstance(x, tuple | list):
+                yield from self._flat(x)
+            elif isinstance(x, Tensor):
+                yield x.to(self._device)
+            else:
+                raise TypeError(
+                    f"{type(self._dataset).__name__} yields what collates to "
+                    f"{type(x).__name__}; inputs and target must be tensors or numbers"
+                )
 
     def whole(self) -> tuple[Inputs, Tensor]:
         # Held-out data are read after every training: collated once, then kept on the device.

@@ -45,7 +45,9 @@ def make_training(
 
 def split_names(learn: str | Iterable[str]) -> tuple[str, ...]:
     """("lr", "beta1") from "lr,beta1" or from any iterable of names."""
-    return tuple(name.strip() for name in learn.split(",")) if isinstance(learn, str) else (*learn,)
+    if isinstance(learn, str):
+        return tuple(name for part in learn.split(",") if (name := part.strip()))
+    return tuple(learn)
 
 
 def hypergradient(
@@ -67,11 +69,16 @@ def hypergradient(
     hypers of the loss only. The derivatives are in the values, not in their logarithms.
     """
     training = make_training(problem, rule, steps, schedules, grains, given)
+    names = split_names(learn)
+    if not names:
+        raise ValueError(
+            f"learn names no hyper to differentiate in; known: {', '.join(training.hypers)}"
+        )
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(unknown("there is no method", method, METHODS))
         method = METHODS[method]()
-    estimate, _ = method(training, training.start(split_names(learn)), None, seed=seed)
+    estimate, _ = method(training, training.start(names), None, seed=seed)
     return estimate
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cuda
 from torch.func import functional_call
 
 from ..inner.hyper import Discrete, Hyper, Tensors
@@ -19,6 +21,11 @@ from .batchnorm import carry_statistics
 from .data import Data, Split, as_data, mix
 
 LossFn = Callable[..., Tensor]
+_FUSED: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+)
 
 
 @runtime_checkable
@@ -83,11 +90,14 @@ class ModuleProblem:
         self._batch_size = int(str(options.pop("batch_size", self.batch_size)))
         self._options = options
         with _seeded(0):
-            self._model = self.make_model(**options)
-        self._device = _checked_device(self._model, self.name)
+            made = self.make_model(**options)
+        self._device = _checked_device(made, self.name)
+        self._model = _own_modules(made)
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in made.modules())
         carry_statistics(self._model)
-        self._data = {split: data.to(self._device) for split, data in self.splits.items()}
-        _check_sizes(self._data, self._batch_size, self.name)
+        # On the device for this problem and for those it makes by `choose`.
+        self.splits = {split: data.to(self._device) for split, data in self.splits.items()}
+        _check_sizes(self.splits, self._batch_size, self.name)
         self._mutable = {n for n, _ in self._model.named_buffers()}
 
     def choose(self, **chosen: object) -> ModuleProblem:
@@ -107,30 +117,30 @@ class ModuleProblem:
     def inner_loss(
         self, params: Tensors, buffers: Tensors, hypers: Tensors, step: int, seed: int
     ) -> tuple[Tensor, Tensors]:
-        data = self._data["train"]
+        data = self.splits["train"]
         with _seeded(mix(seed, step, 2), self._device):
             inputs, target = data.batch(_draw(len(data), self._batch_size, step, seed))
             # Copies, because a module may update its buffers in place; frozen weights stay put.
             carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
             output, carried = self._forward(params, carried, inputs, training=True)
             extra = {"hypers": hypers, "params": params} if self.hypers else {}
-            return self.loss_fn(output, target, **extra), carried
+            return _scalar(self.loss_fn, output, target, **extra), carried
 
     def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
         output, target = self._evaluate(params, buffers, "valid")
-        return self.outer_loss_fn(output, target)
+        return _scalar(self.outer_loss_fn, output, target)
 
     def measure(self, params: Tensors, buffers: Tensors, split: Split) -> dict[str, float]:
         if split not in self.splits:
             raise ValueError(unknown(f"{self.name} has no split", split, self.splits))
         with torch.no_grad():
             output, target = self._evaluate(params, buffers, split)
-            loss = {"loss": float(self.outer_loss_fn(output, target))}
+            loss = {"loss": float(_scalar(self.outer_loss_fn, output, target))}
             return loss | {n: float(f(output, target)) for n, f in self.metrics.items()}
 
     def _evaluate(self, params: Tensors, buffers: Tensors, split: Split) -> tuple[Tensor, Tensor]:
         with _seeded(0, self._device):
-            inputs, target = self._data[split].whole()
+            inputs, target = self.splits[split].whole()
             output, _ = self._forward(params, dict(buffers), inputs, training=False)
         return output, target
 
@@ -140,8 +150,9 @@ class ModuleProblem:
         self._model.train(training)
         state = {**params, **buffers}
         args = inputs if isinstance(inputs, tuple) else (inputs,)
-        # functional_call writes buffers that a module replaced back into this dict.
-        output = functional_call(self._model, state, args)
+        with _twice_differentiable(self._recurrent):
+            # functional_call writes buffers that a module replaced back into this dict.
+            output = functional_call(self._model, state, args)
         return output, {n: state[n] for n in buffers}
 
 
@@ -189,6 +200,49 @@ def problem_from_module(
         metrics=metrics,
         choices=choices,
     )
+
+
+def _own_modules(model: nn.Module) -> nn.Module:
+    """Copies of all modules around the same tensors: make_model may return one that it keeps."""
+    held = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
+    return deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers(), *held)})
+
+
+def _scalar(loss_fn: LossFn, output: object, target: Tensor, **extra: Tensors) -> Tensor:
+    """The loss; NaN if loss_fn refuses an output because that is NaN."""
+    try:
+        loss = loss_fn(output, target, **extra)
+    except Exception:
+        if not isinstance(output, Tensor) or not bool(output.isnan().any()):
+            raise
+        return output.sum()
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise ValueError(
+            f"the loss function {name} returned shape {tuple(loss.shape)}; return a scalar, for "
+            "example the mean"
+        )
+    return loss
+
+
+@contextmanager
+def _twice_differentiable(recurrent: bool) -> Iterator[None]:
+    """Only kernels whose backward has a derivative: the fused ones of attention have none.
+
+    cuDNN's recurrent layers have none either, but its convolutions do.
+    """
+    # Not torch's sdpa_kernel, which takes as long as a small layer.
+    before = [enabled() for enabled, _ in _FUSED]
+    cudnn = torch.backends.cudnn.enabled
+    for _, enable in _FUSED:
+        enable(False)
+    torch.backends.cudnn.enabled = cudnn and not recurrent
+    try:
+        yield
+    finally:
+        for (_, enable), state in zip(_FUSED, before, strict=True):
+            enable(state)
+        torch.backends.cudnn.enabled = cudnn
 
 
 def _check_sizes(splits: Mapping[Split, Data], batch_size: int, name: str) -> None:

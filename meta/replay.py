@@ -9,6 +9,7 @@ a step's graph is kept from the first time and need not be made again. Maclaurin
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,16 +46,20 @@ class Replay:
             done = len(tape.steps)
             reason = f"the weights stopped being finite by step {done}"
             return Estimate.diverged(done, reason), None
-        loss, adjoint = _seed_adjoint(training, last, tape.plain, cotangents)
+        loss, adjoint = _seed_adjoint(tape, last, cotangents)
         if adjoint is None:
             reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
             note = Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
             return Estimate(float(loss), {}, note), None
         graphs = sum(isinstance(step, _Taped) for step in tape.steps)
         norms = [adjoint[0].norm()]
-        for i in reversed(range(training.steps)):
-            adjoint = _pull_back(tape.pop(i), adjoint, i, cotangents)
-            norms.append(adjoint[0].norm())
+        try:
+            for i in reversed(range(training.steps)):
+                adjoint = _pull_back(tape.pop(i), adjoint, i, cotangents)
+                norms.append(adjoint[0].norm())
+        except RuntimeError as error:
+            note = Note(Outcome.NOT_DIFFERENTIABLE, _only_once(error), training.steps)
+            return Estimate(float(loss), {}, note), None
         _pull_back_start(training, adjoint, tape.plain, seed, cotangents)
         note = Note(steps=training.steps, adjoint=torch.stack(norms[::-1]), graphs=graphs)
         return finished(loss, cotangents.through(resolved, leaves), note), None
@@ -70,18 +75,25 @@ class _Taped:
 
 @dataclass
 class _Tape:
-    """What the forward pass leaves for the way back: a graph or a state for each step."""
+    """What the forward pass leaves for the way back: a graph or a state for each step.
+
+    fixed: the buffers of the start. Until a step replaces one (frozen weights: never), it is a
+    constant without an adjoint.
+    """
 
     training: Training
     plain: Resolved
     seed: int
     names: list[str]
     room: float
+    fixed: Tensors = field(default_factory=dict)
     steps: list[_Taped | State] = field(default_factory=list)
     _graph_bytes: float = math.inf
 
     def record(self, i: int, state: State) -> State:
         """Step i, kept in the form there is room for."""
+        if i == 0:
+            self.fixed = state.buffers
         if i == 0 and self.room > 0:
             with _saved_bytes() as saved:
                 taped, after = self._with_graph(i, state)
@@ -102,9 +114,10 @@ class _Tape:
 
     def _with_graph(self, i: int, state: State) -> tuple[_Taped, State]:
         values, hypers = _leaf_values(self.plain, i, self.names)
-        before = _state(state, lambda x: x.detach().requires_grad_())
+        before = _leaves(state, self.fixed)
         after = self.training.step(before, values, i, self.seed, graph=True)
-        return _Taped([*_floats(before), *hypers], _floats(after)), _state(after, Tensor.detach)
+        taped = _Taped([*_moved(before, self.fixed), *hypers], _moved(after, self.fixed))
+        return taped, _each(after, self.fixed, Tensor.detach)
 
 
 @contextmanager
@@ -168,35 +181,48 @@ def _leaf_values(plain: Resolved, step: int, names: Sequence[str]) -> tuple[Tens
     return values | leaves, list(leaves.values())
 
 
-def _state(state: State, each: Callable[[Tensor], Tensor]) -> State:
-    """A state with every floating tensor passed through each."""
+def _each(state: State, fixed: Tensors, change: Callable[[Tensor], Tensor]) -> State:
+    """A state with every tensor that can carry an adjoint changed."""
 
     def through(x: Tensor) -> Tensor:
-        return each(x) if x.is_floating_point() else x
+        return change(x) if x.is_floating_point() else x
 
-    return State(
-        through(state.p),
-        {name: through(x) for name, x in state.slots.items()},
-        {name: through(x) for name, x in state.buffers.items()},
+    buffers = {n: x if x is fixed.get(n) else through(x) for n, x in state.buffers.items()}
+    return State(through(state.p), {name: through(x) for name, x in state.slots.items()}, buffers)
+
+
+def _leaves(state: State, fixed: Tensors) -> State:
+    return _each(state, fixed, lambda x: x.detach().requires_grad_())
+
+
+def _moved(state: State, fixed: Tensors) -> list[Tensor]:
+    """The tensors that can carry an adjoint, in a fixed order."""
+    moved = [x for name, x in state.buffers.items() if x is not fixed.get(name)]
+    return [x for x in (state.p, *state.slots.values(), *moved) if x.is_floating_point()]
+
+
+def _only_once(error: RuntimeError) -> str:
+    """Why a training step has no derivative; any other error is raised again."""
+    op = re.search(r"derivative for '?([\w:]+)'? is not implemented", str(error))
+    if not op:
+        raise error
+    return (
+        f"a training step cannot be differentiated: torch has no derivative for {op[1]}; use "
+        "another form of that operation in the model or its loss"
     )
 
 
-def _floats(state: State) -> list[Tensor]:
-    parts = [state.p, *state.slots.values(), *state.buffers.values()]
-    return [x for x in parts if x.is_floating_point()]
-
-
 def _seed_adjoint(
-    training: Training, last: State, plain: Resolved, cotangents: _Cotangents
+    tape: _Tape, last: State, cotangents: _Cotangents
 ) -> tuple[Tensor, list[Tensor] | None]:
     """The held-out loss and its gradient in the final state; None if it has no graph to it."""
-    final = training.steps - 1
-    values, hypers = _leaf_values(plain, final, cotangents.names)
-    state = _state(last, lambda x: x.detach().requires_grad_())
-    loss = training.outer_loss(state, values)
+    final = tape.training.steps - 1
+    values, hypers = _leaf_values(tape.plain, final, cotangents.names)
+    state = _leaves(last, tape.fixed)
+    loss = tape.training.outer_loss(state, values)
     if not loss.requires_grad:
         return loss, None
-    inputs = _floats(state)
+    inputs = _moved(state, tape.fixed)
     grads = torch.autograd.grad(loss, inputs + hypers, allow_unused=True, materialize_grads=True)
     cotangents.add(final, grads[len(inputs) :])
     return loss.detach(), list(grads[: len(inputs)])
@@ -214,7 +240,7 @@ def _pull_back(
         allow_unused=True,
         materialize_grads=True,
     )
-    of_state = len(adjoint)
+    of_state = len(taped.inputs) - len(cotangents.names)
     cotangents.add(i, grads[of_state:])
     return list(grads[:of_state])
 
@@ -224,7 +250,8 @@ def _pull_back_start(
 ) -> None:
     """The share of hypers that fill a slot before the first step."""
     values, hypers = _leaf_values(plain, 0, cotangents.names)
-    start = _floats(training.begin(values, seed))
+    state = training.begin(values, seed)
+    start = _moved(state, state.buffers)
     live = [(x, bar) for x, bar in zip(start, adjoint, strict=True) if x.requires_grad]
     if live:
         outputs, bars = zip(*live, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ class Training:
     given: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.steps, Integral):
+            raise ValueError(f"steps={self.steps!r} is not a whole number; give an int")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} trains nothing; give at least 1")
         clash = sorted(set(self.rule.hypers) & set(self.problem.hypers))
@@ -110,9 +113,8 @@ class Training:
     @cached_property
     def _knobs(self) -> dict[str, dict[str, Hyper]]:
         """For each hyper of rule and loss, its schedule's knobs by suffix."""
-        flat = constant()
         return {
-            name: self.schedules.get(name, flat).knobs(hyper, self.steps)
+            name: self._schedule(name).knobs(hyper, self.steps)
             for name, hyper in self.declared.items()
         }
 
@@ -155,18 +157,17 @@ class Training:
         self.rule.complain(self._divide(self.resolve(point).at(0))[1])
 
     def _given(self, name: str, *, learned: bool) -> Tensor:
-        hyper, base = self.hypers[name], name.partition(".")[0]
-        derived = name != base and self._inherits(name)
-        value = self.given.get(name, self.given.get(base) if name == base or derived else None)
+        hyper, (base, _, suffix) = self.hypers[name], name.partition(".")
+        level = suffix in self._schedule(base).levels
+        value = self.given.get(name, self.given.get(base) if level else None)
         if value is not None:
             return torch.as_tensor(value, dtype=torch.float64).expand(hyper.shape).clone()
         if learned:
-            return hyper.starting_value(self._sizes(base))
+            return hyper.starting_value(self._sizes(base) if level else torch.tensor(1.0))
         return torch.full(hyper.shape, hyper.default, dtype=torch.float64)
 
-    def _inherits(self, name: str) -> bool:
-        """Whether a knob is in the units of the hyper it schedules, as a peak or knots are."""
-        return self.hypers[name].shaped() == self.declared[name.partition(".")[0]].shaped()
+    def _schedule(self, name: str) -> Schedule:
+        return self.schedules.get(name) or constant()
 
     def _sizes(self, base: str) -> Tensor:
         """The numel of the tensors each value of a hyper acts on, in the hyper's grain."""
@@ -212,7 +213,10 @@ class Training:
         with torch.set_grad_enabled(graph):
             p, slots = flat_step(self.rule, self.layout, p, g, state.slots, t, rule_values)
         if not graph:
-            p, buffers = p.detach(), {name: b.detach() for name, b in buffers.items()}
+            # What the step did not touch stays the same object: Replay takes it for a constant.
+            same = state.buffers
+            buffers = {n: b if b is same.get(n) else b.detach() for n, b in buffers.items()}
+            p = p.detach()
         return State(p, slots, buffers)
 
     def _divide(self, values: Tensors) -> tuple[Tensors, Tensors]:
@@ -232,7 +236,8 @@ class Training:
         done: int = 0,
         advance: Callable[[int, State], State] | None = None,
     ) -> State | None:
-        """Train without a graph. watch sees every state, the first as (0, …). None: diverged.
+        """Train without a graph. watch sees every state, the first as (0, …). None: diverged,
+        that is, the weights were not finite at the end, or when something raised because of it.
 
         start: go on from this state, reached after `done` steps, instead of from fresh weights.
         advance: does a step in another way than `step` without a graph would.
@@ -241,18 +246,23 @@ class Training:
         if state is None:
             with torch.no_grad():
                 state = self.begin(resolved.at(0), seed)
-        for i in range(self.steps):
+        try:
+            for i in range(self.steps):
+                if watch:
+                    watch(i, state)
+                if advance:
+                    state = advance(i, state)
+                else:
+                    state = self.step(state, resolved.at(i), done + i, seed)
+                if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not _finite(state):
+                    return None
             if watch:
-                watch(i, state)
-            if advance:
-                state = advance(i, state)
-            else:
-                state = self.step(state, resolved.at(i), done + i, seed)
-            if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not bool(state.p.isfinite().all()):
-                return None
-        if watch:
-            watch(self.steps, state)
-        return state if bool(state.p.isfinite().all()) else None
+                watch(self.steps, state)
+        except Exception:  # A model may refuse NaN in any way it likes.
+            if _finite(state):
+                raise
+            return None
+        return state if _finite(state) else None
 
     def outer_loss(self, state: State, values: Tensors) -> Tensor:
         """The held-out loss of a state, with a graph to whatever requires grad."""
@@ -273,6 +283,10 @@ class Training:
 
         self.run(self.resolve(point), seed, watch)
         return marks
+
+
+def _finite(state: State) -> bool:
+    return bool(state.p.isfinite().all())
 
 
 def _full(name: str, suffix: str) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+TRACEBACK = "HYPERDESCENT_TRACEBACK"
+
 app = typer.Typer(
     help="Tune the hyperparameters of a training run by their own gradient.",
+    epilog=f"An error is one line; {TRACEBACK}=1 in the environment shows where it came from.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -19,7 +24,13 @@ app = typer.Typer(
 
 @app.command()
 def tune(
-    problem: Annotated[str, typer.Option(help="A built-in problem; see `hyperdescent problems`.")],
+    problem: Annotated[
+        str,
+        typer.Option(
+            help="A built-in problem (see `hyperdescent problems`), or package.module:function of "
+            "your own."
+        ),
+    ],
     rule: Annotated[str, typer.Option(help="An update rule; see `hyperdescent rules`.")] = "adamw",
     learn: Annotated[str, typer.Option(help="Hypers to learn, such as lr,beta1.")] = "lr",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
@@ -43,7 +54,7 @@ def tune(
     ] = None,
     threads: Annotated[int, typer.Option(help="Of torch; small models are fastest with one.")] = 1,
 ) -> None:
-    """Tune a rule's hyperparameters on a built-in problem."""
+    """Tune a rule's hyperparameters on a problem."""
     import torch
 
     from ..inner.rules import find_rule
@@ -85,7 +96,7 @@ def demo(
     """Metagradients against TPE on real data, in the same seconds: about two and a half minutes."""
     from .demo import run_demo
 
-    run_demo(out, budget, seed, address)
+    raise typer.Exit(run_demo(out, budget, seed, address))
 
 
 @app.command()
@@ -95,10 +106,10 @@ def study(
     address: Annotated[str | None, typer.Option(help="A Ray cluster; local by default.")] = None,
     serial: Annotated[bool, typer.Option(help="In this process, without Ray.")] = False,
 ) -> None:
-    """Run a study, problems by arms by seeds, in parallel on Ray."""
+    """Run a study, problems by arms by seeds, in parallel on Ray; exit code 1 if a cell failed."""
     from .show import run_study_file
 
-    run_study_file(file, out, address, serial)
+    raise typer.Exit(run_study_file(file, out, address, serial))
 
 
 @app.command()
@@ -144,12 +155,22 @@ def _option(text: str) -> Any:
 
 
 def main() -> None:
-    """Run the command; errors of the user's input are one line, Ctrl-C is exit code 130."""
+    """Run the command; errors are one line and exit code 2, Ctrl-C is exit code 130."""
     try:
         app()
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get(TRACEBACK):
+            traceback.print_exception(error)
+        hint = "" if _meant(error) else f" ({TRACEBACK}=1 shows where it came from)"
+        print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
+
+
+def _meant(error: Exception) -> bool:
+    """Whether it was raised for the user: by this package, or by the system."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    package = innermost.f_globals.get("__package__") or ""
+    return isinstance(error, OSError) or package.partition(".")[0] == "hyperdescent"
 
 
 if __name__ == "__main__":

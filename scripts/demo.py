@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 from ..search.folder import write_text
 from ..search.plot import compare
@@ -17,19 +18,25 @@ from ..search.provenance import provenance
 from ..search.result import Result
 from ..search.tune import tune
 from ..studies.problems import find_problem
-from ..studies.report import summary, table
+from ..studies.record import Record, Records
+from ..studies.report import summary
 from ..studies.run import run
 from ..studies.study import Arm, ProblemSpec, Study
-from .show import console, one_line
+from .show import INTERRUPTED, console, one_line, show_records
 
 PROBLEM, RULE, STEPS, SCHEDULES = "digits-mlp", "adamw", 200, {"lr": "piecewise:16"}
 LEARN = ("lr", "beta1", "beta2", "weight_decay")
 # Tuners train under seeds derived from theirs; these are fresh.
 FRESH_SEEDS = (1001, 1002, 1003, 1004, 1005)
+SHOWN = ("valid loss", "valid accuracy", "test loss", "test accuracy")
+# Without a terminal, a line of progress for so many cells.
+_CELLS_PER_LINE = 5
 
 
-def run_demo(out: Path, budget: str, seed: int, address: str | None) -> None:
-    """Tune twice, train three arms on fresh seeds, and write and print what came out."""
+def run_demo(out: Path, budget: str, seed: int, address: str | None) -> int:
+    """Tune twice, train three arms on fresh seeds, and write and print what came out; the exit
+    code. Interrupted, what it wrote so far is there for the same call to go on from.
+    """
     screen, began = console(), time.monotonic()
     # As in the cells that Ray runs, and the fastest for a model this small.
     torch.set_num_threads(1)
@@ -40,20 +47,18 @@ def run_demo(out: Path, budget: str, seed: int, address: str | None) -> None:
     found: dict[str, Result] = {}
     for name, route in (("hyperdescent", "auto"), ("tpe", "search")):
         result = found[name] = _tune(route, out / name, budget, seed)
+        if result.interrupted:
+            screen.print(INTERRUPTED)
+            return 130
         screen.print(
             f"{name}: held-out loss {result.loss:.4f} after {len(result.history)} evaluations; "
             f"route {result.route}: {result.reason}"
         )
     study = _study(found)
-    told = f"Training {len(study.arms)} arms with {len(study.seeds)} fresh seeds each, on Ray"
-    screen.print(told)
-    with screen.status(told) as status:
-        records = run(
-            study,
-            address=address or "local",
-            out=out / "records.jsonl",
-            progress=lambda record: status.update(f"{told}: {one_line(record)}"),
-        )
+    records = _train(study, out, address)
+    title = f"{PROBLEM}: mean ± standard deviation over fresh seeds"
+    if code := show_records(records, title, SHOWN):
+        return code
     whole: dict[str, Any] = {
         "study": study.model_dump(mode="json"),
         "summary": summary(records),
@@ -63,14 +68,13 @@ def run_demo(out: Path, budget: str, seed: int, address: str | None) -> None:
     }
     write_text(out / "result.json", json.dumps(whole, indent=1))
     pictured = {"default": found["hyperdescent"], **found}
-    title = f"{RULE} on {PROBLEM}, {budget} each"
-    compare(pictured, title).save(out / "schedule.png")
-    screen.print(table(records, title=f"{PROBLEM}: mean ± standard deviation over fresh seeds"))
+    compare(pictured, f"{RULE} on {PROBLEM}, {budget} each").save(out / "schedule.png")
     screen.print(f"{whole['seconds']:.0f} s in all; kept in {out}: result.json, schedule.png")
+    return 0
 
 
 def _tune(route: str, out: Path, budget: str, seed: int) -> Result:
-    result = tune(
+    return tune(
         find_problem(PROBLEM),
         RULE,
         learn=LEARN,
@@ -81,9 +85,25 @@ def _tune(route: str, out: Path, budget: str, seed: int) -> Result:
         route=route,
         out=out,
     )
-    if result.interrupted:
-        raise KeyboardInterrupt
-    return result
+
+
+def _train(study: Study, out: Path, address: str | None) -> Records:
+    """Every cell on Ray, the last one shown where there is a terminal, some as lines elsewhere."""
+    screen, ended = console(), 0
+    cells = len(study.arms) * len(study.seeds)
+    told = f"Training {len(study.arms)} arms with {len(study.seeds)} fresh seeds each, on Ray"
+    screen.print(told)
+    with screen.status(told) as status:
+
+        def progress(record: Record) -> None:
+            nonlocal ended
+            ended += 1
+            line = Text(f"{ended} of {cells}: {one_line(record)}")
+            status.update(line)
+            if not screen.is_terminal and ended % _CELLS_PER_LINE == 0:
+                screen.print(line)
+
+        return run(study, address=address or "local", out=out / "records.jsonl", progress=progress)
 
 
 def _study(found: dict[str, Result]) -> Study:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from ..inner.rule import Rule
     from ..search.result import Result
-    from ..studies.record import Record
+    from ..studies.record import Record, Records
 
+INTERRUPTED = "interrupted; the same command goes on from here"
 _SHOWN = 4
 
 
@@ -44,13 +45,7 @@ def show_result(result: Result, out: Path | None) -> None:
             str(result.options[name]),
         )
     screen.print(told)
-    spread = max(result.losses) - min(result.losses) if len(result.losses) > 1 else None
-    over = (
-        f" (mean over {len(result.losses)} training seeds, range {spread:.4f})"
-        if spread is not None
-        else ""
-    )
-    screen.print(f"held-out loss {result.loss:.4f}{over} after {len(result.history)} evaluations")
+    screen.print(f"held-out loss {result.loss:.4f}, {_how_sure(result)}")
     screen.print(f"route: {result.route}, because {result.reason}")
     if result.outcome is not Outcome.OK:
         screen.print(f"outcome: {result.outcome}: {result.outcome.sentence}")
@@ -58,9 +53,18 @@ def show_result(result: Result, out: Path | None) -> None:
         screen.print(f"kept in {out}: result.json, schedule.png; the same command goes on from it")
 
 
-def run_study_file(file: Path, out: Path, address: str | None, serial: bool) -> None:
-    """Run a study with a line of progress per cell, and print its table."""
-    from ..studies.report import table
+def _how_sure(result: Result) -> str:
+    """What the held-out loss is the loss of."""
+    evaluations = f"{len(result.history)} evaluations"
+    if not result.losses:
+        return f"the lowest of {evaluations} with a seed each, so partly luck"
+    low, high = min(result.losses), max(result.losses)
+    seeds = f"{len(result.losses)} fresh training seeds ({low:.4f} to {high:.4f})"
+    return f"the mean over {seeds}, after {evaluations}"
+
+
+def run_study_file(file: Path, out: Path, address: str | None, serial: bool) -> int:
+    """Run a study with a line of progress per cell, and print its table; the exit code."""
     from ..studies.run import run
     from ..studies.study import read_study
 
@@ -70,16 +74,41 @@ def run_study_file(file: Path, out: Path, address: str | None, serial: bool) -> 
         study,
         address=None if serial else address or "local",
         out=out / "records.jsonl",
-        progress=lambda record: screen.print(one_line(record), style="dim"),
+        progress=lambda record: screen.print(one_line(record), style="dim", markup=False),
     )
-    screen.print(table(records, title=study.name))
+    return show_records(records, study.name)
+
+
+def show_records(records: Records, title: str, measures: Sequence[str] | None = None) -> int:
+    """The table of a study, and what is not in it; the exit code, 0 if nothing is."""
+    from ..studies.report import table
+
+    screen = console()
+    if records.records:
+        screen.print(table(records, title, measures))
+    failed = [record for record in records if record.error]
+    if failed:
+        told = f"{len(failed)} of {len(records)} cells failed, first {one_line(failed[0])}"
+        screen.print(told, markup=False)
+    if records.missing:
+        screen.print(INTERRUPTED)
+        return 130
+    return 1 if failed else 0
 
 
 def one_line(record: Record) -> str:
-    """A record as a line of progress."""
-    arm, outcome = record.inputs["arm"], record.outcome or record.error
-    told = arm["name"] if isinstance(arm, dict) else arm
-    return f"{told}, seed {record.inputs['seed']}: {outcome}, {record.measures}"
+    """A record as a line of progress, such as "adam on wine-mlp, seed 3: valid loss 0.1234"."""
+    from ..studies.report import group_of
+
+    problem, arm = group_of(record)
+    return f"{arm} on {problem}, seed {record.inputs['seed']}: {_ended(record)}"
+
+
+def _ended(record: Record) -> str:
+    loss = record.measures.get("valid", {}).get("loss")
+    if record.outcome is Outcome.OK and loss is not None:
+        return f"valid loss {loss:.4f}"
+    return str(record.outcome or record.error)
 
 
 def show_rules(rules: Mapping[str, Rule]) -> None:

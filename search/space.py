@@ -38,10 +38,10 @@ class Space:
     learn: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        known = [*self._options, *self.training.hypers, *self.training.declared]
+        known = {*self._options, *self.training.hypers, *self.training.declared}
         for name in self.learn:
             if name not in known:
-                raise ValueError(unknown(f"{self.training.label} has no hyper", name, set(known)))
+                raise ValueError(unknown(f"{self.training.label} has no hyper", name, known))
         if not self.learn:
             raise ValueError(f"nothing to learn; name one or more of: {', '.join(sorted(known))}")
         for name, option in self.discrete.items():

@@ -5,6 +5,8 @@ The data come with scikit-learn; sources are in its documentation of `sklearn.da
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from importlib import import_module
@@ -121,8 +123,8 @@ def find_problem(name: str, **options: object) -> Problem:
     """The built-in problem called name, or what "package.module:function" makes.
 
     options of a built-in problem: its discrete choices, and split, the seed of the permutation
-    that divides the data. Options of a function are its keywords. Workers of a cluster must be
-    able to import the module.
+    that divides the data. Options of a function are its keywords. Its module may lie in the
+    current folder; workers of a cluster must be able to import it too.
     """
     if ":" in name:
         problem = _imported(name)(**options)
@@ -142,6 +144,9 @@ def check_problem(name: str) -> None:
 
 def _imported(spec: str) -> Callable[..., object]:
     module, _, function = spec.partition(":")
+    # As `python -m` does; a console script has only the folder it is installed in.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     try:
         make = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:

@@ -41,20 +41,26 @@ def summary(records: Iterable[Record]) -> list[Row]:
     """A row for each problem and arm, in the order of the records."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        groups.setdefault(_group(record), []).append(record)
+        groups.setdefault(group_of(record), []).append(record)
     return [_row(problem, arm, group) for (problem, arm), group in groups.items()]
 
 
-def table(records: Records | Iterable[Record], title: str | None = None) -> Table:
+def table(
+    records: Records | Iterable[Record],
+    title: str | None = None,
+    measures: Sequence[str] | None = None,
+) -> Table:
     """The summary for a terminal: mean and standard deviation of each measure over seeds.
 
-    n: how many trained, of how many cells.
+    measures: the ones to show, such as "valid loss"; all without. n: how many trained, of how many
+    cells.
     """
     from rich.box import SIMPLE
     from rich.table import Table
 
     rows = summary(records)
-    measures = list(dict.fromkeys(name for row in rows for name in row["measures"]))
+    if measures is None:
+        measures = list(dict.fromkeys(name for row in rows for name in row["measures"]))
     missing = records.missing if isinstance(records, Records) else 0
     caption = f"{missing} more cells have not run" if missing else None
     shown = Table(title=title, caption=caption, box=SIMPLE, padding=(0, 1), collapse_padding=True)
@@ -73,7 +79,8 @@ def table(records: Records | Iterable[Record], title: str | None = None) -> Tabl
     return shown
 
 
-def _group(record: Record) -> tuple[str, str]:
+def group_of(record: Record) -> tuple[str, str]:
+    """The problem with its options, and the arm: the row of `summary` that a record is in."""
     problem, arm = record.inputs["problem"], record.inputs["arm"]
     if not isinstance(problem, dict) or not isinstance(arm, dict):
         raise ValueError("a record's inputs must hold its problem and its arm as mappings")
@@ -137,4 +144,4 @@ def _spelled(spread: Spread | None) -> str:
     return f"{mean:.{digits}f} ±{std:.{digits}f}"
 
 
-__all__ = ["Row", "Spread", "spread", "summary", "table"]
+__all__ = ["Row", "Spread", "group_of", "spread", "summary", "table"]

@@ -20,6 +20,7 @@ from ..meta.outcome import Outcome
 from ..meta.problem import Problem
 from ..meta.training import Training
 from ..search.decision import choose_route
+from ..search.journal import sole_writer
 from ..search.provenance import provenance
 from ..search.space import Space
 from .execute import Executor, Failure, OnRay, Serial
@@ -62,39 +63,44 @@ def run(
 
     address: of a Ray cluster ("local" starts one on this machine's processors), for which an
     executor can be given instead; without both, one cell after another. out: a file of records,
-    appended to as cells end. A cell that raises leaves a record with the error, and is tried again
-    by the next run. Interrupted by Ctrl-C, the records so far are returned. Arms that tune stop by
-    the clock, so their numbers vary from run to run; those of all others do not.
+    appended to as cells end; a second run in its folder meanwhile raises BlockingIOError. A cell
+    that raises leaves a record with the error, and is tried again by the next run. Interrupted by
+    Ctrl-C, the records so far are returned. Arms that tune stop by the clock, so their numbers vary
+    from run to run; those of all others do not.
     """
     if executor is not None and address is not None:
         raise ValueError("give an executor or the address of a Ray cluster, not both")
     check(study)
     cells = cells_of(study)
-    done = _on_record(out) if out is not None else {}
-    waiting = [cell for cell in cells if key_of(cell.inputs) not in done]
+    with _on_record(out) as done:
+        waiting = [cell for cell in cells if key_of(cell.inputs) not in done]
 
-    def keep(index: int, result: Record | Failure) -> None:
-        record = _failed(waiting[index], result) if isinstance(result, Failure) else result
-        if out is not None:
-            append(out, record)
-        done[record.key] = record
-        if progress:
-            progress(record)
+        def keep(index: int, result: Record | Failure) -> None:
+            record = _failed(waiting[index], result) if isinstance(result, Failure) else result
+            if out is not None:
+                append(out, record)
+            done[record.key] = record
+            if progress:
+                progress(record)
 
-    if waiting:
-        try:
-            with _executor(executor, address) as chosen:
-                chosen.map(train_cell, waiting, keep)
-        except KeyboardInterrupt:
-            pass  # Records.missing says so.
+        if waiting:
+            try:
+                with _executor(executor, address) as chosen:
+                    chosen.map(train_cell, waiting, keep)
+            except KeyboardInterrupt:
+                pass  # Records.missing says so.
     records = tuple(done[key] for cell in cells if (key := key_of(cell.inputs)) in done)
     return Records(study.name, records, len(cells) - len(records))
 
 
-def _on_record(out: str | Path) -> dict[str, Record]:
-    """By key what out holds and need not run again; the folder for it is made."""
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    return {record.key: record for record in read(out) if record.error is None}
+@contextmanager
+def _on_record(out: str | Path | None) -> Iterator[dict[str, Record]]:
+    """By key what out holds and need not run again, while no other run adds to it."""
+    if out is None:
+        yield {}
+        return
+    with sole_writer(Path(out).parent):
+        yield {record.key: record for record in read(out) if record.error is None}
 
 
 def cells_of(study: Study) -> list[Cell]:

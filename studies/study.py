@@ -40,10 +40,15 @@ from ..search.budget import seconds
 from .problems import check_problem, label_of
 
 
-def _value(given: object) -> float | list[float]:
-    if isinstance(given, list | tuple):
+def _value(given: object) -> float | list[float] | list[list[float]]:
+    if not isinstance(given, list | tuple):
+        return _number(given)
+    if not any(isinstance(each, list | tuple) for each in given):
         return [_number(each) for each in given]
-    return _number(given)
+    rows = [[_number(x) for x in each] for each in given if isinstance(each, list | tuple)]
+    if len(rows) < len(given) or len({len(row) for row in rows}) > 1:
+        raise ValueError(f"{given!r} is not a table; its rows must be lists of one length")
+    return rows
 
 
 def _number(given: object) -> float:
@@ -65,7 +70,11 @@ def _named(problem: object) -> object:
     return {"name": problem} if isinstance(problem, str) else problem
 
 
-Value = Annotated[float | list[float], PlainValidator(_value), PlainSerializer(lambda value: value)]
+Value = Annotated[
+    float | list[float] | list[list[float]],
+    PlainValidator(_value),
+    PlainSerializer(lambda value: value),
+]
 Options = dict[str, bool | int | float | str]
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_counted), Field(min_length=1)]
 
@@ -92,8 +101,9 @@ class ProblemSpec(_Plain):
 
 
 class Arm(_Plain):
-    """One way to train. values: by hyperparameter or knob, the others keep their defaults. learn:
-    what is tuned first, from there; route and budget are those of `tune`.
+    """One way to train. values: by hyperparameter or knob, a number, a list or a list of rows as
+    a tuned record has it; the others keep their defaults. learn: what is tuned first, from there;
+    route and budget are those of `tune`.
     """
 
     name: str
@@ -204,8 +214,12 @@ _FIELDS: dict[str, type[BaseModel]] = {"problems": ProblemSpec, "arms": Arm}
 
 def _explain(error: ValidationError, source: str) -> NoReturn:
     lines = []
-    for problem in error.errors(include_url=False):
+    problems = error.errors(include_url=False)
+    wrong = {problem["loc"][:i] for problem in problems for i in range(len(problem["loc"]))}
+    for problem in problems:
         where = problem["loc"]
+        if problem["type"] == "too_short" and where in wrong:
+            continue  # pydantic counts only the items that are right.
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             fields = _FIELDS.get(str(where[0]), Study) if len(where) > 1 else Study

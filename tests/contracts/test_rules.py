@@ -5,6 +5,7 @@ import inspect
 import io
 import itertools
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -404,6 +405,13 @@ class TestForm:
 
 
 class TestFile:
+    @each_rule
+    def test_is_pickled_with_its_options_and_slots(self, rule):
+        last = {n: c.options[-1] for n, c in rule.choices.items() if isinstance(c, Choice)}
+        for each in (rule, rule.choose(**last)):
+            assert pickle.loads(pickle.dumps(each)) == each
+        assert pickle.loads(pickle.dumps(rule.slots)).keys() == rule.slots.keys()
+
     @each_rule
     def test_is_mathematics_only(self, rule):
         tree = ast.parse(inspect.getsource(inspect.getmodule(rule.update)))

@@ -68,6 +68,7 @@ class TestCheck:
         [
             (RATE, -0.1, r"x=-0.1 is outside \[0, inf\); its default is 0.001"),
             (RATE, math.nan, r"x=nan is outside \[0, inf\)"),
+            (RATE, math.inf, r"x=inf is outside \[0, inf\)"),
             (KEPT, 1.0, r"x=1 is outside \[0, 1\); its default is 0.9"),
             (KEPT, -0.5, r"x=-0.5 is outside \[0, 1\)"),
             (SHARE, 1.5, r"x=1.5 is outside \[0, 1\]; its default is 0.3"),
@@ -88,6 +89,15 @@ class TestCheck:
         Choice(False, (False, True)).check("nesterov", True)
         with pytest.raises(ValueError, match="nesterov=3 is not one of False, True"):
             Choice(False, (False, True)).check("nesterov", 3)
+
+    @pytest.mark.parametrize("option", [math.tanh, (1, 2), torch.tensor(1.0)], ids=repr)
+    def test_options_are_plain(self, option):
+        with pytest.raises(
+            TypeError, match=r"which a saved run cannot hold.*give its name instead"
+        ):
+            Choice(None, (None, True, 3, 0.5, "a", option))
+        with pytest.raises(TypeError, match="None, bool, int, float or str"):
+            Choice(option, (1, 2))
 
     def test_whole_numbers(self):
         Integer(3, 1, 5).check("steps", 5)

@@ -314,7 +314,7 @@ class TestErrors:
         ("name", "given", "error", "message"),
         [
             ("AdamW", {"weight_dacay": 1}, TypeError, "AdamW has no argument .* 'weight_decay'"),
-            ("AdamW", {"learning_rate": 1}, TypeError, "it has: beta1, beta2, betas, eps, lr, max"),
+            ("AdamW", {"learning_rate": 1}, TypeError, "known: beta1, beta2, betas, eps, lr, max"),
             ("AdamW", {"lr": -1}, ValueError, r"lr=-1 is outside \[0, inf\); its default is 0.001"),
             ("AdamW", {"lr": float("nan")}, ValueError, "lr=nan is outside"),
             ("AdamW", {"betas": (0.9, 1.0)}, ValueError, r"beta2=1 is outside \[0, 1\)"),

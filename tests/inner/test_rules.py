@@ -1,9 +1,14 @@
 """Places where one rule needs care, beyond what tests/contracts asks of all of them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
+from hyperdescent.inner.hyper import learning_rate
 from hyperdescent.inner.optim import torch_form
+from hyperdescent.inner.rule import Rule
 from hyperdescent.inner.rules import RULES, find_rule
 
 F64 = torch.float64
@@ -75,3 +80,26 @@ def test_unknown_hyperparameters_and_options_are_named():
         RULES["adam"].values({"beta3": 0.9})
     with pytest.raises(TypeError, match="sgd has no option 'nestorov'; did you mean 'nesterov'"):
         RULES["sgd"].choose(nestorov=True)
+
+
+def test_names_that_do_not_exist_are_answered_with_those_that_do():
+    with pytest.raises(ValueError, match="there is no rule 'zzz'; known: adagrad, adam, adamw,"):
+        find_rule("zzz")
+    with pytest.raises(ValueError, match=r"'adamm'; did you mean 'adam'\? known: adagrad, "):
+        find_rule("adamm")
+
+
+def test_rules_are_pickled_by_name_with_their_options():
+    assert pickle.loads(pickle.dumps(RULES["adam"])) is RULES["adam"]
+    chosen = RULES["sgd"].choose(nesterov=True)
+    assert pickle.loads(pickle.dumps(chosen)) == chosen
+
+
+def plain_descent(p, g, s, t, lr):
+    return p - lr * g, {}
+
+
+def test_a_rule_that_is_not_registered_is_pickled_as_its_parts():
+    own = Rule("adam", "Adam", {"lr": learning_rate(0.1)}, {}, {}, plain_descent)
+    assert pickle.loads(pickle.dumps(own)) == own
+    assert copy.deepcopy(own) == own

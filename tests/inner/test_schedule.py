@@ -134,6 +134,8 @@ class TestPiecewise:
     def test_too_few_knots(self):
         with pytest.raises(ValueError, match="at least 2 knots, not 1; use 'constant'"):
             find_schedule("piecewise:1")
+        with pytest.raises(ValueError, match="at least 2 knots, not -3"):
+            find_schedule("piecewise:-3")
 
 
 def test_free_is_its_values():

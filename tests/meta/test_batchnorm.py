@@ -86,3 +86,44 @@ def test_a_wrong_rank_is_refused():
     _, ours = pair(nn.BatchNorm2d)
     with pytest.raises(ValueError, match="expected 4D input"):
         ours(torch.randn(4, 3, dtype=DOUBLE))
+
+
+class Activated(nn.BatchNorm1d):
+    def forward(self, x):
+        return torch.tanh(super().forward(x)) + 1
+
+
+class Fused(nn.BatchNorm1d):
+    """A forward that asks nobody: its statistics can be carried, but not differentiated."""
+
+    def forward(self, x):
+        self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean, self.running_var
+        return nn.functional.batch_norm(x, mean, var, self.weight, self.bias, self.training)
+
+
+@pytest.mark.parametrize("kind", [Activated, Fused])
+def test_a_subclass_keeps_its_own_forward(kind):
+    torchs, ours = pair(kind)
+    for training in (True, True, False):
+        torchs.train(training), ours.train(training)
+        x = torch.randn(6, 3, dtype=DOUBLE)
+        torch.testing.assert_close(ours(x), torchs(x), rtol=1e-12, atol=1e-12)
+        for name, buffer in ours.named_buffers():
+            torch.testing.assert_close(buffer, torchs.get_buffer(name), rtol=1e-13, atol=1e-13)
+
+
+def test_a_subclass_that_asks_its_parent_has_differentiable_statistics():
+    _, ours = pair(Activated, momentum=0.3)
+    x = torch.randn(6, 3, dtype=DOUBLE, requires_grad=True)
+    ours(x)
+    (slope,) = torch.autograd.grad(ours.running_mean.sum(), x)
+    torch.testing.assert_close(slope, torch.full_like(x, 0.3 / 6))
+
+
+def test_other_instances_and_synchronized_ones_stay_torchs():
+    carry_statistics(sync := nn.SyncBatchNorm(3))
+    assert type(sync).forward is nn.SyncBatchNorm.forward
+    _, ours = pair(nn.BatchNorm1d)
+    assert isinstance(ours, nn.BatchNorm1d)
+    assert type(nn.BatchNorm1d(3)).forward is not type(ours).forward

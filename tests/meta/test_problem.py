@@ -1,5 +1,7 @@
 """What a problem is made from, what it refuses, and that it is a pure function."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,10 @@ from hyperdescent.inner.hyper import Choice, positive
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta.data import as_data, mix
+from hyperdescent.meta.hypergradient import hypergradient
+from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.problem import Problem, problem_from_module
+from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
 
 
@@ -77,9 +82,27 @@ class TestRefusals:
         with pytest.raises(TypeError, match=r"list must yield \(inputs, target\) tuples"):
             made.inner_loss(*made.start(0), {}, 0, 0)
 
+    def test_a_dataset_that_yields_words(self):
+        made = build(train=[("word", 1)] * 20)
+        with pytest.raises(TypeError, match="list yields what collates to str; inputs and target"):
+            made.inner_loss(*made.start(0), {}, 0, 0)
+
+    def test_losses_that_are_not_scalars(self):
+        def each(output, target):
+            return F.cross_entropy(output, target, reduction="none")
+
+        message = r"loss function each returned shape \({}\); return a scalar, for example the mean"
+        inner, outer = build(loss_fn=each), build(outer_loss_fn=each)
+        with pytest.raises(ValueError, match=message.format("5,")):
+            inner.inner_loss(*inner.start(0), {}, 0, 0)
+        with pytest.raises(ValueError, match=message.format("20,")):
+            outer.outer_loss(*outer.start(0), {})
+        with pytest.raises(ValueError, match=message.format("20,")):
+            outer.measure(*outer.start(0), "valid")
+
     def test_an_unknown_split(self):
         made = build()
-        with pytest.raises(ValueError, match="net has no split 'test'; it has: train, valid"):
+        with pytest.raises(ValueError, match="net has no split 'test'; known: train, valid"):
             made.measure(*made.start(0), "test")
 
     def test_an_unknown_option(self):
@@ -94,6 +117,15 @@ class TestTrainingRefusals:
     def test_no_steps(self):
         with pytest.raises(ValueError, match="steps=0 trains nothing"):
             Training(build(), find_rule("sgd"), 0)
+        with pytest.raises(ValueError, match=r"steps=5\.0 is not a whole number"):
+            Training(build(), find_rule("sgd"), 5.0)
+
+    def test_nothing_to_differentiate_in(self):
+        for learn in ([], "", " , "):
+            with pytest.raises(ValueError, match=r"learn names no hyper.*known: lr, momentum"):
+                hypergradient(build(), "sgd", learn=learn, steps=2)
+        estimate = hypergradient(build(), "sgd", learn="lr,,weight_decay,", steps=2)
+        assert set(estimate.grad) == {"lr", "weight_decay"}
 
     def test_a_name_that_rule_and_loss_share(self):
         made = build(
@@ -165,6 +197,23 @@ class TestPurity:
         assert run.run(run.resolve({}), 0) is not None
         assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
+    def test_a_kept_model_is_not_touched(self):
+        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
+        made = build(lambda: model)
+        made.inner_loss(*made.start(0), {}, 0, 0)
+        assert type(model[1]) is nn.BatchNorm1d and not model.training
+        again = copy.deepcopy(model)
+        assert again(data()[0]).shape == (20, 2)
+
+    def test_a_model_with_tensors_that_cannot_be_copied(self):
+        class Held(nn.Linear):
+            def __init__(self):
+                super().__init__(3, 2)
+                self.twice = 2 * self.weight  # deepcopy refuses what is not a leaf.
+
+        made = build(Held)
+        assert made.inner_loss(*made.start(0), {}, 0, 0)[0].isfinite()
+
     def test_a_module_that_writes_its_buffers_in_place_cannot_touch_the_callers(self):
         class Counting(nn.Module):
             def __init__(self):
@@ -219,12 +268,32 @@ class TestOptions:
 
         x, target = data()
         tensors = build(Two, train=((x, 2 * x), target), valid=((x, x), target))
-        dataset = [(x[i], 2 * x[i], int(target[i])) for i in range(20)]
-        examples = build(Two, train=dataset, valid=((x, x), target))
         state = tensors.start(0)
-        assert torch.equal(
-            tensors.inner_loss(*state, {}, 0, 0)[0], examples.inner_loss(*state, {}, 0, 0)[0]
-        )
+        flat = [(x[i], 2 * x[i], int(target[i])) for i in range(20)]
+        nested = [((x[i], 2 * x[i]), int(target[i])) for i in range(20)]
+        for dataset in (flat, nested):
+            examples = build(Two, train=dataset, valid=dataset)
+            assert torch.equal(
+                tensors.inner_loss(*state, {}, 0, 0)[0], examples.inner_loss(*state, {}, 0, 0)[0]
+            )
+            assert examples.outer_loss(*state, {}).isfinite()
+
+    def test_other_choices_use_the_same_data(self):
+        class Counting(list):
+            read = 0
+
+            def __getitem__(self, i):
+                Counting.read += 1
+                return super().__getitem__(i)
+
+        x, target = data()
+        held_out = Counting((x[i], int(target[i])) for i in range(20))
+        made = build(valid=held_out, test=(x, target), choices={"width": Choice(4, (4, 8))})
+        for width in (4, 8):
+            other = made.choose(width=width)
+            other.measure(*other.start(0), "valid")
+            assert other.splits["test"].whole()[0].data_ptr() == x.data_ptr()
+        assert Counting.read == 20
 
     def test_measure_reports_loss_and_metrics(self):
         def accuracy(output, target):
@@ -238,3 +307,48 @@ class TestOptions:
         assert 0 <= measured["accuracy"] <= 1
         expected = float(made.outer_loss(params, buffers, {}))
         assert made.measure(params, buffers, "valid")["loss"] == expected
+
+
+def refusing(output, target):
+    """A loss that validates what it is given, as torch.distributions does."""
+    scale = output.square().mean(1) + 0.1
+    return -torch.distributions.Normal(output[:, 0], scale).log_prob(target).mean()
+
+
+class Refusing(nn.Linear):
+    """A model that validates its weights."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+
+    def forward(self, x):
+        if not self.weight.isfinite().all():
+            raise ArithmeticError("bad weights")
+        return super().forward(x)
+
+
+class TestDivergence:
+    @pytest.mark.parametrize(("make", "loss_fn"), [(net, refusing), (Refusing, F.cross_entropy)])
+    def test_a_refusal_of_what_is_not_finite_is_divergence(self, make, loss_fn):
+        def far(output, target):  # Steps of infinite length.
+            return loss_fn(output, target) * 1e30
+
+        run = Training(build(make, far), find_rule("sgd"), 20, given={"lr": 1e30})
+        assert run.run(run.resolve({}), 0) is None
+        assert run.curve(run.start(["lr"]), 0)
+        estimate, _ = Replay()(run, run.start(["lr"]), seed=0)
+        assert estimate.note.outcome is Outcome.DIVERGED
+
+    def test_a_held_out_loss_that_refuses_nan_is_nan(self):
+        made = build(outer_loss_fn=refusing)
+        params, buffers = made.start(0)
+        params = {name: p * torch.nan for name, p in params.items()}
+        assert made.outer_loss(params, buffers, {}).isnan()
+
+    def test_other_exceptions_are_the_users(self):
+        def broken(output, target):
+            raise ArithmeticError("a bug")
+
+        run = Training(build(loss_fn=broken), find_rule("sgd"), 3)
+        with pytest.raises(ArithmeticError, match="a bug"):
+            run.run(run.resolve({}), 0)

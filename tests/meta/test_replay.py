@@ -220,11 +220,11 @@ SPECS = [
 ]
 
 
-def scheduled(name, spec, rule="adamw", of=None):
-    schedule = find_schedule(spec)
-    run = training(rule, of, schedules={name: schedule})
+def scheduled(name, spec, rule="adamw", of=None, **options):
+    options["schedules"] = {name: find_schedule(spec)}
+    run = training(rule, of, **options)
     own = {f"{name}.{knob}": KNOBS[knob] for knob in KNOBS if f"{name}.{knob}" in run.hypers}
-    return training(rule, of, schedules={name: schedule}, given=own)
+    return training(rule, of, given=own, **options)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -277,6 +277,43 @@ class TestGrains:
         run = training("adamw", schedules={"lr": find_schedule("cosine")}, grains={"lr": "tensor"})
         assert_exact(run, ["lr.peak"])
 
+    @pytest.mark.parametrize("grain", ["shared", "tensor", "element"])
+    @pytest.mark.parametrize("spec", SPECS)
+    @pytest.mark.parametrize("name", ["lr", "alpha"])
+    def test_starts_with_every_schedule(self, name, spec, grain):
+        run = Training(
+            problem(),
+            find_rule("alphagrad"),
+            STEPS,
+            schedules={name: find_schedule(spec)},
+            grains={name: grain},
+        )
+        point = run.start([name])
+        assert {n: v.shape for n, v in point.items()} == {n: run.hypers[n].shape for n in point}
+        assert run.resolve(point).varying[name].shape == (STEPS, *run.declared[name].shape)
+        estimate, _ = Replay()(run, point, seed=0)
+        assert estimate.ok, estimate.note.reason
+
+    def test_exact_in_all_knobs_of_a_per_tensor_schedule(self):
+        run = scheduled("lr", "cosine", grains={"lr": "tensor"})
+        assert_exact(run, ["lr"])
+
+    def test_a_given_value_is_for_the_knobs_in_its_unit(self):
+        # Smoothing and warm-up are both shares that default to 0.1, and not the same thing.
+        run = training(
+            of=penalized(),
+            schedules={"smoothing": find_schedule("linear_warmup")},
+            given={"smoothing": 0.4},
+        )
+        start = run.start(["smoothing"])
+        assert float(start["smoothing.peak"]) == 0.4
+        assert float(start["smoothing.warmup"]) == 0.1
+
+    @pytest.mark.parametrize("spec", ["constant", "piecewise:3", "free"])
+    def test_a_given_value_is_for_all_knots(self, spec):
+        run = training(schedules={"lr": find_schedule(spec)}, given={"lr": 0.4})
+        assert all(bool((knob == 0.4).all()) for knob in run.start(["lr"]).values())
+
     @pytest.mark.parametrize("grain", ["tensor", "element"])
     def test_equal_values_give_the_shared_gradient(self, grain):
         shared, _ = Replay()(run := training(), run.start(["lr"]), seed=0)
@@ -284,6 +321,59 @@ class TestGrains:
         assert split.loss == pytest.approx(shared.loss, rel=1e-13)
         assert split.grad["lr"].shape == run.hypers["lr"].shape
         assert float(split.grad["lr"].sum()) == pytest.approx(float(shared.grad["lr"]), rel=1e-11)
+
+
+class Attention(nn.Module):
+    """Five numbers as a sequence of five."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.mix = nn.Linear(1, 3 * width).double()
+        self.head = nn.Linear(width, 3).double()
+
+    def forward(self, x):
+        q, k, v = self.mix(x.unsqueeze(-1)).unsqueeze(1).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).squeeze(1).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(1, 4, batch_first=True).double()
+        self.head = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        return self.head(self.lstm(x.unsqueeze(-1))[0][:, -1])
+
+
+class TestKernels:
+    @pytest.mark.parametrize("make", [Attention, Recurrent])
+    def test_exact(self, make):
+        assert_exact(training(of=problem(make)), ["lr", "beta1"])
+
+    def test_attention_is_left_as_the_user_set_it(self):
+        flags = torch.backends.cuda
+        before = flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled()
+        inside = []
+        made = problem(Attention)
+        hook = lambda *_: inside.append(flags.flash_sdp_enabled())  # noqa: E731  # one use
+        made._model.register_forward_pre_hook(hook)
+        made.inner_loss(*made.start(0), {}, 0, 0)
+        assert inside == [False]
+        assert (flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled()) == before
+
+    def test_an_operation_without_a_second_derivative_is_named(self):
+        def fused(output, target):
+            x = output.view(1, 1, 10, 3)
+            attended = F.scaled_dot_product_attention(x, x, x).view(10, 3)
+            return F.cross_entropy(attended, target)
+
+        run = training(of=problem(loss_fn=fused, outer_loss_fn=F.cross_entropy))
+        for memory in (0, 2**30):
+            estimate, _ = Replay(memory)(run, run.start(["lr"]), seed=0)
+            assert estimate.note.outcome is Outcome.NOT_DIFFERENTIABLE
+            assert "no derivative for aten::_scaled_dot_product_flash" in estimate.note.reason
+            assert estimate.loss == float(held_out_loss(run, run.start(["lr"]), 0))
 
 
 class TestOutcomes:
@@ -462,6 +552,52 @@ class TestParameters:
         state = run.run(run.resolve({}), 0)
         _, buffers = run.problem.start(0)
         assert torch.equal(state.buffers["body.weight"], buffers["body.weight"])
+
+    def test_frozen_ones_are_constants(self):
+        """No graph leads to them, whatever was kept; running statistics have one."""
+        seen = []
+
+        def watched(made):
+            inner_loss = made.inner_loss
+
+            def spy(params, buffers, hypers, step, seed):
+                seen.append({n for n, b in buffers.items() if b.requires_grad})
+                return inner_loss(params, buffers, hypers, step, seed)
+
+            made.inner_loss = spy
+            return made
+
+        for make, leaves in ((Frozen, set()), (cnn, {"1.running_mean", "1.running_var"})):
+            for memory in (0, 2**30):
+                seen.clear()
+                run = training(of=watched(problem(make)))
+                Replay(memory)(run, run.start(["lr"]), seed=0)
+                # The start is a constant, running statistics included.
+                assert set().union(*seen) == leaves and set() in seen
+
+    def test_a_buffer_that_first_changes_late_is_followed_from_there(self):
+        """Nothing a step has replaced may be taken for a constant."""
+
+        class Late:
+            def __init__(self, problem):
+                self.problem = problem
+
+            def __getattr__(self, name):
+                return getattr(self.problem, name)
+
+            def start(self, seed):
+                return self.problem.start(seed)[0], {"mean": torch.zeros(3, dtype=DOUBLE)}
+
+            def inner_loss(self, params, buffers, hypers, step, seed):
+                loss, _ = self.problem.inner_loss(params, {}, hypers, step, seed)
+                if step == 7:
+                    buffers = {"mean": buffers["mean"] + params["2.bias"]}
+                return loss + buffers["mean"].sum() * params["2.bias"].sum(), buffers
+
+            def outer_loss(self, params, buffers, hypers):
+                return self.problem.outer_loss(params, {}, hypers) + buffers["mean"].square().sum()
+
+        assert_exact(training(of=Late(problem())), ["lr", "beta1"])
 
     def test_tied_ones_are_one(self):
         run = training(of=problem(Tied))

@@ -14,6 +14,31 @@ from hyperdescent.studies.problems import PROBLEMS
 
 COMMAND = [sys.executable, "-m", "hyperdescent.scripts.command"]
 WINE = ["tune", "--problem", "wine-mlp", "--steps", "5"]
+LEARN = [*WINE, "--learn", "lr,beta1"]
+# Like the installed script, without the current folder on sys.path.
+SCRIPT = [sys.executable, "-P", *COMMAND[1:]]
+
+# A problem of a user's own; it fails for seed 1, and one that cannot even be made.
+MINE = """
+from hyperdescent.studies.problems import find_problem
+
+class Mine:
+    def __init__(self, problem):
+        self.problem = problem
+    def __getattr__(self, name):
+        return getattr(self.__dict__["problem"], name)
+    def inner_loss(self, params, buffers, hypers, step, seed):
+        if seed == 1:
+            raise RuntimeError("not this seed")
+        return self.problem.inner_loss(params, buffers, hypers, step, seed)
+
+def make():
+    return Mine(find_problem("wine-mlp"))
+
+def broken():
+    return 1 + "1"
+"""
+STUDY = "{name: small, problems: [%s], arms: [{rule: adam}], seeds: %d, steps: %d}"
 
 
 @pytest.fixture
@@ -123,6 +148,52 @@ class TestTune:
             assert name in out
 
 
+class TestErrors:
+    def test_a_variable_shows_where_an_error_comes_from(self, call, monkeypatch):
+        assert "HYPERDESCENT_TRACEBACK=1" in " ".join(call("--help")[1].split())
+        monkeypatch.setenv(command.TRACEBACK, "1")
+        code, _, err = call(*WINE, "--rule", "adamm")
+        assert code == 2
+        assert "Traceback" in err and err.splitlines()[-1].startswith("error: ")
+
+    def test_an_error_of_other_code_says_how_to_see_where(self, call, monkeypatch, tmp_path):
+        (tmp_path / "with_bug.py").write_text(MINE)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        code, _, err = call("tune", "--problem", "with_bug:broken")
+        assert code == 2
+        assert "unsupported operand" in one_line(err) and "HYPERDESCENT_TRACEBACK=1" in err
+        for arguments in (["study", "none.yaml", "--out", "."], ["tune", "--problem", "with-bug"]):
+            assert "TRACEBACK" not in one_line(call(*arguments)[2])
+
+
+class TestOwnProblem:
+    def test_it_lies_in_the_current_folder_where_nothing_is_written(self, tmp_path):
+        (tmp_path / "mine.py").write_text(MINE)
+        told = subprocess.run(
+            [*SCRIPT, *WINE, "--problem", "mine:make", "--budget", "1s"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert told.returncode == 0, told.stderr
+        assert {file.name for file in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
+
+    def test_workers_find_it_and_a_cell_that_fails_is_exit_code_1(self, tmp_path):
+        (tmp_path / "mine.py").write_text(MINE)
+        (tmp_path / "study.yaml").write_text(STUDY % ("'mine:make'", 2, 3))
+        told = subprocess.run(
+            [*SCRIPT, "study", "study.yaml", "--out", "run"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert told.returncode == 1, told.stderr
+        assert "adam on mine:make, seed 0: valid loss " in told.stdout
+        failed = "1 of 2 cells failed, first adam on mine:make, seed 1: RuntimeError: not this seed"
+        assert failed in " ".join(told.stdout.split())
+
+
 class TestLists:
     def test_rules_lists_every_rule_with_its_hypers(self, call):
         code, out, _ = call("rules")
@@ -138,13 +209,15 @@ class TestLists:
 
 
 class Session:
-    """A run of its own process on one folder."""
+    """A command of its own process on one folder."""
 
-    def __init__(self, folder, budget):
+    def __init__(self, folder, *arguments):
         self.folder = folder
-        arguments = [*WINE, "--learn", "lr,beta1", "--out", str(folder), "--budget", budget]
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*COMMAND, *arguments, "--out", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def interrupt(self, when):
@@ -168,7 +241,7 @@ class Session:
 
 def test_ctrl_c_keeps_the_best_and_the_same_command_goes_on(tmp_path):
     folder = tmp_path / "run"
-    first = Session(folder, "1h")
+    first = Session(folder, *LEARN, "--budget", "1h")
     code, out, err = first.interrupt((folder / "state.pt").exists)
     assert code == 130, err
     assert "interrupted" in out and "Traceback" not in err
@@ -176,7 +249,7 @@ def test_ctrl_c_keeps_the_best_and_the_same_command_goes_on(tmp_path):
     assert before["outcome"] == "interrupted"
     assert before["history"]
 
-    second = Session(folder, f"{before['settings']['spent'] + 1}s")
+    second = Session(folder, *LEARN, "--budget", f"{before['settings']['spent'] + 1}s")
     code, out, err = second.end()
     assert code == 0, err
     after = second.result
@@ -186,7 +259,7 @@ def test_ctrl_c_keeps_the_best_and_the_same_command_goes_on(tmp_path):
 
 
 def test_a_second_run_on_a_folder_in_use_is_refused(tmp_path, call):
-    first = Session(tmp_path, "1h")
+    first = Session(tmp_path, *LEARN, "--budget", "1h")
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "state.pt").exists() and time.monotonic() < deadline:
@@ -200,3 +273,19 @@ def test_a_second_run_on_a_folder_in_use_is_refused(tmp_path, call):
     # Killed, not asked to stop: the folder is free at once and the run goes on.
     code, out, _ = call(*WINE, "--learn", "lr,beta1", "--out", str(tmp_path), "--budget", "3s")
     assert code == 0, out
+
+
+def test_ctrl_c_of_a_study_shows_what_there_is_and_the_same_command_goes_on(tmp_path, call):
+    file, out = tmp_path / "study.yaml", tmp_path / "run"
+    file.write_text(STUDY % ("wine-mlp", 3, 4000))
+    arguments = ["study", str(file), "--serial"]
+    records = out / "records.jsonl"
+    first = Session(out, *arguments)
+    code, told, err = first.interrupt(lambda: records.exists() and records.stat().st_size > 0)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert "seed 0: valid loss" in told and "1/1" in told and "the same command goes on" in told
+    kept = records.read_bytes()
+    code, told, _ = call(*arguments, "--out", str(out))
+    assert code == 0 and "3/3" in told and "seed 0" not in told
+    assert records.read_bytes().startswith(kept)

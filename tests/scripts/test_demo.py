@@ -1,18 +1,53 @@
 """The demonstration in a few seconds instead of two minutes, through Ray and all."""
 
+import io
 import json
+import shutil
+from contextlib import redirect_stdout
 
 import matplotlib.image
 import pytest
 
+from hyperdescent.scripts import demo
 from hyperdescent.scripts.demo import FRESH_SEEDS, run_demo
+from hyperdescent.studies.record import Records, read
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def run(tmp_path_factory):
+    """(folder, what it printed) of a demonstration that ended well."""
     folder = tmp_path_factory.mktemp("demo")
-    run_demo(folder, "2s", seed=0, address=None)
-    return folder
+    with redirect_stdout(io.StringIO()) as told:
+        assert run_demo(folder, "2s", seed=0, address=None) == 0
+    return folder, told.getvalue()
+
+
+@pytest.fixture
+def out(run):
+    return run[0]
+
+
+def test_without_a_terminal_there_are_some_lines_and_a_table_of_losses(run):
+    told = run[1]
+    assert sum(" of 15: " in line for line in told.splitlines()) == 3
+    assert "15 of 15: " in told and ", seed 100" in told
+    table = told[told.index("mean ±") : told.index(" s in all")]
+    for measure in ("valid loss", "valid accuracy", "test loss", "test accuracy"):
+        assert all(word in table for word in measure.split())
+    assert "seconds" not in table
+
+
+def test_interrupted_cells_leave_no_result_and_say_how_to_go_on(out, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "demo"
+    shutil.copytree(out, folder)
+    for name in ("result.json", "schedule.png"):
+        (folder / name).unlink()
+    some = Records("demo", tuple(read(folder / "records.jsonl")[:4]), missing=11)
+    monkeypatch.setattr(demo, "run", lambda *given, **named: some)
+    assert run_demo(folder, "2s", seed=0, address=None) == 130
+    told = capsys.readouterr().out
+    assert "11 more cells have not run" in told and "the same command goes on" in told
+    assert not (folder / "result.json").exists() and not (folder / "schedule.png").exists()
 
 
 def test_result_holds_what_is_needed_to_repeat_it(out):

@@ -117,6 +117,17 @@ class TestSoleWriter:
         with sole_writer(tmp_path):
             pass
 
+    def test_a_system_without_flock_has_no_lock_but_everything_else(self, tmp_path):
+        code = (
+            "import pathlib, sys\n"
+            "sys.modules['fcntl'] = None\n"
+            "import hyperdescent\n"
+            "from hyperdescent.search.journal import sole_writer\n"
+            "with sole_writer(pathlib.Path(sys.argv[1]) / 'new'): pass"
+        )
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        assert (tmp_path / "new").is_dir()
+
     def test_folders_are_made(self, tmp_path):
         with sole_writer(tmp_path / "a" / "b"):
             assert (tmp_path / "a" / "b").is_dir()

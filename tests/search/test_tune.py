@@ -291,7 +291,7 @@ class TestMessages:
             ({"rule": "adamm"}, "'adamm'; did you mean 'adam'", "sgd"),
             ({"learn": "beta3"}, "'beta3'; did you mean 'beta", "weight_decay"),
             ({"learn": "lr,leraning_rate"}, "'leraning_rate'", "weight_decay"),
-            ({"learn": ""}, "has no hyper ''", "weight_decay"),
+            ({"learn": ""}, "nothing to learn", "weight_decay"),
             ({"learn": ()}, "nothing to learn", "weight_decay"),
             ({"given": {"beta3": 1.0}}, "'beta3'; did you mean 'beta", "weight_decay"),
             ({"schedules": {"lr": "cosin"}}, "'cosin'; did you mean 'cosine'", "piecewise"),

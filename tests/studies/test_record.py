@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hyperdescent.meta.outcome import Outcome
-from hyperdescent.search.provenance import provenance
+from hyperdescent.search.provenance import _gpus, provenance
 from hyperdescent.studies.execute import Serial
 from hyperdescent.studies.record import Record, Tuned, append, key_of, plain, read
 
@@ -104,3 +104,20 @@ def test_provenance_says_which_versions_made_it():
     assert made["threads"] == 1 and made["cpus"] >= 1
     assert made["time"].endswith("+00:00")
     assert not [value for value in made.values() if isinstance(value, str) and "/" in value]
+
+
+def test_provenance_names_the_machine():
+    made = provenance()
+    assert made["cpu"] and made["memory_gib"] > 0
+    assert (made["gpus"] is None) == (not torch.cuda.is_available())
+
+
+def test_every_gpu_is_named_and_without_one_none_is_asked_for(monkeypatch):
+    names = ["NVIDIA H100", "NVIDIA L4"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(names))
+    monkeypatch.setattr("torch.cuda.get_device_name", names.__getitem__)
+    assert _gpus() == "NVIDIA H100, NVIDIA L4"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: pytest.fail("asked for a name"))
+    assert _gpus() is None

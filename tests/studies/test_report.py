@@ -58,6 +58,14 @@ def test_the_summary_is_json():
     assert json.loads(json.dumps(summary(RECORDS), allow_nan=False)) == summary(RECORDS)
 
 
+def test_a_table_of_chosen_measures():
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table(RECORDS, measures=("test loss", "valid loss")))
+    text = console.file.getvalue()
+    assert text.index("test loss") < text.index("valid loss") and "6.0 ±3.6" in text
+    assert "seconds" not in text
+
+
 def test_the_table_shows_every_row_and_what_is_missing():
     console = Console(file=io.StringIO(), width=120)
     console.print(table(Records("s", tuple(RECORDS), missing=2), title="rates"))

@@ -66,6 +66,9 @@ class TestYaml:
             ("name: knots", "nam: knots", "arms[1]: there is no field 'nam'; did you mean 'name'"),
             ("name: knots", "learn: [lr]\n    budget: 3x", "arms[1].budget: budget='3x' is not a"),
             ("name: knots", "budget: 3", "arms[1]: route and budget are for tuning; say what"),
+            ("momentum: 0.9", "momentum: [[1], 2]", "arms[1].values.momentum: [[1], 2] is not a"),
+            ("momentum: 0.9", "momentum: [[1, 2], [3]]", "[[1, 2], [3]] is not a table; its rows"),
+            ("momentum: 0.9", "momentum: [[[1]]]", "[1] is not a finite number"),
             ("  - {rule: adam, values: {lr: 1e-2}}", "  - {", "study.yaml is not YAML: "),
         ],
     )
@@ -75,6 +78,15 @@ class TestYaml:
     def test_every_error_is_told_at_once(self):
         lines = refused("seeds: 2\nsteps: 5", "sedes: 2\nsteps: 0").splitlines()
         assert len(lines) == 2 and all(line.startswith("study.yaml: ") for line in lines)
+
+    def test_an_item_that_is_wrong_is_not_also_missing(self):
+        lines = refused("problems: [wine-mlp, ", "problems: [wine-mpl, ").splitlines()
+        assert len(lines) == 1 and "problems[0].name: there is no problem" in lines[0]
+        text = "{name: s, problems: [wine-mlp], steps: 1, arms: %s}"
+        for arms, told in (("[{rule: adm}]", "there is no rule"), ("[]", "at least 1 item")):
+            with pytest.raises(ValueError) as raised:
+                study_from_yaml(text % arms)
+            assert told in str(raised.value) and "\n" not in str(raised.value)
 
     def test_a_file_that_is_no_mapping(self):
         with pytest.raises(ValueError, match="must be a mapping with name, problems"):
@@ -145,7 +157,10 @@ class TestRun:
             ({"values": {"beta1": 0.5}}, "arm 'knots' on wine-mlp: sgd on wine-mlp has no hyper"),
             ({"values": {"lr": -1.0}}, "lr=-1 is outside"),
             ({"learn": ("rl",)}, "has no hyper 'rl'"),
-            ({"learn": ("nesterov",), "route": "gradient"}, "route='gradient' cannot learn"),
+            (
+                {"learn": ("nesterov",), "route": "gradient", "values": {"momentum": 0.9}},
+                "route='gradient' cannot learn",
+            ),
             ({"learn": ("lr",), "route": "downhill"}, "downhill"),
             ({"options": {"nesterov": True}}, "nesterov=True needs momentum"),
             ({"schedules": {"rate": "cosine"}}, "has no hyper 'rate'"),
@@ -157,6 +172,16 @@ class TestRun:
         study = STUDY.model_copy(update={"arms": (STUDY.arms[0], arm)})
         with pytest.raises(ValueError, match=message):
             run(study, progress=lambda record: pytest.fail("something ran"))
+
+    def test_a_second_run_on_a_folder_in_use_is_refused(self, tmp_path):
+        out, refused = tmp_path / "out.jsonl", []
+
+        def again(record):
+            with pytest.raises(BlockingIOError, match="in use by another run"):
+                run(STUDY, out=out)
+            refused.append(record)
+
+        assert list(run(STUDY, out=out, progress=again)) == refused == read(out)
 
     def test_two_places_to_run_are_one_too_many(self):
         with pytest.raises(ValueError, match="not both"):
@@ -177,6 +202,24 @@ class TestRun:
         }
         (again,) = run(study.model_copy(update={"arms": (Arm.model_validate(given),)}))
         assert again.measures == found.measures
+
+    def test_values_of_a_tuned_grain_and_schedule_are_an_arm(self, tmp_path):
+        shaped = {
+            "rule": "alphagrad",
+            "schedules": {"alpha": "piecewise:2"},
+            "grains": {"alpha": "tensor"},
+        }
+        arm = {**shaped, "learn": ["alpha"], "budget": "1s", "route": "gradient"}
+        study = Study(name="t", problems=["wine-mlp"], arms=[arm], steps=4)
+        (found,) = run(study)
+        knots = found.tuned.hypers["alpha.knots"]
+        assert len({len(row) for row in knots}) == 1 and len(knots[0]) > 1
+        plain = Arm.model_validate({**shaped, "values": found.tuned.hypers})
+        study = study.model_copy(update={"arms": (plain,)})
+        assert study_from_yaml(study.to_yaml()) == study
+        (again,) = run(study, out=tmp_path / "out.jsonl")
+        assert again.measures == found.measures
+        assert read(tmp_path / "out.jsonl") == [again]
 
     def test_an_interrupted_tuning_is_not_on_record(self, monkeypatch, tmp_path):
         stopped = SimpleNamespace(outcome=Outcome.INTERRUPTED)
