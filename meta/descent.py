@@ -23,9 +23,7 @@ from .training import Training
 # How many losses the recent median is over, and how many of their spreads make an outlier.
 _RECENT, _OUTLIER = 11, 5.0
 # Of the anchor, per step; and the growth of a cut step per trusted estimate.
-_KEPT, _RECOVERY = 0.8, 1.05
-# Of the largest squared entry of the gradient, per step.
-_REMEMBERED = 0.9
+_KEPT, _RECOVERY = 0.8, 1.02
 
 
 @dataclass
@@ -33,8 +31,10 @@ class Descent:
     """Where a descent stands: everything needed to go on with it.
 
     z: coordinates of the next estimate. anchor: a running average of those whose estimate was
-    trusted. losses: theirs. steepest: a running mean square of the largest entry of their
-    gradients. scale: the factor by which failures have cut the step.
+    trusted. losses: theirs. steepest: the sum of squares of the largest entries of their relative
+    gradients. best: the anchor when the median of recent losses was lowest, best_loss. since: how
+    many were trusted since it last went back there. scale: the factor by which failures have cut
+    the step.
     """
 
     z: Tensor
@@ -42,6 +42,9 @@ class Descent:
     anchor: Tensor | None = None
     losses: list[float] = field(default_factory=list)
     steepest: float = 0.0
+    best: Tensor | None = None
+    best_loss: float = math.inf
+    since: int = 0
     failures: int = 0
     scale: float = 1.0
     carry: Any = None
@@ -53,19 +56,23 @@ class Descent:
 class MetaOptimizer:
     """Descends the held-out loss in unconstrained coordinates (logarithms, logits).
 
-    rule: any rule of the catalogue, by default Adam. It is given the gradient relative to the
-    recent largest entry of it, so that neither the units of the loss nor its fall matter. rate: the
-    rule's learning rate at the start, so 0.2 is at most about 20 % of a learning rate per step; it
-    falls to 0 with the budget along half a cosine. eps: the share of the largest entry below which
-    a coordinate is left to rest; without it Adam would march the ones that do not matter as fast
-    as the ones that do. bound: the most that a coordinate moves in one step.
+    rule: any rule of the catalogue, by default Adam. It is given d log(loss) / d coordinate, the
+    share by which the loss changes, over the root mean square of its largest entry so far, so that
+    no units matter. rate: the rule's learning rate at the start, so 0.2 is at most about 20 % of a
+    learning rate per step; it falls to 0 with the budget along half a cosine. eps: the share of
+    the largest entry below which a coordinate is left to rest; without it Adam would march the
+    ones that do not matter as fast as the ones that do. bound: the most that a coordinate moves
+    along the gradient in one step.
 
     Every metagradient has a training seed of its own, so that the expected loss is descended and
     not one seed's. An estimate is not trusted if training diverged, if the adjoint grew more than
     blow_up on its way back (chaos, not a direction: Metz et al. 2021, arXiv:2111.05803), or if the
     loss jumped by more than `jump` of the recent median and far out of its spread. Such a step is
     taken back half the way to the anchor and the next are cut to `cut` of their length; `patience`
-    failures in a row, or one before anything was trusted, end the descent.
+    failures in a row, or one before anything was trusted, end the descent. Losses under different
+    seeds are too noisy to accept or refuse a single step by, but where their recent median has
+    risen by more than `drift` over its lowest, the descent goes back to where that was, with a cut
+    step: the gradient of runs that go well does not see the ones that are about to diverge.
     """
 
     estimator: Estimator = field(default_factory=Replay)
@@ -77,6 +84,7 @@ class MetaOptimizer:
     bound: float = 0.5
     blow_up: float = 1e6
     jump: float = 0.5
+    drift: float = 0.15
     cut: float = 0.7
     patience: int = 12
 
@@ -136,16 +144,39 @@ class MetaOptimizer:
         descent.losses.append(loss)
         descent.failures = 0
         descent.scale = min(1.0, descent.scale * _RECOVERY)
+        if self._drifted(descent):
+            return
+        # A loss may be 0 or cross it, where shares of it mean nothing.
+        grad = grad / max(abs(loss), 1e-3 * max(map(abs, descent.losses)), 1e-30)
+        descent.steepest += float(grad.abs().max()) ** 2
         moves = len(descent.losses)
-        largest = float(grad.abs().max()) ** 2
-        descent.steepest = _REMEMBERED * descent.steepest + (1 - _REMEMBERED) * largest
-        size = math.sqrt(descent.steepest / (1 - _REMEMBERED**moves))
         t = torch.tensor(float(moves), dtype=torch.float64)
         rate = descent.scale * self.rate * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         moved, descent.slots = flat_step(
-            self.rule, coordinates.layout, z, grad / size, descent.slots, t, self._values(rate)
+            self.rule,
+            coordinates.layout,
+            z,
+            grad / math.sqrt(descent.steepest / moves),
+            descent.slots,
+            t,
+            self._values(rate),
         )
         descent.z = coordinates.inside(z + (moved - z).clamp(-self.bound, self.bound))
+
+    def _drifted(self, descent: Descent) -> bool:
+        """Whether the recent losses have risen over the lowest there were; if so, it goes back."""
+        descent.since += 1
+        if descent.since < _RECENT:
+            return False
+        recent = median(descent.losses[-_RECENT:])
+        if recent < descent.best_loss:
+            descent.best, descent.best_loss = descent.anchor, recent
+        elif descent.best is not None and recent - descent.best_loss > self.drift * abs(recent):
+            descent.z = descent.anchor = descent.best
+            descent.scale *= self.cut
+            descent.since = 0
+            return True
+        return False
 
     def _retreat(self, descent: Descent, outcome: Outcome, why: str) -> None:
         descent.failures += 1

@@ -154,10 +154,11 @@ def _search(space: Space, start: Point, log: Log, seed: int) -> None:
 
 def _confirm(space: Space, start: Point, log: Log, seed: int) -> tuple[list[float], Point]:
     """The best of the points found and of where it all started, under fresh seeds."""
-    candidates = log.best(CANDIDATES - 2)
-    if log.descent is not None and log.descent.anchor is not None:
-        # The steps have shrunk to nothing by now, so this is the descent's own answer.
-        candidates.insert(0, Point(Coordinates(space.smooth).point(log.descent.anchor)))
+    candidates = log.best(CANDIDATES - 3)
+    if log.descent is not None:
+        # The descent's own answers: where it ended, and where its losses were lowest for a while.
+        own = [z for z in (log.descent.best, log.descent.anchor) if z is not None]
+        candidates = [Point(Coordinates(space.smooth).point(z)) for z in own] + candidates
     candidates.insert(1, start)
 
     def train(point: Point, k: int) -> float:

@@ -91,7 +91,8 @@ def test_a_loss_that_reaches_or_crosses_zero_is_descended_too(rest):
 @pytest.mark.parametrize("bound", [0.01, 0.5])
 @pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
 def test_no_coordinate_moves_more_than_the_bound(rule, bound):
-    meta = MetaOptimizer(Stub(), rule=rule, rate=1e3, bound=bound, jump=math.inf)
+    # A return to a better place is no step; TestDrift looks at those.
+    meta = MetaOptimizer(Stub(), rule=rule, rate=1e3, bound=bound, jump=math.inf, drift=math.inf)
     _, path, _ = descend(meta, 20)
     moves = torch.stack(path).diff(dim=0).abs()
     assert moves.max() <= bound * (1 + 1e-12)
@@ -224,6 +225,50 @@ class TestBlowUp:
     def test_growth_below_it_is_a_direction(self):
         descent, _, _ = descend(MetaOptimizer(self.blown(1e5)), 4)
         assert (descent.failures, len(descent.losses)) == (0, 4)
+
+
+class TestDrift:
+    def rising(self, since=15, slope=0.02):
+        """A loss that creeps up from a call on, whatever the gradient says."""
+
+        def judge(call, point):
+            loss = 1 + slope * max(0, call - since)
+            return Estimate(loss, quadratic(point, minimum=torch.full((3,), -99.0)).grad)
+
+        return Stub(judge)
+
+    def test_it_goes_back_to_where_the_recent_losses_were_lowest(self):
+        descent, path, _ = descend(MetaOptimizer(self.rising()), 60)
+        jumps = torch.stack(path).diff(dim=0).abs().amax(1)
+        back = int(jumps.argmax())
+        # Not by one high loss: the median of the last eleven must have risen by a share.
+        assert back > 15 + 5
+        torch.testing.assert_close(path[back + 1], descent.best, rtol=0, atol=0)
+        assert path[back + 1][0] > path[back][0]
+
+    def test_and_goes_on_with_a_shorter_step(self):
+        returned, _, _ = descend(MetaOptimizer(self.rising()), 60)
+        free, _, _ = descend(MetaOptimizer(self.rising(), drift=math.inf), 60)
+        assert returned.scale < free.scale == 1
+
+    def test_a_rise_within_the_share_is_left_alone(self):
+        descent, _, _ = descend(MetaOptimizer(self.rising(slope=0.002)), 60)
+        assert descent.scale == 1 and descent.since == 60
+
+    def test_one_high_loss_is_not_a_drift(self):
+        def judge(call, point):
+            return Estimate(1.4 if call % 5 == 4 else 1.0, quadratic(point).grad)
+
+        descent, _, _ = descend(MetaOptimizer(Stub(judge)), 60)
+        assert descent.since == 60
+
+    def test_losses_below_zero_fall_further(self):
+        def judge(call, point):
+            estimate = quadratic(point)
+            return Estimate(estimate.loss - 100, estimate.grad)
+
+        descent, _, estimates = descend(MetaOptimizer(Stub(judge)), 150)
+        assert estimates[-1].loss < -98.5 and descent.outcome is Outcome.OK
 
 
 class TestJump:
