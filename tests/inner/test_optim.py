@@ -40,7 +40,7 @@ def weights_after(make, steps=5, schedule=None):
     return train(net, optimizer, steps, schedule(optimizer) if schedule else None)
 
 
-def same(ours, theirs):
+def assert_same(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
@@ -120,7 +120,7 @@ class TestDropIn:
             groups = [{"params": first, "lr": 0.1, "weight_decay": 0.0}, {"params": last}]
             return train(net, optimizer(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1))
 
-        same(make(optim.AdamW), make(torch.optim.AdamW))
+        assert_same(make(optim.AdamW), make(torch.optim.AdamW))
 
     def test_a_group_may_set_one_beta(self):
         groups = [{"params": [torch.zeros(2)], "beta2": 0.9}, {"params": [torch.zeros(2)]}]
@@ -148,7 +148,7 @@ class TestDropIn:
             adam.param_groups[0]["lr"] = 0.1
             return train(net, adam)
 
-        same(make(optim.Adam), make(torch.optim.Adam))
+        assert_same(make(optim.Adam), make(torch.optim.Adam))
 
     @pytest.mark.parametrize(
         "schedule",
@@ -166,7 +166,7 @@ class TestDropIn:
             weights_after(lambda p, m=m: getattr(m, name)(p, lr=0.01, **extra), 10, schedule)
             for m in (optim, torch.optim)
         )
-        same(ours, theirs)
+        assert_same(ours, theirs)
 
     def test_closure_runs_with_gradients_and_its_loss_is_returned(self):
         p = torch.nn.Parameter(torch.ones(2))
@@ -185,7 +185,7 @@ class TestDropIn:
             lr=torch.tensor([0.25]), betas=(torch.tensor(0.5), torch.tensor(0.75)), eps=1e-6
         )
         as_numbers = dict(lr=0.25, betas=(0.5, 0.75), eps=1e-6)
-        same(
+        assert_same(
             weights_after(lambda p: optim.Adam(p, **as_tensors)),
             weights_after(lambda p: optim.Adam(p, **as_numbers)),
         )
@@ -222,7 +222,7 @@ class TestDropIn:
                 adam.step()
             return late.detach()
 
-        same(
+        assert_same(
             last_weights(optim.Adam, None), last_weights(torch.optim.Adam, torch.zeros(2).double())
         )
 
@@ -237,7 +237,7 @@ class TestDropIn:
                 radam.step()
             return late.detach()
 
-        same(last_weights(optim.RAdam), last_weights(torch.optim.RAdam))
+        assert_same(last_weights(optim.RAdam), last_weights(torch.optim.RAdam))
 
     def test_slots_in_bfloat16_and_the_counter_in_float64(self):
         p = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))

@@ -197,7 +197,8 @@ class TestConditions:
         for point in drawn(found):
             training = found.at(point.discrete)
             values = {name: value.item() for name, value in point.smooth.items()}
-            torch_form(training.rule)([torch.zeros(1)], **values)
+            group = torch_form(training.rule)([torch.zeros(1)], **values).param_groups[0]
+            assert {name: group[name] for name in values} == values
 
 
 class TestAt:
