@@ -13,26 +13,23 @@ from torch.nn.functional import cross_entropy
 STEPS, KNOTS, META_STEPS = 60, 8, 30
 
 
-# 1. The task: an MLP on digits, its weights one flat vector, three parts of the data.
-def split_data():
-    x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order].float() / 16, y[order]
-    return [(x[a:b], y[a:b]) for a, b in ((0, 900), (900, 1350), (1350, 1797))]
-
-
-TRAIN, VALID, TEST = split_data()
+# 1. The task: an MLP on digits, its weights one flat vector.
+x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
+order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+TRAIN, VALID = ((x[part].float() / 16, y[part]) for part in (order[:900], order[900:1350]))
 SHAPES = [(64, 48), (48,), (48, 10), (10,)]
+
+
+SIZES = [torch.Size(s).numel() for s in SHAPES]
 
 
 def start(seed):
     draw = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randn(s, generator=draw).flatten() * 0.15 for s in SHAPES])
+    return 0.15 * torch.randn(sum(SIZES), generator=draw)
 
 
 def loss(w, data):
-    parts = w.split([torch.Size(s).numel() for s in SHAPES])
-    w1, b1, w2, b2 = (part.view(s) for part, s in zip(parts, SHAPES, strict=True))
+    w1, b1, w2, b2 = (part.view(s) for part, s in zip(w.split(SIZES), SHAPES, strict=True))
     x, y = data
     # A smooth activation: the exact gradient of a path with kinks says little about the next path.
     return cross_entropy(torch.tanh(x @ w1 + b1) @ w2 + b2, y)
@@ -75,7 +72,7 @@ def metagradient(z, seed):
     z = z.detach().requires_grad_()
     hypers = values(z)
     fixed = [h.detach() for h in hypers]
-    states = [(start(seed), *torch.zeros(2, sum(torch.Size(s).numel() for s in SHAPES)))]
+    states = [(start(seed), *torch.zeros(2, sum(SIZES)))]
     for t in range(1, STEPS + 1):
         hyper = (fixed[t - 1], *fixed[STEPS:])
         states.append(tuple(x.detach() for x in step(states[-1], t, seed, False, *hyper)))
