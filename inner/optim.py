@@ -51,7 +51,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, object]) -> None:
         """Add a group; it may set any argument, and may carry further keys, which are ignored."""
         title = type(self).__name__
-        near = [*_defaults(self.rule), *_betas(self.rule)]
+        near = [*_defaults(self.rule), *betas_of(self.rule)]
         for name in param_group:
             # Groups may be tagged freely, but a misspelt argument would silently do nothing.
             close = difflib.get_close_matches(name, near, n=1, cutoff=0.85)
@@ -123,7 +123,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     ) -> dict[str, object]:
         """The arguments of one group, with beta1, beta2, ... kept as torch's tuple betas."""
         group = {**defaults, **given}
-        betas = _betas(self.rule)
+        betas = betas_of(self.rule)
         if betas:
             alone = {i: group.pop(name) for i, name in enumerate(betas) if name in given}
             if alone and "betas" in given:
@@ -137,7 +137,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _given(self, group: Mapping[str, object]) -> dict[str, object]:
         """Every hyperparameter of a group under its own name."""
-        betas = dict(zip(_betas(self.rule), group.get("betas", ()), strict=True))  # type: ignore[call-overload]  # a tuple by now
+        betas = dict(zip(betas_of(self.rule), group.get("betas", ()), strict=True))  # type: ignore[call-overload]  # a tuple by now
         return {name: betas[name] if name in betas else group[name] for name in self.rule.hypers}
 
     def _values(self, group: Mapping[str, object]) -> Tensors:
@@ -190,7 +190,7 @@ def _unit(x: Tensor) -> Tensor:
     return x.view(1) if x.ndim == 0 else x
 
 
-def _betas(rule: Rule) -> tuple[str, ...]:
+def betas_of(rule: Rule) -> tuple[str, ...]:
     """The hyperparameters kept as torch's tuple `betas`; none where there is only one beta."""
     names = tuple(name for name in rule.hypers if re.fullmatch(r"beta\d", name))
     return names if len(names) > 1 else ()
@@ -198,7 +198,7 @@ def _betas(rule: Rule) -> tuple[str, ...]:
 
 def _defaults(rule: Rule) -> dict[str, object]:
     """What the param groups hold where nothing is given, in torch.optim's order of arguments."""
-    betas = _betas(rule)
+    betas = betas_of(rule)
     defaults: dict[str, object] = {}
     for name, hyper in rule.hypers.items():
         if name in betas:
@@ -214,7 +214,7 @@ def _signature(rule: Rule) -> Signature:
         Parameter(name, alone if name == "maximize" else named, default=default)
         for name, default in _defaults(rule).items()
     ]
-    betas = [Parameter(name, alone, default=rule.hypers[name].default) for name in _betas(rule)]
+    betas = [Parameter(name, alone, default=rule.hypers[name].default) for name in betas_of(rule)]
     return Signature([Parameter("params", named), *given, *betas], return_annotation=None)
 
 

@@ -87,7 +87,7 @@ class Implicit:
             )
         v, *direct = _grad(loss, [weights, *leaves.values()])
         ahead = range(done, done + self.batches)
-        inner = torch.stack([_inner_loss(training, state, values, i, seed) for i in ahead]).mean()
+        inner = torch.stack([training.inner_loss(state, values, i, seed)[0] for i in ahead]).mean()
         (g,) = torch.autograd.grad(inner, weights, create_graph=True)
         solved = self.solve(lambda x: _grad(g, [weights], x)[0], v)
         note = Note(
@@ -116,12 +116,6 @@ def _check_point(training: Training, point: Tensors) -> None:
             "differentiation cannot see it; differentiate training itself with Replay "
             f"(method='replay'), or learn only {', '.join(learnable) or 'hypers of the loss'}"
         )
-
-
-def _inner_loss(training: Training, state: State, values: Tensors, step: int, seed: int) -> Tensor:
-    hypers = {name: values[name] for name in training.problem.hypers}
-    params = training.layout.unflatten(state.p)
-    return training.problem.inner_loss(params, state.buffers, hypers, step, seed)[0]
 
 
 def _grad(output: Tensor, inputs: list[Tensor], weight: Tensor | None = None) -> list[Tensor]:

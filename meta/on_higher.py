@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..inner.hyper import Tensors
-from ..inner.optim import torch_form
+from ..inner.optim import betas_of, torch_form
 from ..inner.rule import Rule, unknown
 from ..inner.rules import RULES
 
@@ -65,7 +65,7 @@ def _apply_override(self: Any, override: Mapping[str, Sequence[Any]]) -> None:
         if name not in known:
             raise TypeError(unknown(f"{rule.title} has no override", name, known))
         if name == "betas":
-            for i, beta in enumerate(_pair(rule)):
+            for i, beta in enumerate(betas_of(rule)):
                 alone[beta] = [pair[i] for pair in entries]
         else:
             alone[name] = entries
@@ -114,11 +114,7 @@ def _split_betas(groups: list[dict[str, Any]], rule: Rule) -> None:
     """Keep beta1 and beta2 apart, so that either can be overridden."""
     for group in groups:
         if "betas" in group:
-            group.update(zip(_pair(rule), group.pop("betas"), strict=True))
-
-
-def _pair(rule: Rule) -> list[str]:
-    return [name for name in rule.hypers if name in ("beta1", "beta2", "beta3")]
+            group.update(zip(betas_of(rule), group.pop("betas"), strict=True))
 
 
 __all__ = ["differentiable_form", "register"]

@@ -154,7 +154,7 @@ class Training:
 
     def complain(self, point: Tensors) -> None:
         """Raise ValueError if the rule's values at a point contradict its options."""
-        self.rule.complain(self._divide(self.resolve(point).at(0))[1])
+        self.rule.complain(self._of_rule(self.resolve(point).at(0)))
 
     def _given(self, name: str, *, learned: bool) -> Tensor:
         hyper, (base, _, suffix) = self.hypers[name], name.partition(".")
@@ -193,7 +193,7 @@ class Training:
         """The state before the first step; differentiable in the values that fill slots."""
         params, buffers = self.problem.start(seed)
         p = self.layout.flatten(params)
-        slots = initial_slots(self.rule, self.layout, p, self._divide(values)[1])
+        slots = initial_slots(self.rule, self.layout, p, self._of_rule(values))
         return State(p, slots, buffers)
 
     def step(
@@ -203,15 +203,14 @@ class Training:
         require grad; without, nothing is tracked.
         """
         p = state.p if graph else state.p.detach().requires_grad_()
-        loss_values, rule_values = self._divide(values)
         with torch.enable_grad():
-            loss, buffers = self.problem.inner_loss(
-                self.layout.unflatten(p), state.buffers, loss_values, i, seed
-            )
+            loss, buffers = self.inner_loss(state._replace(p=p), values, i, seed)
             (g,) = torch.autograd.grad(loss, p, create_graph=graph)
         t = torch.tensor(float(i + 1), dtype=torch.float64)
         with torch.set_grad_enabled(graph):
-            p, slots = flat_step(self.rule, self.layout, p, g, state.slots, t, rule_values)
+            p, slots = flat_step(
+                self.rule, self.layout, p, g, state.slots, t, self._of_rule(values)
+            )
         if not graph:
             # What the step did not touch stays the same object: Replay takes it for a constant.
             same = state.buffers
@@ -219,12 +218,11 @@ class Training:
             p = p.detach()
         return State(p, slots, buffers)
 
-    def _divide(self, values: Tensors) -> tuple[Tensors, Tensors]:
-        """(values of the loss's hypers, values of the rule's)."""
-        return (
-            {name: values[name] for name in self.problem.hypers},
-            {name: values[name] for name in self.rule.hypers},
-        )
+    def _of_loss(self, values: Tensors) -> Tensors:
+        return {name: values[name] for name in self.problem.hypers}
+
+    def _of_rule(self, values: Tensors) -> Tensors:
+        return {name: values[name] for name in self.rule.hypers}
 
     def run(
         self,
@@ -264,10 +262,17 @@ class Training:
             return None
         return state if _finite(state) else None
 
+    def inner_loss(
+        self, state: State, values: Tensors, i: int, seed: int
+    ) -> tuple[Tensor, Tensors]:
+        """The training loss of a state at step i, and the buffers after it."""
+        params = self.layout.unflatten(state.p)
+        return self.problem.inner_loss(params, state.buffers, self._of_loss(values), i, seed)
+
     def outer_loss(self, state: State, values: Tensors) -> Tensor:
         """The held-out loss of a state, with a graph to whatever requires grad."""
         params = self.layout.unflatten(state.p)
-        return self.problem.outer_loss(params, state.buffers, self._divide(values)[0])
+        return self.problem.outer_loss(params, state.buffers, self._of_loss(values))
 
     def measure(self, state: State, split: Split) -> dict[str, float]:
         return self.problem.measure(self.layout.unflatten(state.p), state.buffers, split)

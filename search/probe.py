@@ -19,12 +19,11 @@ def first_losses(training: Training, seed: int) -> dict[str, float]:
 
     To five digits, which tell one problem from another and do not depend on the machine.
     """
-    params, buffers = training.problem.start(seed)
     values = training.resolve({}).at(0)
-    loss_values = {name: values[name] for name in training.problem.hypers}
+    state = training.begin(values, seed)
     losses = {
-        "train": training.problem.inner_loss(params, buffers, loss_values, 0, seed)[0],
-        "held-out": training.problem.outer_loss(params, buffers, loss_values),
+        "train": training.inner_loss(state, values, 0, seed)[0],
+        "held-out": training.outer_loss(state, values),
     }
     for name, loss in losses.items():
         if not math.isfinite(float(loss)):

@@ -44,7 +44,8 @@ class Space:
                 raise ValueError(unknown(f"{self.training.label} has no hyper", name, known))
         if not self.learn:
             raise ValueError(f"nothing to learn; name one or more of: {', '.join(sorted(known))}")
-        for name, option in self.discrete.items():
+        for name in self.discrete.keys() & self.training.rule.choices.keys():
+            option = self.discrete[name]
             for value in option.options if isinstance(option, Choice) else ():
                 # An option that contradicts the values it is to be tried with is told now.
                 point = self._settled(self.start().smooth, {name: value})
@@ -71,9 +72,18 @@ class Space:
 
     def start(self) -> Point:
         """Where both routes begin."""
-        in_force = {**self.training.rule.options(), **self.training.problem.chosen}
-        discrete = {name: in_force.get(name, c.default) for name, c in self.discrete.items()}
-        return Point(self.training.start(self.smooth) if self.smooth else {}, discrete)
+        discrete = {name: self._in_force[name] for name in self.discrete}
+        return Point(dict(self._start), discrete)
+
+    @cached_property
+    def _start(self) -> Tensors:
+        return self.training.start(self.smooth) if self.smooth else {}
+
+    @cached_property
+    def _in_force(self) -> dict[str, object]:
+        """Every option and its value where nothing is learned."""
+        of_problem = {name: c.default for name, c in self.training.problem.choices.items()}
+        return {**of_problem, **self.training.rule.options(), **self.training.problem.chosen}
 
     def at(self, discrete: dict[str, object]) -> Training:
         """The training with these discrete options in force."""
@@ -97,8 +107,7 @@ class Space:
         if self.size > SEARCHABLE:
             raise ValueError(
                 f"{self.size} numbers are too many to search without gradients (limit "
-                f"{SEARCHABLE}); "
-                "use a coarser grain or fewer knots"
+                f"{SEARCHABLE}); use a coarser grain or fewer knots"
             )
         out: dict[str, BaseDistribution] = {}
         for name, option in self.discrete.items():
@@ -152,13 +161,7 @@ class Space:
         if declared.when is None:
             return True
         option, wanted = declared.when
-        in_force = {
-            **{name: c.default for name, c in self._options.items()},
-            **self.training.rule.options(),
-            **self.training.problem.chosen,
-            **discrete,
-        }
-        return in_force[option] == wanted
+        return {**self._in_force, **discrete}[option] == wanted
 
 
 def _around(hyper: Hyper, start: Tensor) -> Hyper:
@@ -193,13 +196,13 @@ def _ask(trial: Trial, key: str, distribution: Any) -> Any:
     return trial.suggest_categorical(key, distribution.choices)
 
 
-def _to_numbers(hyper: Hyper, value: torch.Tensor) -> list[float]:
+def _to_numbers(hyper: Hyper, value: Tensor) -> list[float]:
     low, high = hyper.box() if hyper.scale == "logit" else hyper.search
     numbers = hyper.free(value) if hyper.scale == "logit" else value
     return [min(max(x, low), high) for x in numbers.flatten().tolist()]
 
 
-def _from_numbers(hyper: Hyper, numbers: list[float]) -> torch.Tensor:
+def _from_numbers(hyper: Hyper, numbers: list[float]) -> Tensor:
     tensor = torch.tensor(numbers, dtype=torch.float64).reshape(hyper.shape)
     return hyper.value(tensor) if hyper.scale == "logit" else tensor
 
