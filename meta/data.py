@@ -23,7 +23,9 @@ class Data(Protocol):
 
     def to(self, device: torch.device) -> Data: ...
 
-    def batch(self, index: Tensor) -> tuple[Inputs, Tensor]: ...
+    def batch(self, index: Tensor, seed: int) -> tuple[Inputs, Tensor]:
+        """The examples at index; random draws on the way are a function of seed."""
+        ...
 
     def whole(self) -> tuple[Inputs, Tensor]: ...
 
@@ -40,7 +42,7 @@ class TensorData:
     def to(self, device: torch.device) -> TensorData:
         return TensorData(_to(self._inputs, device), self._target.to(device))
 
-    def batch(self, index: Tensor) -> tuple[Inputs, Tensor]:
+    def batch(self, index: Tensor, seed: int) -> tuple[Inputs, Tensor]:
         index = index.to(self._target.device)
         if isinstance(self._inputs, Tensor):
             return self._inputs[index], self._target[index]
@@ -63,9 +65,9 @@ class DatasetData:
     def to(self, device: torch.device) -> DatasetData:
         return self if device == self._device else DatasetData(self._dataset, device)
 
-    def batch(self, index: Tensor) -> tuple[Inputs, Tensor]:
-        # A dataset may augment with any of the three usual generators; torch's is seeded already.
-        with _numpy_and_random_seeded(int(torch.randint(2**31, ()))):
+    def batch(self, index: Tensor, seed: int) -> tuple[Inputs, Tensor]:
+        # A dataset may augment with any of the three usual generators.
+        with seeded(seed), _numpy_and_random_seeded(seed % 2**32):
             collated = default_collate([self._dataset[i] for i in index.tolist()])
         if not isinstance(collated, tuple | list) or len(collated) < 2:
             raise TypeError(
@@ -93,7 +95,7 @@ class DatasetData:
     def whole(self) -> tuple[Inputs, Tensor]:
         # Held-out data are read after every training: collated once, then kept on the device.
         if self._whole is None:
-            self._whole = self.batch(torch.arange(len(self)))
+            self._whole = self.batch(torch.arange(len(self)), seed=0)
         return self._whole
 
 
@@ -134,6 +136,23 @@ def _to(inputs: Inputs, device: torch.device) -> Inputs:
 
 
 @contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """torch's global generators seeded inside and as before outside."""
+    # Not torch.manual_seed: it formats a stack trace for every device that is not there.
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
+@contextmanager
 def _numpy_and_random_seeded(seed: int) -> Iterator[None]:
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
@@ -145,4 +164,4 @@ def _numpy_and_random_seeded(seed: int) -> Iterator[None]:
         np.random.set_state(before[1])
 
 
-__all__ = ["Data", "DatasetData", "Split", "TensorData", "as_data", "mix"]
+__all__ = ["Data", "DatasetData", "Split", "TensorData", "as_data", "mix", "seeded"]

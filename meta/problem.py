@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from ..inner.hyper import Discrete, Hyper, Tensors
 from ..inner.rule import unknown
 from .batchnorm import carry_statistics
-from .data import Data, Split, as_data, mix
+from .data import Data, Inputs, Split, as_data, mix, seeded
 
 LossFn = Callable[..., Tensor]
 _FUSED: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
@@ -33,8 +33,9 @@ class Problem(Protocol):
     """A model, its training loss and a held-out loss, as pure functions.
 
     hypers: the loss's own hyperparameters. choices: its discrete options; chosen: those in force
-    where not the default. Every random draw (start, batch order, dropout,
-    augmentation) is a function of the arguments alone, so that a replay repeats it bit for bit.
+    where not the default. Every random draw is a function of the arguments alone, so that a replay
+    repeats it bit for bit; those of inner_loss (dropout) are from torch's global generators, which
+    whoever calls it has seeded with (seed, step).
     """
 
     name: str
@@ -55,10 +56,17 @@ class Problem(Protocol):
         """Fresh (parameters, buffers)."""
         ...
 
+    def batch(self, step: int, seed: int) -> Any:
+        """What the training loss reads at a step (from 0): nested tuples, lists, dicts of tensors.
+
+        Where shapes are the same at every step, steps can be compiled.
+        """
+        ...
+
     def inner_loss(
-        self, params: Tensors, buffers: Tensors, hypers: Tensors, step: int, seed: int
+        self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Any
     ) -> tuple[Tensor, Tensors]:
-        """The scalar training loss at a step (from 0), and the buffers after it."""
+        """The scalar training loss on a batch, and the buffers after it."""
         ...
 
     def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
@@ -68,6 +76,20 @@ class Problem(Protocol):
     def measure(self, params: Tensors, buffers: Tensors, split: Split) -> dict[str, float]:
         """What to report about trained parameters on one split: "loss" and more by name."""
         ...
+
+
+def loss_at(
+    problem: Problem, params: Tensors, buffers: Tensors, hypers: Tensors, step: int, seed: int
+) -> tuple[Tensor, Tensors]:
+    """The training loss at a step on that step's batch, under that step's random draws."""
+    batch = problem.batch(step, seed)
+    with draws_of(step, seed, next(iter(params.values())).device):
+        return problem.inner_loss(params, buffers, hypers, batch)
+
+
+def draws_of(step: int, seed: int, device: torch.device) -> AbstractContextManager[None]:
+    """The random draws that the training loss makes at a step."""
+    return seeded(mix(seed, step, 2), device)
 
 
 @dataclass(eq=False)
@@ -89,7 +111,7 @@ class ModuleProblem:
         options = {option: c.default for option, c in self.choices.items()} | dict(self.chosen)
         self._batch_size = int(str(options.pop("batch_size", self.batch_size)))
         self._options = options
-        with _seeded(0):
+        with seeded(0):
             made = self.make_model(**options)
         self._device = _checked_device(made, self.name)
         self._model = _own_modules(made)
@@ -108,23 +130,25 @@ class ModuleProblem:
         return replace(self, chosen={**self.chosen, **chosen})
 
     def start(self, seed: int) -> tuple[Tensors, Tensors]:
-        with _seeded(mix(seed, 0, 1), self._device):
+        with seeded(mix(seed, 0, 1), self._device):
             model = self.make_model(**self._options)
         params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
         return params, frozen | {n: b.detach() for n, b in model.named_buffers()}
 
-    def inner_loss(
-        self, params: Tensors, buffers: Tensors, hypers: Tensors, step: int, seed: int
-    ) -> tuple[Tensor, Tensors]:
+    def batch(self, step: int, seed: int) -> tuple[Inputs, Tensor]:
         data = self.splits["train"]
-        with _seeded(mix(seed, step, 2), self._device):
-            inputs, target = data.batch(_draw(len(data), self._batch_size, step, seed))
-            # Copies, because a module may update its buffers in place; frozen weights stay put.
-            carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
-            output, carried = self._forward(params, carried, inputs, training=True)
-            extra = {"hypers": hypers, "params": params} if self.hypers else {}
-            return _scalar(self.loss_fn, output, target, **extra), carried
+        return data.batch(_draw(len(data), self._batch_size, step, seed), mix(seed, step, 4))
+
+    def inner_loss(
+        self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: tuple[Inputs, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        inputs, target = batch
+        # Copies, because a module may update its buffers in place; frozen weights stay put.
+        carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
+        output, carried = self._forward(params, carried, inputs, training=True)
+        extra = {"hypers": hypers, "params": params} if self.hypers else {}
+        return _scalar(self.loss_fn, output, target, **extra), carried
 
     def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
         output, target = self._evaluate(params, buffers, "valid")
@@ -139,7 +163,7 @@ class ModuleProblem:
             return loss | {n: float(f(output, target)) for n, f in self.metrics.items()}
 
     def _evaluate(self, params: Tensors, buffers: Tensors, split: Split) -> tuple[Tensor, Tensor]:
-        with _seeded(0, self._device):
+        with seeded(0, self._device):
             inputs, target = self.splits[split].whole()
             output, _ = self._forward(params, dict(buffers), inputs, training=False)
         return output, target
@@ -277,21 +301,4 @@ def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(examples, generator=generator)
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """torch's global generators seeded inside and as before outside."""
-    # Not torch.manual_seed: it formats a stack trace for every device that is not there.
-    generators = [torch.default_generator]
-    if device is not None and device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    before = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
-
-
-__all__ = ["ModuleProblem", "Problem", "problem_from_module"]
+__all__ = ["ModuleProblem", "Problem", "draws_of", "loss_at", "problem_from_module"]

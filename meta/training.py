@@ -16,7 +16,7 @@ from ..inner.hyper import Hyper, Tensors
 from ..inner.rule import Rule, unknown
 from ..inner.schedule import Schedule, constant
 from .data import Split
-from .problem import Problem
+from .problem import Problem, loss_at
 
 Grain = Literal["shared", "tensor", "element"]
 _CHECK_EVERY = 50
@@ -267,7 +267,7 @@ class Training:
     ) -> tuple[Tensor, Tensors]:
         """The training loss of a state at step i, and the buffers after it."""
         params = self.layout.unflatten(state.p)
-        return self.problem.inner_loss(params, state.buffers, self._of_loss(values), i, seed)
+        return loss_at(self.problem, params, state.buffers, self._of_loss(values), i, seed)
 
     def outer_loss(self, state: State, values: Tensors) -> Tensor:
         """The held-out loss of a state, with a graph to whatever requires grad."""

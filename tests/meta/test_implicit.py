@@ -12,7 +12,7 @@ from hyperdescent.meta.differences import directional_difference
 from hyperdescent.meta.implicit import Implicit
 from hyperdescent.meta.linear import conjugate_gradient, neumann
 from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.problem import problem_from_module
+from hyperdescent.meta.problem import loss_at, problem_from_module
 from hyperdescent.meta.training import Training
 
 DOUBLE = torch.float64
@@ -155,7 +155,7 @@ def dense(run, point, seed, batches=1):
         params = run.layout.unflatten(w)
         steps = range(run.steps, run.steps + batches)
         losses = [
-            run.problem.inner_loss(params, state.buffers, hypers | {"l2": l2}, i, seed)[0]
+            loss_at(run.problem, params, state.buffers, hypers | {"l2": l2}, i, seed)[0]
             for i in steps
         ]
         return torch.stack(losses).mean()
@@ -192,7 +192,7 @@ class TestPerFeatureLogistic:
         torch.testing.assert_close(estimate.grad["l2"], expected, rtol=1e-9, atol=1e-12)
         w = run.run(run.resolve(point), 0).p.requires_grad_()
         losses = [
-            run.problem.inner_loss(run.layout.unflatten(w), {}, point, i, 0)[0]
+            loss_at(run.problem, run.layout.unflatten(w), {}, point, i, 0)[0]
             for i in range(30, 30 + batches)
         ]
         (mean,) = torch.autograd.grad(sum(losses) / batches, w)

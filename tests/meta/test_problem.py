@@ -13,7 +13,7 @@ from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta.data import as_data, mix
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.problem import Problem, problem_from_module
+from hyperdescent.meta.problem import Problem, loss_at, problem_from_module
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
 
@@ -80,12 +80,12 @@ class TestRefusals:
         whole = [{"x": torch.ones(3), "y": 1}] * 20
         made = build(train=whole)
         with pytest.raises(TypeError, match=r"list must yield \(inputs, target\) tuples"):
-            made.inner_loss(*made.start(0), {}, 0, 0)
+            loss_at(made, *made.start(0), {}, 0, 0)
 
     def test_a_dataset_that_yields_words(self):
         made = build(train=[("word", 1)] * 20)
         with pytest.raises(TypeError, match="list yields what collates to str; inputs and target"):
-            made.inner_loss(*made.start(0), {}, 0, 0)
+            loss_at(made, *made.start(0), {}, 0, 0)
 
     def test_losses_that_are_not_scalars(self):
         def each(output, target):
@@ -94,7 +94,7 @@ class TestRefusals:
         message = r"loss function each returned shape \({}\); return a scalar, for example the mean"
         inner, outer = build(loss_fn=each), build(outer_loss_fn=each)
         with pytest.raises(ValueError, match=message.format("5,")):
-            inner.inner_loss(*inner.start(0), {}, 0, 0)
+            loss_at(inner, *inner.start(0), {}, 0, 0)
         with pytest.raises(ValueError, match=message.format("20,")):
             outer.outer_loss(*outer.start(0), {})
         with pytest.raises(ValueError, match=message.format("20,")):
@@ -167,24 +167,24 @@ class TestPurity:
     def test_the_loss_is_a_function_of_its_arguments(self):
         made = build(lambda: nn.Sequential(net(), nn.Dropout(0.5)))
         params, buffers = made.start(0)
-        first = made.inner_loss(params, buffers, {}, 3, 0)[0]
-        made.inner_loss(params, buffers, {}, 4, 0)
-        assert torch.equal(first, made.inner_loss(params, buffers, {}, 3, 0)[0])
-        assert not torch.equal(first, made.inner_loss(params, buffers, {}, 4, 0)[0])
-        assert not torch.equal(first, made.inner_loss(params, buffers, {}, 3, 1)[0])
+        first = loss_at(made, params, buffers, {}, 3, 0)[0]
+        loss_at(made, params, buffers, {}, 4, 0)
+        assert torch.equal(first, loss_at(made, params, buffers, {}, 3, 0)[0])
+        assert not torch.equal(first, loss_at(made, params, buffers, {}, 4, 0)[0])
+        assert not torch.equal(first, loss_at(made, params, buffers, {}, 3, 1)[0])
 
     def test_every_step_draws_its_own_mask(self):
         alike = torch.ones(20, 3), torch.zeros(20, dtype=torch.long)
         made = build(lambda: nn.Sequential(net(), nn.Dropout(0.5)), train=alike)
         state = made.start(0)
-        losses = [float(made.inner_loss(*state, {}, step, 0)[0].detach()) for step in range(4)]
+        losses = [float(loss_at(made, *state, {}, step, 0)[0].detach()) for step in range(4)]
         assert len(set(losses)) > 1
 
     def test_a_seed_decides_the_order_of_the_batches(self):
         made = build(loss_fn=lambda output, target: (output.sum(1) * target).sum())
         state = made.start(0)
         once, again, other = (
-            [float(made.inner_loss(*state, {}, step, seed)[0].detach()) for step in range(8)]
+            [float(loss_at(made, *state, {}, step, seed)[0].detach()) for step in range(8)]
             for seed in (0, 0, 1)
         )
         assert once == again and len(set(once)) == 8
@@ -200,7 +200,7 @@ class TestPurity:
     def test_a_kept_model_is_not_touched(self):
         model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
         made = build(lambda: model)
-        made.inner_loss(*made.start(0), {}, 0, 0)
+        loss_at(made, *made.start(0), {}, 0, 0)
         assert type(model[1]) is nn.BatchNorm1d and not model.training
         again = copy.deepcopy(model)
         assert again(data()[0]).shape == (20, 2)
@@ -212,7 +212,7 @@ class TestPurity:
                 self.twice = 2 * self.weight  # deepcopy refuses what is not a leaf.
 
         made = build(Held)
-        assert made.inner_loss(*made.start(0), {}, 0, 0)[0].isfinite()
+        assert loss_at(made, *made.start(0), {}, 0, 0)[0].isfinite()
 
     def test_a_module_that_writes_its_buffers_in_place_cannot_touch_the_callers(self):
         class Counting(nn.Module):
@@ -227,7 +227,7 @@ class TestPurity:
 
         made = build(Counting)
         params, buffers = made.start(0)
-        _, after = made.inner_loss(params, buffers, {}, 0, 0)
+        _, after = loss_at(made, params, buffers, {}, 0, 0)
         assert float(buffers["seen"]) == 0 and float(after["seen"]) == 1
         run = Training(made, find_rule("sgd"), 7)
         assert float(run.run(run.resolve({}), 0).buffers["seen"]) == 7
@@ -254,7 +254,7 @@ class TestOptions:
 
         made = build(loss_fn=loss_fn, choices={"batch_size": Choice(5, (5, 10))})
         for problem in (made, made.choose(batch_size=10)):
-            problem.inner_loss(*problem.start(0), {}, 0, 0)
+            loss_at(problem, *problem.start(0), {}, 0, 0)
         assert sizes == [5, 10]
 
     def test_several_inputs_reach_the_model(self):
@@ -274,7 +274,7 @@ class TestOptions:
         for dataset in (flat, nested):
             examples = build(Two, train=dataset, valid=dataset)
             assert torch.equal(
-                tensors.inner_loss(*state, {}, 0, 0)[0], examples.inner_loss(*state, {}, 0, 0)[0]
+                loss_at(tensors, *state, {}, 0, 0)[0], loss_at(examples, *state, {}, 0, 0)[0]
             )
             assert examples.outer_loss(*state, {}).isfinite()
 

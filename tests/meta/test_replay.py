@@ -20,7 +20,7 @@ from hyperdescent.inner.rules import RULES, find_rule
 from hyperdescent.inner.schedule import SCHEDULES, find_schedule
 from hyperdescent.meta.differences import directional_difference, held_out_loss
 from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.problem import _draw, problem_from_module
+from hyperdescent.meta.problem import _draw, loss_at, problem_from_module
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
 
@@ -358,7 +358,7 @@ class TestKernels:
         made = problem(Attention)
         hook = lambda *_: inside.append(flags.flash_sdp_enabled())  # noqa: E731  # one use
         made._model.register_forward_pre_hook(hook)
-        made.inner_loss(*made.start(0), {}, 0, 0)
+        loss_at(made, *made.start(0), {}, 0, 0)
         assert inside == [False]
         assert (flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled()) == before
 
@@ -499,7 +499,7 @@ class TestDatasets:
         made.loss_fn = watched
         params, buffers = made.start(0)
         for step, seed in ((0, 0), (0, 0), (4, 0), (0, 1)):
-            made.inner_loss(params, buffers, {}, step, seed)
+            loss_at(made, params, buffers, {}, step, seed)
         assert torch.equal(seen[0], seen[1])
         assert not torch.equal(seen[0], seen[2])
         assert not torch.equal(seen[0], seen[3])
@@ -516,7 +516,7 @@ class TestDatasets:
         made._model.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 0]))
         params, buffers = made.start(0)
         for step in range(8):
-            made.inner_loss(params, buffers, {}, step, 0)
+            loss_at(made, params, buffers, {}, step, 0)
         first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
         assert torch.equal(first.sort().values, index)
         assert torch.equal(second.sort().values, index)
@@ -560,9 +560,9 @@ class TestParameters:
         def watched(made):
             inner_loss = made.inner_loss
 
-            def spy(params, buffers, hypers, step, seed):
+            def spy(params, buffers, hypers, batch):
                 seen.append({n for n, b in buffers.items() if b.requires_grad})
-                return inner_loss(params, buffers, hypers, step, seed)
+                return inner_loss(params, buffers, hypers, batch)
 
             made.inner_loss = spy
             return made
@@ -588,8 +588,12 @@ class TestParameters:
             def start(self, seed):
                 return self.problem.start(seed)[0], {"mean": torch.zeros(3, dtype=DOUBLE)}
 
-            def inner_loss(self, params, buffers, hypers, step, seed):
-                loss, _ = self.problem.inner_loss(params, {}, hypers, step, seed)
+            def batch(self, step, seed):
+                return step, self.problem.batch(step, seed)
+
+            def inner_loss(self, params, buffers, hypers, batch):
+                step, batch = batch
+                loss, _ = self.problem.inner_loss(params, {}, hypers, batch)
                 if step == 7:
                     buffers = {"mean": buffers["mean"] + params["2.bias"]}
                 return loss + buffers["mean"].sum() * params["2.bias"].sum(), buffers

@@ -27,10 +27,10 @@ class Mine:
         self.problem = problem
     def __getattr__(self, name):
         return getattr(self.__dict__["problem"], name)
-    def inner_loss(self, params, buffers, hypers, step, seed):
+    def batch(self, step, seed):
         if seed == 1:
             raise RuntimeError("not this seed")
-        return self.problem.inner_loss(params, buffers, hypers, step, seed)
+        return self.problem.batch(step, seed)
 
 def make():
     return Mine(find_problem("wine-mlp"))

@@ -9,6 +9,7 @@ import torch
 
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.outcome import Outcome
+from hyperdescent.meta.problem import loss_at
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
 from hyperdescent.studies.problems import PROBLEMS, find_problem
@@ -62,7 +63,7 @@ class TestProblem:
         for option, choice in problem.choices.items():
             for value in getattr(choice, "options", None) or (choice.low, choice.high):
                 chosen = problem.choose(**{option: value})
-                loss, _ = chosen.inner_loss(*chosen.start(0), {}, 0, 0)
+                loss, _ = loss_at(chosen, *chosen.start(0), {}, 0, 0)
                 assert loss.isfinite()
 
 
