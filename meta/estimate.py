@@ -20,7 +20,9 @@ class Note:
     steps: inner steps trained. adjoint: norm of d loss / d parameters before each step, shape
     (steps + 1,), for methods that have one. residual: relative residual of a linear solve.
     inner_gradient: norm of the training loss's gradient where an implicit method assumes 0.
-    graphs: steps whose graph was kept, so that they were not done again on the way back.
+    graphs: steps whose graph was kept, so that they were not done again on the way back. states:
+    the most that were kept at once. recomputed: steps done again to reach those that were not.
+    how: in words, what was kept and whether steps were compiled.
     """
 
     outcome: Outcome = Outcome.OK
@@ -30,6 +32,20 @@ class Note:
     residual: float | None = None
     inner_gradient: float | None = None
     graphs: int = 0
+    states: int = 0
+    recomputed: int = 0
+    how: str = ""
+
+    def blows_up(self, factor: float = 1e6) -> int | None:
+        """The last step before which the adjoint is more than factor times that of the end.
+
+        Going back it is the first: the earlier ones tell of chaos, not of a direction (Metz et al.
+        2021, arXiv:2111.05803), and a window behind it leaves them out. None if there is none.
+        """
+        if self.adjoint is None:
+            return None
+        beyond = (self.adjoint > factor * self.adjoint[-1]).nonzero()
+        return int(beyond[-1]) if len(beyond) else None
 
 
 @dataclass(frozen=True)

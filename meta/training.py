@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..inner.hyper import Hyper, Tensors
 from ..inner.rule import Rule, unknown
 from ..inner.schedule import Schedule, constant
 from .data import Split
-from .problem import Problem, loss_at
+from .problem import Problem, draws_of, loss_at
 
 Grain = Literal["shared", "tensor", "element"]
 _CHECK_EVERY = 50
@@ -39,6 +39,18 @@ class Resolved:
 
     def at(self, step: int) -> Tensors:
         return {name: table[step] for name, table in self.varying.items()} | self.constant
+
+    def over(self, name: str, steps: int) -> Tensor:
+        """A value at each of the steps, the first dimension time."""
+        if name in self.varying:
+            return self.varying[name]
+        return self.constant[name].expand(steps, *self.constant[name].shape)
+
+    def detach(self) -> Resolved:
+        return Resolved(
+            {name: table.detach() for name, table in self.varying.items()},
+            {name: value.detach() for name, value in self.constant.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -202,20 +214,32 @@ class Training:
         """Step i. With graph, the result is differentiable in state and values, and state.p must
         require grad; without, nothing is tracked.
         """
-        p = state.p if graph else state.p.detach().requires_grad_()
-        with torch.enable_grad():
-            loss, buffers = self.inner_loss(state._replace(p=p), values, i, seed)
-            (g,) = torch.autograd.grad(loss, p, create_graph=graph)
         t = torch.tensor(float(i + 1), dtype=torch.float64)
+        batch = self.problem.batch(i, seed)
+        with draws_of(i, seed, state.p.device):
+            if graph:
+                return self.step_on(state, values, t, batch)
+            p = state.p.detach().requires_grad_()
+            after = self.step_on(state._replace(p=p), values, t, batch, graph=False)
+        # What the step did not touch stays the same object: Replay takes it for a constant.
+        same = state.buffers
+        buffers = {n: b if b is same.get(n) else b.detach() for n, b in after.buffers.items()}
+        return State(after.p.detach(), after.slots, buffers)
+
+    def step_on(
+        self, state: State, values: Tensors, t: Tensor, batch: Any, *, graph: bool = True
+    ) -> State:
+        """The step after t - 1 others on a batch at hand; random draws are torch's global ones."""
+        with torch.enable_grad():
+            params = self.layout.unflatten(state.p)
+            loss, buffers = self.problem.inner_loss(
+                params, state.buffers, self._of_loss(values), batch
+            )
+            (g,) = torch.autograd.grad(loss, state.p, create_graph=graph)
         with torch.set_grad_enabled(graph):
             p, slots = flat_step(
-                self.rule, self.layout, p, g, state.slots, t, self._of_rule(values)
+                self.rule, self.layout, state.p, g, state.slots, t, self._of_rule(values)
             )
-        if not graph:
-            # What the step did not touch stays the same object: Replay takes it for a constant.
-            same = state.buffers
-            buffers = {n: b if b is same.get(n) else b.detach() for n, b in buffers.items()}
-            p = p.detach()
         return State(p, slots, buffers)
 
     def _of_loss(self, values: Tensors) -> Tensors:

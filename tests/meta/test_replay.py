@@ -249,16 +249,19 @@ class TestMemory:
         point = run.start(["lr", "beta1", "weight_decay"])
         whole, _ = Replay()(run, point, seed=1)
         assert whole.note.graphs == STEPS
-        for memory, graphs in ((0, 0), (1, 1)):
+        kept = set()
+        for memory in (0, 8_000, 20_000, 60_000, 100_000, 150_000):
             estimate, _ = Replay(memory=memory)(run, point, seed=1)
-            assert estimate.note.graphs == graphs
+            kept.add((estimate.note.graphs, estimate.note.states))
             assert estimate.loss == whole.loss
             assert all(torch.equal(estimate.grad[n], whole.grad[n]) for n in point)
+        # Some states by revolve, all states, states and graphs.
+        assert len(kept) >= 4 and {0} < {graphs for graphs, _ in kept}
 
     def test_more_memory_keeps_more_graphs(self):
         run = training("adamw", problem(mlp))
         point = run.start(["lr"])
-        kept = [Replay(m)(run, point, seed=0)[0].note.graphs for m in (0, 20_000, 40_000, 2**30)]
+        kept = [Replay(m)(run, point, seed=0)[0].note.graphs for m in (0, 30_000, 40_000, 2**30)]
         assert kept == sorted(set(kept)) and kept[-1] == STEPS
 
 

@@ -1,0 +1,277 @@
+"""Compiled steps: a traced step run by generated code, trusted once it has agreed with autograd."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..inner.hyper import Tensors
+from .graph import CannotTrace, Graph, StepGraph, trace
+from .problem import Problem, draws_of
+from .steps import Cotangents, Eager
+from .training import Resolved, State, Training
+
+# Inductor on CPU lays convolutions out anew and then returns wrong derivatives where weights are
+# slices of one vector; and its own random numbers are not the ones that an eager step draws.
+OPTIONS: dict[str, Any] = {"layout_optimization": False, "fallback_random": True}
+# How far a compiled vector may be from the same by autograd, relative to its norm, by type.
+_AGREE = {torch.float64: 1e-9, torch.float32: 2e-4}
+_AGREE_LOW = 0.05
+
+Run = Callable[..., Sequence[Tensor]]
+
+
+class Distrusted(Exception):
+    """Why a compiled step is not used: it cannot be made, or it differs from autograd's."""
+
+
+@dataclass(eq=False)
+class Machine:
+    """The compiled parts of one step, each made when first asked for.
+
+    agreed: those that were seen to agree with autograd. seconds: spent on making them.
+    """
+
+    graph: StepGraph
+    agreed: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+
+    @cached_property
+    def advance(self) -> Run:
+        return self._compiled(self.graph.advance())
+
+    @cached_property
+    def pull(self) -> Run:
+        return self._compiled(self.graph.pull())
+
+    @cached_property
+    def record(self) -> Run:
+        return self._compiled(self._halves[0])
+
+    @cached_property
+    def rewind(self) -> Run:
+        return self._compiled(self._halves[1])
+
+    @property
+    def graph_bytes(self) -> int:
+        """What `record` keeps per step."""
+        return self._halves[2]
+
+    @cached_property
+    def _halves(self) -> tuple[Graph, Graph, int]:
+        return self.graph.halves()
+
+    def _compiled(self, graph: Graph) -> Run:
+        options = dict(OPTIONS)
+        # Shapes are checked where batches are read; guards would ask the same again at every step.
+        if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
+            options["guard_filter_fn"] = skip
+        run: Run = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+        made = False
+
+        def timed(*inputs: Tensor) -> Sequence[Tensor]:
+            nonlocal made
+            if made:
+                return run(*inputs)
+            began = time.monotonic()
+            try:
+                out = run(*inputs)
+            except Exception as error:  # Any part of the compiler may refuse a model.
+                raise Distrusted(f"it cannot be compiled: {_first_line(error)}") from error
+            self.seconds += time.monotonic() - began
+            made = True
+            return out
+
+        return timed
+
+
+# The share of eager seconds that compiled steps save, and what making them takes, in seconds.
+_SAVED, _PRICE = 0.5, 15.0
+_SPENT: WeakKeyDictionary[Problem, float] = WeakKeyDictionary()
+_MACHINES: WeakKeyDictionary[Problem, dict[Any, Machine | str]] = WeakKeyDictionary()
+
+
+def machine_of(
+    training: Training, state: State, values: Tensors, learned: Sequence[str], seed: int
+) -> Machine:
+    """The machine for a training's steps, made once per problem, rule and set of learned hypers.
+
+    Steps, schedules, values and seeds play no part in it. Raises Distrusted if there can be none.
+    """
+    rule = training.rule
+    shapes = tuple((name, value.shape) for name, value in values.items())
+    key = (rule.update, tuple(rule.options().items()), shapes, tuple(learned))
+    made = _MACHINES.setdefault(training.problem, {})
+    if key not in made:
+        try:
+            made[key] = Machine(trace(training, state, values, learned, seed))
+        except CannotTrace as why:
+            made[key] = f"{training.label} cannot be compiled: {why}"
+    found = made[key]
+    if isinstance(found, str):
+        raise Distrusted(found)
+    return found
+
+
+class Compiled:
+    """Steps by a machine, the same State outside, flat lists of tensors inside.
+
+    The first of each kind is checked against autograd; Distrusted is raised if they differ.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        training: Training,
+        plain: Resolved,
+        seed: int,
+        sums: Cotangents,
+        fixed: Tensors,
+    ) -> None:
+        self._machine, self._training, self._plain, self._seed = machine, training, plain, seed
+        self._sums, self._fixed, self._form = sums, fixed, machine.graph.form
+        form, steps = self._form, training.steps
+        t = torch.arange(1, steps + 1, dtype=torch.float64)
+        self._numbers = [plain.over(n, steps) for n in form.single] + [t]
+        device = machine.graph.examples[0].device
+        self._rows = machine.graph.rows_over(self._numbers, device)
+        width = machine.graph.numbers_back
+        self._back = torch.full((steps, width), float("nan"), dtype=torch.float64, device=device)
+        self._several = [n for n in form.learned if n in form.several]
+        self._watched: dict[int, State] = {}
+
+    @property
+    def graph_bytes(self) -> float:
+        return self._machine.graph_bytes
+
+    def advance(self, i: int, state: State) -> State:
+        with self._quiet(i):
+            out = self._machine.advance(*self._inputs(i, state))
+        return self._after("advance", i, state, out)
+
+    def record(self, i: int, state: State) -> tuple[Sequence[Tensor], State]:
+        with self._quiet(i):
+            out = self._machine.record(*self._inputs(i, state))
+        if "rewind" not in self._machine.agreed and i == self._training.steps - 1:
+            self._watched[i] = state
+        kept = len(self._form.moved) + len(self._form.counted)
+        return out[kept:], self._after("record", i, state, out[:kept])
+
+    def rewind(self, i: int, tape: Sequence[Tensor], adjoint: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            out = self._machine.rewind(*tape, *adjoint)
+        return self._before("rewind", i, self._watched.pop(i, None), adjoint, out)
+
+    def pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
+        with self._quiet(i):
+            out = self._machine.pull(*self._inputs(i, state), *adjoint)
+        return self._before("pull", i, state, adjoint, out)
+
+    def finish(self) -> tuple[Tensor, Tensors]:
+        norms, numbers = self._back[:, 0], self._back[:, 1:].cpu()
+        # Steps that were never pulled back have no share.
+        numbers = torch.where(norms.isnan().cpu()[:, None], 0.0, numbers)
+        return norms, self._machine.graph.numbers_behind(self._numbers, numbers)
+
+    def _inputs(self, i: int, state: State) -> list[Tensor]:
+        form = self._form
+        values = self._plain.at(i) if form.several else {}
+        return [
+            *form.moving(state),
+            *form.rest(state),
+            *(values[n] for n in form.several),
+            *(row[i] for row in self._rows),
+            *form.leaves(self._training.problem.batch(i, self._seed)),
+        ]
+
+    @contextmanager
+    def _quiet(self, i: int) -> Iterator[None]:
+        draws: AbstractContextManager[None] = nullcontext()
+        if self._machine.graph.random:
+            draws = draws_of(i, self._seed, self._back.device)
+        with torch.no_grad(), draws:
+            yield
+
+    def _after(self, part: str, i: int, state: State, out: Sequence[Tensor]) -> State:
+        form = self._form
+        after = form.state(out[: len(form.moved)], out[len(form.moved) :], state)
+        if part not in self._machine.agreed:
+            expected = self._training.step(state, self._plain.at(i), i, self._seed)
+            for (kind, name), x, y in zip(
+                form.moved, form.moving(after), form.moving(expected), strict=True
+            ):
+                self._compare(f"the {kind} {name}".strip(), x, y)
+            self._machine.agreed.add(part)
+        return after
+
+    def _before(
+        self, part: str, i: int, state: State | None, adjoint: list[Tensor], out: Sequence[Tensor]
+    ) -> list[Tensor]:
+        many = len(self._form.moved)
+        self._back[i] = out[-1]
+        self._sums.add(i, out[many:-1], self._several)
+        if part not in self._machine.agreed and state is not None:
+            self._check_pullback(i, state, adjoint, out)
+            self._machine.agreed.add(part)
+        return list(out[:many])
+
+    def _check_pullback(
+        self, i: int, state: State, adjoint: list[Tensor], out: Sequence[Tensor]
+    ) -> None:
+        sums = self._sums.empty()
+        eager = Eager(self._training, self._plain, self._seed, sums, self._fixed)
+        expected = eager.pull(i, state, adjoint)
+        for (kind, name), x, y in zip(self._form.moved, out, expected, strict=False):
+            self._compare(f"the adjoint of {kind} {name}".strip(), x, y)
+        numbers = [n[i : i + 1] for n in self._numbers]
+        found = self._machine.graph.numbers_behind(numbers, self._back[i : i + 1, 1:].cpu())
+        scale = float(adjoint[0].norm() * (state.p - self.advance(i, state).p).norm())
+        for name, value in found.items():
+            around = scale / max(abs(float(self._plain.at(i)[name])), 1e-12)
+            self._compare(f"the cotangent of {name}", value[0], sums.at(name, i), around)
+
+    def _compare(self, what: str, found: Tensor, expected: Tensor, around: float = 0.0) -> None:
+        dtype = self._machine.graph.examples[0].dtype
+        allowed = _AGREE_LOW if self._machine.graph.low else _AGREE.get(dtype, _AGREE_LOW)
+        found, expected = found.double().cpu(), expected.double().cpu()
+        size = float(expected.norm())
+        if not size < float("inf"):  # Divergence is not the compiler's fault.
+            return
+        error = float((found - expected).norm())
+        if not error <= allowed * max(size, around, 1e-30):
+            raise Distrusted(
+                f"the compiled step of {self._training.label} is wrong: {what} differs from "
+                f"autograd's by {error / max(size, 1e-30):.1e} of its norm"
+            )
+
+
+def not_worth(training: Training, expect: float | None) -> str:
+    """Why compiling would not pay; empty if it does.
+
+    It pays once the seconds spent by autograd reach the price: whoever rents until the rent has
+    come to the price of a house and buys then never pays more than twice the best (Karlin et al.
+    1988, doi:10.1007/BF01762111). Where the seconds to come are known, they decide at once.
+    """
+    spent = _SPENT.setdefault(training.problem, 0.0)
+    ahead = max(spent, expect or 0.0)
+    if _SAVED * ahead >= _PRICE:
+        return ""
+    return f"{ahead:.0f} s of steps are too few to pay for compiling them"
+
+
+def remember(training: Training, seconds: float) -> None:
+    """Add to the seconds spent on a problem by autograd."""
+    _SPENT[training.problem] = _SPENT.get(training.problem, 0.0) + seconds
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

@@ -1,0 +1,53 @@
+"""Sizes of memory: what a user may say, what is free, what a state takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from .training import State
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+# What is taken unasked: this share of what is free, and on a CPU no more than this.
+_SHARE, _MOST = 4, 2 * 2**30
+
+
+def bytes_of(memory: str | float) -> int:
+    """A number of bytes from "2GiB", "500 MB" or a number."""
+    if not isinstance(memory, str):
+        if memory < 0:
+            raise ValueError(f"memory={memory:g} is below 0 bytes; give a size such as '2GiB'")
+        return int(memory)
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", memory)
+    if not match or match[2].lower() not in _UNITS:
+        raise ValueError(
+            f"memory={memory!r} is not a size; give bytes or a number with one of "
+            "B, KiB, MiB, GiB, KB, MB, GB, such as '2GiB'"
+        )
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def comfortable(device: torch.device) -> int:
+    """Bytes that a metagradient may take unasked."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) // _SHARE
+    return min(_available() // _SHARE, _MOST)
+
+
+def _available() -> int:
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    # Elsewhere: what the least of today's machines has to spare.
+    return int(found[1]) * 1024 if found else 4 * 2**30
+
+
+def state_bytes(state: State) -> int:
+    """What keeping a state takes, buffers included."""
+    tensors = (state.p, *state.slots.values(), *state.buffers.values())
+    return sum(x.nbytes for x in tensors)
