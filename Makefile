@@ -7,7 +7,7 @@ BUDGET ?= 50s
 # GPU give the index of torch's CPU builds instead: make demo TORCH_INDEX=...
 TORCH_INDEX ?=
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/hyperdescent demo --out runs/demo --budget $(BUDGET)
@@ -21,6 +21,11 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	mkdir -p build/typing && ln -sfn ../.. build/typing/hyperdescent
 	MYPYPATH=build/typing $(BIN)/mypy -p hyperdescent
+
+# Against other libraries; the tools for development bring one of them. HYPERDESCENT_DATA names the
+# folder with the language model's text.
+bench: $(VENV)/installed-dev
+	$(BIN)/hyperdescent bench metagradient --out BENCHMARKS.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

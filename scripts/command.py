@@ -21,6 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+benchmarks = typer.Typer(
+    help="Measure this project against others; minutes to an hour.", no_args_is_help=True
+)
+app.add_typer(benchmarks, name="bench")
+
 
 @app.command()
 def tune(
@@ -127,6 +132,26 @@ def problems() -> None:
     from .show import show_problems
 
     show_problems()
+
+
+@benchmarks.command()
+def metagradient(
+    only: Annotated[
+        str, typer.Option(help="Workloads by name, such as w1-sgd,w3; all without.")
+    ] = "",
+    repeats: Annotated[int, typer.Option(help="Rounds of timing; one more does not count.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="A Markdown file; its section of that name is replaced.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of torch, for time and error.")] = 1,
+) -> None:
+    """Time, memory and error of one exact metagradient, here and by other libraries."""
+    import torch
+
+    from .bench import run_metagradient
+
+    torch.set_num_threads(threads)
+    run_metagradient(only, repeats, out)
 
 
 def _pairs(flag: str, given: list[str] | None) -> list[tuple[str, str]]:

@@ -1,0 +1,292 @@
+"""The benchmark of one exact metagradient: its time, memory and error, here and by peers.
+
+Time is the ratio to plain training of the same steps, taken in the same round. Memory is measured
+in a fresh process per method. Errors are against finite differences of plain float64 trainings, in
+which no line of this project's differentiation takes part.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..inner.rules import find_rule
+from ..meta.estimate import Estimator
+from ..meta.problem import ModuleProblem
+from ..meta.replay import Replay
+from ..meta.training import Training
+from .memory import Meter, free_mib, give_back
+from .peers import PEERS, Answer, held_out_loss, train_plainly
+from .workloads import SEED, Workload
+
+# This project's routes to a metagradient, by the name they have in the tables.
+OURS: dict[str, Callable[[], Estimator]] = {"replay": Replay}
+PLAIN = "plain training"
+# Of what is free, the share that a method may be expected to take.
+_ROOM = 0.7
+# Step of the finite differences, in units of lr or of one minus a beta.
+_H = 3e-3
+
+Say = Callable[[str], object]
+Method = Callable[[Workload], Answer | nn.Module]
+
+
+class Difference(NamedTuple):
+    """A derivative, and the relative error it may have."""
+
+    slope: float
+    doubt: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one workload.
+
+    ratios: times in units of plain training's, one per round. mib: growth of peak memory. slopes:
+    the derivatives in float64, after `judged` steps; a hyper it refuses is missing. left_out: why
+    there is no time, no memory or nothing at all.
+    """
+
+    method: str
+    ratios: Sequence[float] = ()
+    mib: float | None = None
+    slopes: Mapping[str, float] = field(default_factory=dict)
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One workload, as plain data. seconds: of plain training, one per round. truth: derivatives
+    by finite differences. exact_memory: whether the system could say. left_out: why there is
+    nothing.
+    """
+
+    workload: str
+    what: str
+    rule: str
+    steps: int
+    judged: int
+    seconds: Sequence[float] = ()
+    mib: float | None = None
+    truth: Mapping[str, Difference] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+    left_out: str = ""
+    exact_memory: bool = True
+
+    def error(self, row: Row, hyper: str) -> float | None:
+        """Relative; None if the method refuses the hyper or was not asked."""
+        if hyper not in row.slopes or hyper not in self.truth:
+            return None
+        return abs(row.slopes[hyper] / self.truth[hyper].slope - 1)
+
+
+class Grown(NamedTuple):
+    """Memory a method took in a process of its own, or why it was not run."""
+
+    mib: float | None
+    exact: bool = True
+    left_out: str = ""
+
+
+def bench_metagradient(
+    workloads: Sequence[Workload], *, repeats: int = 5, say: Say = lambda told: None
+) -> Iterator[Result]:
+    """Measure every method on one workload after the other, yielding each as it is done."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} measures nothing; give at least 1, better 5")
+    return (_measured(workload, repeats, say) for workload in workloads)
+
+
+def _measured(workload: Workload, repeats: int, say: Say) -> Result:
+    blank = Result(workload.name, workload.what, workload.rule, workload.steps, workload.judged)
+    try:
+        workload.parts()
+    except OSError as error:
+        return replace(blank, left_out=str(error))
+    names = [PLAIN, *OURS, *PEERS]
+    grown = {name: _grown(workload, name, say) for name in names}
+    fitting = [name for name in names if not grown[name].left_out]
+    if PLAIN not in fitting:
+        return replace(blank, left_out=grown[PLAIN].left_out)
+    seconds = _timed(workload, fitting, repeats, say)
+    plain = seconds.pop(PLAIN)
+    shorter = workload.at(workload.judged)
+    slopes, refusals = _differentiated(shorter, names[1:], say)
+    rows = [
+        Row(
+            name,
+            [x / y for x, y in zip(seconds.get(name, []), plain, strict=False)],
+            grown[name].mib,
+            slopes.get(name, {}),
+            grown[name].left_out or refusals.get(name, ""),
+        )
+        for name in names[1:]
+    ]
+    return replace(
+        blank,
+        seconds=plain,
+        mib=grown[PLAIN].mib,
+        truth=finite_differences(shorter, say),
+        rows=rows,
+        exact_memory=all(of.exact for of in grown.values()),
+    )
+
+
+def find_method(name: str, problem: ModuleProblem) -> Method:
+    """A method by its name, ready to be called with the workload of that problem at any steps."""
+    if name == PLAIN:
+        return lambda workload: train_plainly(workload, problem)
+    if name in PEERS:
+        return lambda workload: PEERS[name](workload, problem)
+    return _Ours(OURS[name](), problem)
+
+
+@dataclass
+class _Ours:
+    """One of this project's routes, with what it carries from call to call."""
+
+    estimator: Estimator
+    problem: ModuleProblem
+    carry: Any = None
+    trainings: dict[int, Training] = field(default_factory=dict)
+
+    def __call__(self, workload: Workload) -> Answer:
+        if workload.steps not in self.trainings:
+            self.trainings[workload.steps] = Training(
+                self.problem, find_rule(workload.rule), workload.steps, given=workload.values
+            )
+        training = self.trainings[workload.steps]
+        start = training.start(workload.values)
+        estimate, self.carry = self.estimator(training, start, self.carry, seed=SEED)
+        if not estimate.ok:
+            raise ArithmeticError(f"{estimate.note.outcome}: {estimate.note.reason}")
+        return Answer(estimate.loss, {name: float(x) for name, x in estimate.grad.items()})
+
+
+def _timed(
+    workload: Workload, names: Sequence[str], repeats: int, say: Say
+) -> dict[str, list[float]]:
+    """Seconds of every method in every round, after a round that does not count."""
+    problem = workload.problem(torch.float32)
+    methods = {name: find_method(name, problem) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(repeats + 1):
+        for name, method in methods.items():
+            say(f"{workload.name}: time, round {i} of {repeats}, {name}")
+            gc.collect()
+            begun = time.perf_counter()
+            method(workload)
+            seconds[name].append(time.perf_counter() - begun)
+    give_back()
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def _grown(workload: Workload, name: str, say: Say) -> Grown:
+    """The memory of one call, in a process that did nothing else."""
+    missing = PEERS[name].missing if name in PEERS else ""
+    if missing:
+        return Grown(None, left_out=missing)
+    say(f"{workload.name}: memory, {name}")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        try:
+            return process.submit(memory_of, workload, name, free_mib()).result()
+        except BrokenProcessPool:
+            return Grown(None, left_out="its process ended early; the system may have killed it")
+
+
+def memory_of(workload: Workload, name: str, free: float) -> Grown:
+    """In this process, whose resting memory is what imports, data and two steps leave.
+
+    A peer is not run, with the reason, if from a shorter run it seems to need more than its share
+    of free: its memory grows with every step. This project's routes bound their own.
+    """
+    torch.set_num_threads(1)
+    method = find_method(name, workload.problem(torch.float32))
+    try:
+        method(workload.at(2))
+        meter = Meter()
+        probe = min(100, max(2, workload.steps // 10))
+        if name in PEERS and probe < workload.steps:
+            method(workload.at(probe))
+            needed = meter.mib * workload.steps / probe
+            if needed > _ROOM * free:
+                return Grown(None, left_out=_too_large(needed, free, probe))
+        method(workload)
+    except Exception as error:  # Of whatever kind another library raises: a row says so.
+        return Grown(None, left_out=f"{type(error).__name__}: {_first_line(error)}")
+    return Grown(meter.mib, meter.exact)
+
+
+def _too_large(needed: float, free: float, probe: int) -> str:
+    return (
+        f"it would take about {needed / 2**10:.1f} GiB (by its growth over {probe} steps), more "
+        f"than {_ROOM:.0%} of the {free / 2**10:.1f} GiB that are free"
+    )
+
+
+def _differentiated(
+    workload: Workload, names: Sequence[str], say: Say
+) -> tuple[dict[str, Mapping[str, float]], dict[str, str]]:
+    """The derivatives of every method in float64, and why one has none."""
+    problem = workload.problem(torch.float64)
+    slopes: dict[str, Mapping[str, float]] = {}
+    refusals: dict[str, str] = {}
+    for name in names:
+        if name in PEERS and PEERS[name].missing:
+            continue
+        say(f"{workload.name}: error, {name}")
+        try:
+            answer = find_method(name, problem)(workload)
+            slopes[name] = answer.slopes if isinstance(answer, Answer) else {}
+        except Exception as error:  # As above; an hour of measurements must not be lost for it.
+            refusals[name] = f"in float64, {type(error).__name__}: {_first_line(error)}"
+    return slopes, refusals
+
+
+def finite_differences(workload: Workload, say: Say = lambda told: None) -> dict[str, Difference]:
+    """The derivative in every hyper by six plain trainings in float64 each.
+
+    Central differences with steps h, h/2 and h/4, extrapolated twice (Romberg 1955), so that the
+    error is of order h**6. doubt: relative, the last extrapolation's change plus rounding.
+    """
+    problem = workload.problem(torch.float64)
+    loss = _trained_loss(workload, problem, workload.values)
+    found = {}
+    for name, value in workload.values.items():
+        say(f"{workload.name}: finite differences in {name}")
+        unit = _H * (value if name == "lr" else 1 - value)
+
+        def at(x: float, name: str = name) -> float:
+            return _trained_loss(workload, problem, {**workload.values, name: x})
+
+        steps = [unit / 2**i for i in range(3)]
+        central = [(at(value + h) - at(value - h)) / (2 * h) for h in steps]
+        once = [(4 * fine - rough) / 3 for rough, fine in pairwise(central)]
+        slope = (16 * once[1] - once[0]) / 15
+        rounding = torch.finfo(torch.float64).eps * loss / steps[-1]
+        found[name] = Difference(slope, (abs(slope - once[1]) + rounding) / abs(slope))
+    return found
+
+
+def _trained_loss(workload: Workload, problem: ModuleProblem, values: Mapping[str, float]) -> float:
+    model = train_plainly(workload, problem, values)
+    with torch.no_grad():
+        return float(held_out_loss(model, problem))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+__all__ = ["OURS", "PLAIN", "Result", "Row", "bench_metagradient", "finite_differences"]

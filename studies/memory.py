@@ -1,0 +1,80 @@
+"""What memory a call takes in this process, and what there is."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Meter:
+    """The growth of this process's peak memory since the meter was made.
+
+    Exact on Linux, where the recorded peak can be cleared. Elsewhere a growth that stays below an
+    earlier peak reads as growth up to that peak.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.exact = _clear_peak()
+        self._rest = _resident()
+
+    @property
+    def mib(self) -> float:
+        """So far; the peak stays, whatever is freed."""
+        return max(0.0, _peak() - self._rest)
+
+
+def free_mib() -> float:
+    """What can be taken without swapping, in the machine or in the container it limits us to."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        free = int(re.findall(r"MemAvailable:\s*(\d+)", meminfo.read_text())[0]) / 2**10
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**21
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, (int(text) - int(used.read_text())) / 2**20)
+    return free
+
+
+def give_back() -> None:
+    """Return freed memory that the allocator keeps to the system; only glibc's can."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
+def _clear_peak() -> bool:
+    """Forget the peak so far (proc_pid_clear_refs(5), value 5); False where that cannot be."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return _in_status("VmHWM") is not None
+
+
+def _peak() -> float:
+    known = _in_status("VmHWM")
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return known or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _resident() -> float:
+    return _in_status("VmRSS") or _peak()
+
+
+def _in_status(field: str) -> float | None:
+    """A line of /proc/self/status, in MiB."""
+    found = re.search(rf"{field}:\s*(\d+)", _STATUS.read_text()) if _STATUS.exists() else None
+    return int(found[1]) / 2**10 if found else None
+
+
+__all__ = ["Meter", "free_mib", "give_back"]

@@ -1,0 +1,214 @@
+"""The benchmark itself: what it measures, what it leaves out, and what it writes. Nothing is timed
+against a bound.
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+
+import pytest
+import torch
+
+from hyperdescent.inner.rules import find_rule
+from hyperdescent.meta.replay import Replay
+from hyperdescent.meta.training import Training
+from hyperdescent.scripts import command
+from hyperdescent.studies import bench, bench_report, workloads
+from hyperdescent.studies.bench import PLAIN, Difference, Grown, Result, Row, bench_metagradient
+from hyperdescent.studies.memory import Meter, free_mib
+from hyperdescent.studies.peers import PEERS, Answer, Peer
+from hyperdescent.studies.workloads import SEED, WORKLOADS, perceptron
+
+HAND = "unrolled by hand"
+TINY = replace(WORKLOADS["w1-sgd"], name="tiny", model=partial(perceptron, 4), steps=3, judged=3)
+ABSENT = Peer("absent", lambda workload, problem: None, "a note", "no_such_package")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Two peers, one of them not installed, and memory in this process."""
+    few = {HAND: PEERS[HAND], "absent": ABSENT}
+    monkeypatch.setattr(bench, "PEERS", few)
+    monkeypatch.setattr(bench_report, "PEERS", few)
+    monkeypatch.setattr(workloads, "WORKLOADS", {"tiny": TINY, "w4": WORKLOADS["w4"]})
+    monkeypatch.delenv(workloads.DATA, raising=False)
+
+    def grown(workload, name, say):
+        missing = few[name].missing if name in few else ""
+        return Grown(None, left_out=missing) if missing else bench.memory_of(workload, name, 1e4)
+
+    monkeypatch.setattr(bench, "_grown", grown)
+
+
+class TestResult:
+    def test_has_every_quantity_of_every_method(self, quick):
+        told = []
+        (result,) = bench_metagradient([TINY], repeats=2, say=told.append)
+        assert result.workload == "tiny" and len(result.seconds) == 2 and result.mib >= 0
+        rows = {row.method: row for row in result.rows}
+        assert list(rows) == [*bench.OURS, HAND, "absent"]
+        for name in (*bench.OURS, HAND):
+            assert len(rows[name].ratios) == 2 and min(rows[name].ratios) > 0
+            assert rows[name].mib >= 0 and not rows[name].left_out
+            for hyper in ("lr", "momentum"):
+                assert result.error(rows[name], hyper) < 1e-6
+        assert "not installed" in rows["absent"].left_out
+        assert (rows["absent"].ratios, rows["absent"].mib, rows["absent"].slopes) == ([], None, {})
+        assert any("time, round 0 of 2" in line for line in told)
+        assert json.loads(json.dumps(asdict(result)))["steps"] == 3
+
+    def test_one_that_fails_gives_its_reason(self, quick, monkeypatch):
+        def fail(workload, problem):
+            raise RuntimeError("no luck\nat all")
+
+        monkeypatch.setitem(bench.PEERS, "absent", Peer("absent", fail, "a note"))
+        (result,) = bench_metagradient([TINY], repeats=1)
+        assert result.rows[-1].left_out == "RuntimeError: no luck"
+        assert result.rows[0].ratios and not result.rows[-1].ratios
+
+    def test_a_missing_text_leaves_out_the_workload(self, quick):
+        (result,) = bench_metagradient([WORKLOADS["w4"]], repeats=1)
+        assert "HYPERDESCENT_DATA is not set: put" in result.left_out and not result.rows
+        (told,) = bench_report.left_out(result)
+        assert told.startswith("w4 is left out: tinyshakespeare.txt is needed")
+
+    def test_no_rounds_are_refused(self):
+        with pytest.raises(ValueError, match="repeats=0 measures nothing"):
+            bench_metagradient([TINY], repeats=0)
+
+
+def test_finite_differences_are_as_good_as_they_say():
+    found = bench.finite_differences(TINY)
+    problem = TINY.problem(torch.float64)
+    training = Training(problem, find_rule("sgd"), TINY.steps, given=TINY.values)
+    estimate, _ = Replay()(training, training.start(TINY.values), None, seed=SEED)
+    for name, (slope, doubt) in found.items():
+        assert abs(slope / float(estimate.grad[name]) - 1) < doubt < 1e-6
+
+
+class TestMemory:
+    def test_the_meter_sees_what_is_freed_again(self):
+        meter = Meter()
+        torch.ones(2**24)  # 64 MiB
+        assert 60 < meter.mib < 100
+        assert free_mib() > 0
+
+    @pytest.fixture
+    def heavy(self, monkeypatch):
+        """A method of one MiB a step."""
+
+        def hold(workload):
+            return Answer(float(torch.ones(workload.steps, 2**18).sum()), {})
+
+        monkeypatch.setattr(bench, "find_method", lambda name, problem: hold)
+        return replace(TINY, steps=200)
+
+    def test_a_method_is_measured_whole(self, heavy):
+        grown = bench.memory_of(heavy, HAND, free=1000)
+        assert grown.mib == pytest.approx(200, abs=20) and not grown.left_out
+
+    def test_one_that_would_not_fit_is_not_run(self, heavy):
+        grown = bench.memory_of(heavy, HAND, free=100)
+        assert grown.mib is None
+        assert "it would take about 0.2 GiB (by its growth over 20 steps)" in grown.left_out
+        # This project's routes bound their memory, so what they take early says nothing.
+        assert bench.memory_of(heavy, "replay", free=100).mib > 100
+
+    def test_it_has_a_process_of_its_own(self):
+        told = []
+        grown = bench._grown(TINY, PLAIN, told.append)
+        assert grown.mib >= 0 and not grown.left_out
+        assert told == ["tiny: memory, plain training"]
+
+
+RESULT = Result(
+    *("w9", "a model", "adam", 1000, 100),
+    seconds=[0.5, 0.25, 0.75],
+    mib=2.0,
+    truth={"lr": Difference(2.0, 1e-10), "beta1": Difference(-4.0, 1e-9)},
+    rows=[
+        Row("replay", [2.0, 3.0, 2.5], 100.4, {"lr": 2.0, "beta1": -4.0004}),
+        Row("one", [1.0, 1.0, 1.0], 9.96, {"lr": math.nan}),
+        Row("two", left_out="it would take 99 GiB"),
+    ],
+)
+
+
+class TestTables:
+    def test_markdown_has_one_table_per_quantity(self):
+        text = bench_report.section([RESULT, replace(RESULT, workload="w8")], "the command")
+        for line in (
+            "| w9 | a model | adam | 1,000 |",
+            "| method | w9 | w8 |",
+            "| plain training | 0.500 (0.250-0.750) s | 0.500 (0.250-0.750) s |",
+            "| **replay** | 2.50 (2.00-3.00) | 2.50 (2.00-3.00) |",
+            "| two | left out | left out |",
+            "| **replay** | 100 | 100 |",
+            "| one | 10.0 | 10.0 |",
+            "| method | w9 [100]: lr / beta1 | w8 [100]: lr / beta1 |",
+            "| **replay** | 0.0e+00 / 1.0e-04 | 0.0e+00 / 1.0e-04 |",
+            "| one | NaN / refused | NaN / refused |",
+            "| two | - / - | - / - |",
+            "- w9, two: it would take 99 GiB.",
+        ):
+            assert line in text.splitlines(), line
+        assert "`the command`" in text and f"torch {torch.__version__}" in text
+        assert all(f"- {name}: " in text for name in PEERS)
+
+    def test_a_left_out_workload_has_a_sentence_and_no_column(self):
+        gone = replace(RESULT, workload="w8", left_out="no data", rows=())
+        text = bench_report.section([gone, RESULT], "the command")
+        assert "| method | w9 |" in text and "- w8 is left out: no data." in text
+        assert "### Time" not in bench_report.section([gone], "the command")
+
+    def test_a_system_that_cannot_clear_its_peak_is_named(self):
+        text = bench_report.section([replace(RESULT, exact_memory=False)], "the command")
+        assert "upper bounds" in text
+        assert "upper bounds" not in bench_report.section([RESULT], "the command")
+
+    def test_the_section_is_replaced_and_the_rest_kept(self, tmp_path):
+        file = tmp_path / "B.md"
+        bench_report.write_section(file, "first")
+        assert file.read_text().startswith("# Benchmarks\n\n<!-- bench: metagradient -->\nfirst\n")
+        other = "<!-- bench: other -->\nstays\n<!-- /bench -->\n"
+        file.write_text(f"# Mine\n\n{file.read_text()}after\n{other}")
+        before = file.read_text()
+        bench_report.write_section(file, "second\nline")
+        assert file.read_text() == before.replace("first", "second\nline")
+
+    def test_a_section_without_its_end_is_refused(self, tmp_path):
+        file = tmp_path / "B.md"
+        file.write_text("<!-- bench: metagradient -->\nmine")
+        with pytest.raises(ValueError, match=r"B\.md has .* without <!-- /bench --> after it"):
+            bench_report.write_section(file, "text")
+        assert file.read_text().endswith("mine")
+
+
+class TestCommand:
+    def call(self, monkeypatch, *arguments):
+        monkeypatch.setattr(sys, "argv", ["hyperdescent", "bench", *arguments])
+        try:
+            command.main()
+        except SystemExit as done:
+            return done.code or 0
+        return 0
+
+    def test_it_shows_and_keeps_a_table(self, quick, monkeypatch, capsys, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        wanted = ["metagradient", "--only", "tiny,w4", "--repeats", "1", "--out"]
+        assert self.call(monkeypatch, *wanted, str(tmp_path / "B.md")) == 0
+        told = capsys.readouterr().out
+        for part in ("replay", HAND, "absent: no_such_package is not", "error momentum", "kept in"):
+            assert part in told
+        assert "w4 is left out" in told
+        text = (tmp_path / "B.md").read_text()
+        assert "`hyperdescent bench metagradient --only tiny,w4 --repeats 1 --out B.md`" in text
+        assert str(tmp_path) not in text
+
+    def test_an_unknown_workload_is_one_line(self, monkeypatch, capsys):
+        assert self.call(monkeypatch, "metagradient", "--only", "w7") == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: there is no workload 'w7'") and told.count("\n") == 1
+        assert all(name in told for name in WORKLOADS)
