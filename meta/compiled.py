@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch._inductor
 from torch import Tensor
 
 from ..inner.hyper import Tensors
-from .graph import CannotTrace, Graph, StepGraph, trace
+from .graph import StepGraph, trace
+from .parts import CannotTrace, Graph, contiguous, first_line
 from .problem import Problem, draws_of
 from .steps import Cotangents, Eager
 from .training import Resolved, State, Training
@@ -37,12 +38,11 @@ class Distrusted(Exception):
 class Machine:
     """The compiled parts of one step, each made when first asked for.
 
-    agreed: those that were seen to agree with autograd. seconds: spent on making them.
+    agreed: those that were seen to agree with autograd.
     """
 
     graph: StepGraph
     agreed: set[str] = field(default_factory=set)
-    seconds: float = 0.0
 
     @cached_property
     def advance(self) -> Run:
@@ -70,55 +70,71 @@ class Machine:
         return self.graph.halves()
 
     def _compiled(self, graph: Graph) -> Run:
-        options = dict(OPTIONS)
-        # Shapes are checked where batches are read; guards would ask the same again at every step.
-        if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
-            options["guard_filter_fn"] = skip
-        run: Run = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
-        made = False
+        return generate(graph)
 
-        def timed(*inputs: Tensor) -> Sequence[Tensor]:
-            nonlocal made
-            if made:
-                return run(*inputs)
-            began = time.monotonic()
+
+def generate(graph: Graph) -> Run:
+    """Generated code for a graph, made at its first call; Distrusted if that fails.
+
+    By inductor itself, which torch.compile would reach through dynamo: the graph is traced already,
+    with fixed shapes, and dynamo would look at every Python frame that runs while it does. Inputs
+    must be contiguous, as they were at the first call.
+    """
+    made: list[Run] = []
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        if not made:
             try:
-                out = run(*inputs)
+                with torch.no_grad():
+                    made.append(torch._inductor.compile(graph, list(inputs), options=OPTIONS))
+                    return made[0](*inputs)
             except Exception as error:  # Any part of the compiler may refuse a model.
-                raise Distrusted(f"it cannot be compiled: {_first_line(error)}") from error
-            self.seconds += time.monotonic() - began
-            made = True
-            return out
+                raise Distrusted(f"it cannot be compiled: {first_line(error)}") from error
+        return made[0](*inputs)
 
-        return timed
+    return run
 
 
 # The share of eager seconds that compiled steps save, and what making them takes, in seconds.
 _SAVED, _PRICE = 0.5, 15.0
 _SPENT: WeakKeyDictionary[Problem, float] = WeakKeyDictionary()
-_MACHINES: WeakKeyDictionary[Problem, dict[Any, Machine | str]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[Problem, dict[Any, Any]] = WeakKeyDictionary()
+M = TypeVar("M")
+
+
+def made_once(
+    training: Training, kind: str, values: Tensors, learned: Sequence[str], make: Callable[[], M]
+) -> M:
+    """What make() returns, made once per problem, rule and set of learned hypers.
+
+    Steps, schedules, values and seeds play no part in it. Raises Distrusted if it cannot be.
+    """
+    rule = training.rule
+    shapes = tuple((name, value.shape) for name, value in values.items())
+    key = (kind, rule.update, tuple(rule.options().items()), shapes, tuple(learned))
+    made = _MADE.setdefault(training.problem, {})
+    if key not in made:
+        try:
+            made[key] = make()
+        except CannotTrace as why:
+            made[key] = why
+    found = made[key]
+    if isinstance(found, CannotTrace):
+        raise Distrusted(f"{training.label} cannot be compiled: {found}")
+    return found  # type: ignore[no-any-return]  # of the kind that make returned
 
 
 def machine_of(
     training: Training, state: State, values: Tensors, learned: Sequence[str], seed: int
 ) -> Machine:
-    """The machine for a training's steps, made once per problem, rule and set of learned hypers.
-
-    Steps, schedules, values and seeds play no part in it. Raises Distrusted if there can be none.
-    """
-    rule = training.rule
-    shapes = tuple((name, value.shape) for name, value in values.items())
-    key = (rule.update, tuple(rule.options().items()), shapes, tuple(learned))
-    made = _MACHINES.setdefault(training.problem, {})
-    if key not in made:
-        try:
-            made[key] = Machine(trace(training, state, values, learned, seed))
-        except CannotTrace as why:
-            made[key] = f"{training.label} cannot be compiled: {why}"
-    found = made[key]
-    if isinstance(found, str):
-        raise Distrusted(found)
-    return found
+    """The machine for a training's steps."""
+    return made_once(
+        training,
+        "reverse",
+        values,
+        learned,
+        lambda: Machine(trace(training, state, values, learned, seed)),
+    )
 
 
 class Compiled:
@@ -142,7 +158,7 @@ class Compiled:
         t = torch.arange(1, steps + 1, dtype=torch.float64)
         self._numbers = [plain.over(n, steps) for n in form.single] + [t]
         device = machine.graph.examples[0].device
-        self._rows = machine.graph.rows_over(self._numbers, device)
+        self._rows = machine.graph.before.over(self._numbers, device)
         width = machine.graph.numbers_back
         self._back = torch.full((steps, width), float("nan"), dtype=torch.float64, device=device)
         self._several = [n for n in form.learned if n in form.several]
@@ -167,12 +183,12 @@ class Compiled:
 
     def rewind(self, i: int, tape: Sequence[Tensor], adjoint: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            out = self._machine.rewind(*tape, *adjoint)
+            out = self._machine.rewind(*tape, *contiguous(adjoint))
         return self._before("rewind", i, self._watched.pop(i, None), adjoint, out)
 
     def pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
         with self._quiet(i):
-            out = self._machine.pull(*self._inputs(i, state), *adjoint)
+            out = self._machine.pull(*self._inputs(i, state), *contiguous(adjoint))
         return self._before("pull", i, state, adjoint, out)
 
     def finish(self) -> tuple[Tensor, Tensors]:
@@ -184,13 +200,15 @@ class Compiled:
     def _inputs(self, i: int, state: State) -> list[Tensor]:
         form = self._form
         values = self._plain.at(i) if form.several else {}
-        return [
-            *form.moving(state),
-            *form.rest(state),
-            *(values[n] for n in form.several),
-            *(row[i] for row in self._rows),
-            *form.leaves(self._training.problem.batch(i, self._seed)),
-        ]
+        return contiguous(
+            [
+                *form.moving(state),
+                *form.rest(state),
+                *(values[n] for n in form.several),
+                *(row[i] for row in self._rows),
+                *form.leaves(self._training.problem.batch(i, self._seed)),
+            ]
+        )
 
     @contextmanager
     def _quiet(self, i: int) -> Iterator[None]:
@@ -241,29 +259,37 @@ class Compiled:
         by_autograd: Callable[[State], list[Tensor]],
         state: State,
     ) -> None:
-        """Raise Distrusted unless a compiled part is as near to autograd as rounding lets it be.
-
-        What rounding does is seen by the same once more from weights that are rounded otherwise:
-        some numbers are noise through and through, such as the gradient of a bias that batch norm
-        takes off again.
-        """
-        dtype = torch.bfloat16 if self._machine.graph.low else state.p.dtype
-        unit = torch.finfo(dtype).eps
-        draw = torch.Generator(state.p.device).manual_seed(0)
-        noise = torch.randn(state.p.shape, generator=draw, device=state.p.device)
-        expected = by_autograd(state)
-        nudged = by_autograd(state._replace(p=state.p * (1 + unit * noise.to(state.p))))
-        for name, x, y, near in zip(names, found, expected, nudged, strict=True):
-            size, spread, error = (
-                float(z.double().norm()) for z in (y, near - y, x.to(y.device) - y)
-            )
-            # Divergence is not the compiler's fault.
-            if size < float("inf") and not error <= _UNITS * unit * size + _SPREADS * spread:
-                raise Distrusted(
-                    f"the compiled step of {self._training.label} is wrong: {name} differs from "
-                    f"autograd's by {error / max(size, 1e-300):.1e} of its norm"
-                )
+        check(self._training.label, names, found, by_autograd, state, self._machine.graph.low)
         self._machine.agreed.add(part)
+
+
+def check(
+    label: str,
+    names: list[str],
+    found: Sequence[Tensor],
+    by_autograd: Callable[[State], list[Tensor]],
+    state: State,
+    low: bool = False,
+) -> None:
+    """Raise Distrusted unless compiled results are as near to autograd's as rounding lets them be.
+
+    What rounding does is seen by the same once more from weights that are rounded otherwise: some
+    numbers are noise through and through, such as the gradient of a bias that batch norm takes
+    off again. low: whether some of the step is computed in bfloat16.
+    """
+    unit = torch.finfo(torch.bfloat16 if low else state.p.dtype).eps
+    draw = torch.Generator(state.p.device).manual_seed(0)
+    noise = torch.randn(state.p.shape, generator=draw, device=state.p.device)
+    expected = by_autograd(state)
+    nudged = by_autograd(state._replace(p=state.p * (1 + unit * noise.to(state.p))))
+    for name, x, y, near in zip(names, found, expected, nudged, strict=True):
+        size, spread, error = (float(z.double().norm()) for z in (y, near - y, x.to(y.device) - y))
+        # Divergence is not the compiler's fault.
+        if size < float("inf") and not error <= _UNITS * unit * size + _SPREADS * spread:
+            raise Distrusted(
+                f"the compiled step of {label} is wrong: {name} differs from autograd's by "
+                f"{error / max(size, 1e-300):.1e} of its norm"
+            )
 
 
 def not_worth(training: Training, expect: float | None) -> str:
@@ -283,8 +309,3 @@ def not_worth(training: Training, expect: float | None) -> str:
 def remember(training: Training, seconds: float) -> None:
     """Add to the seconds spent on a problem by autograd."""
     _SPENT[training.problem] = _SPENT.get(training.problem, 0.0) + seconds
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

@@ -19,6 +19,7 @@ from .data import Split
 from .problem import Problem, draws_of, loss_at
 
 Grain = Literal["shared", "tensor", "element"]
+Gradient = Callable[[Callable[[Tensor], tuple[Tensor, Tensors]], Tensor], tuple[Tensor, Tensors]]
 _CHECK_EVERY = 50
 
 
@@ -205,8 +206,11 @@ class Training:
         """The state before the first step; differentiable in the values that fill slots."""
         params, buffers = self.problem.start(seed)
         p = self.layout.flatten(params)
-        slots = initial_slots(self.rule, self.layout, p, self._of_rule(values))
-        return State(p, slots, buffers)
+        return State(p, self.slots(p, values), buffers)
+
+    def slots(self, p: Tensor, values: Tensors) -> Tensors:
+        """The slots before the first step."""
+        return initial_slots(self.rule, self.layout, p, self._of_rule(values))
 
     def step(
         self, state: State, values: Tensors, i: int, seed: int, *, graph: bool = False
@@ -227,15 +231,31 @@ class Training:
         return State(after.p.detach(), after.slots, buffers)
 
     def step_on(
-        self, state: State, values: Tensors, t: Tensor, batch: Any, *, graph: bool = True
+        self,
+        state: State,
+        values: Tensors,
+        t: Tensor,
+        batch: Any,
+        *,
+        graph: bool = True,
+        gradient: Gradient | None = None,
     ) -> State:
-        """The step after t - 1 others on a batch at hand; random draws are torch's global ones."""
-        with torch.enable_grad():
-            params = self.layout.unflatten(state.p)
-            loss, buffers = self.problem.inner_loss(
-                params, state.buffers, self._of_loss(values), batch
-            )
-            (g,) = torch.autograd.grad(loss, state.p, create_graph=graph)
+        """The step after t - 1 others on a batch at hand; random draws are torch's global ones.
+
+        gradient(loss, p): the gradient of loss in p, and what else loss returns; by autograd,
+        through the graph that p is in, if not given.
+        """
+
+        def loss(p: Tensor) -> tuple[Tensor, Tensors]:
+            params = self.layout.unflatten(p)
+            return self.problem.inner_loss(params, state.buffers, self._of_loss(values), batch)
+
+        if gradient:
+            g, buffers = gradient(loss, state.p)
+        else:
+            with torch.enable_grad():
+                value, buffers = loss(state.p)
+                (g,) = torch.autograd.grad(value, state.p, create_graph=graph)
         with torch.set_grad_enabled(graph):
             p, slots = flat_step(
                 self.rule, self.layout, state.p, g, state.slots, t, self._of_rule(values)
@@ -276,15 +296,15 @@ class Training:
                     state = advance(i, state)
                 else:
                     state = self.step(state, resolved.at(i), done + i, seed)
-                if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not _finite(state):
+                if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not finite(state):
                     return None
             if watch:
                 watch(self.steps, state)
         except Exception:  # A model may refuse NaN in any way it likes.
-            if _finite(state):
+            if finite(state):
                 raise
             return None
-        return state if _finite(state) else None
+        return state if finite(state) else None
 
     def inner_loss(
         self, state: State, values: Tensors, i: int, seed: int
@@ -314,7 +334,8 @@ class Training:
         return marks
 
 
-def _finite(state: State) -> bool:
+def finite(state: State) -> bool:
+    """Whether every weight is a number."""
     return bool(state.p.isfinite().all())
 
 

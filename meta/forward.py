@@ -1,0 +1,398 @@
+"""Forward mode: the tangent of the whole training state in each learned number, carried along.
+
+Memory does not depend on the number of steps and nothing is done twice, but every learned number
+costs a Hessian-vector product per step: for few numbers and many steps. Franceschi et al. 2017,
+arXiv:1703.01785, whose real-time variant (hypers change during one run) is `every`.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_unflatten
+
+from ..inner.hyper import Tensors
+from . import compiled
+from .compiled import Distrusted, Run, check, generate, made_once
+from .estimate import Estimate, Note, finished
+from .graph import Form
+from .outcome import Outcome
+from .parts import (
+    Early,
+    Graph,
+    check_alike,
+    computes_low,
+    contiguous,
+    ends,
+    extract,
+    retraced,
+    split_early,
+    traced,
+)
+from .problem import draws_of
+from .steps import Cotangents, seed_adjoint
+from .training import State, Training, finite
+
+_CHECK_EVERY = 50
+
+
+class Reached(NamedTuple):
+    """Where a run stands: its state, the tangents of what moves in it, one row per learned number,
+    steps done, its seed, and the buffers it began with.
+    """
+
+    state: State
+    tangents: list[Tensor]
+    done: int
+    seed: int
+    fixed: Tensors
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Exact in every hyperparameter, one column of tangents per learned number.
+
+    compile: as for Replay. every: the real-time variant: a call goes on from where the last one
+    ended for so many steps, with hypers and tangents as they are by then, until training.steps are
+    done and a new run begins. Its gradient is that of a run whose hypers had been these all along.
+    """
+
+    compile: bool | Literal["auto"] = "auto"
+    expect: float | None = None
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every={self.every} steps never end; give at least 1, or None")
+
+    def __call__(
+        self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
+    ) -> tuple[Estimate, Reached | None]:
+        try:
+            return _Run(self, training, point, carry, seed).estimate()
+        except Distrusted as why:
+            return _Run(self, training, point, carry, seed, refused=str(why)).estimate()
+
+
+class _Run:
+    """One call of Forward."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        training: Training,
+        point: Tensors,
+        carry: Reached | None,
+        seed: int,
+        refused: str = "",
+    ) -> None:
+        self.forward, self.training, self.refused = forward, training, refused
+        self.leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
+        resolved = training.resolve(self.leaves)
+        self.plain, self.sums = resolved.detach(), Cotangents(resolved)
+        self.slopes = _slopes(training, point)
+        if carry is None or carry.done >= training.steps:
+            carry = self._begin(seed)
+        self.begun = carry
+        self.form = Form.of(training, carry.state, self.plain.at(0), self.sums.names, 0, carry.seed)
+
+    def estimate(self) -> tuple[Estimate, Reached | None]:
+        training, begun, every = self.training, self.begun, self.forward.every
+        state, tangents = begun.state, begun.tangents
+        tangents = tangents or self._first_tangents(state)
+        last = min(training.steps, begun.done + (every or training.steps))
+        advance, how = self._choose()
+        began = time.monotonic()
+        for i in range(begun.done, last):
+            state, tangents = advance(i, state, tangents)
+            if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not finite(state):
+                break
+        if not finite(state):
+            reason = f"the weights stopped being finite by step {i + 1}"
+            return Estimate.diverged(i + 1, reason), None
+        if how != "compiled":
+            compiled.remember(training, time.monotonic() - began)
+        loss, adjoint = seed_adjoint(training, self.plain, state, begun.fixed, self.sums)
+        steps = last - begun.done
+        if adjoint is None:
+            reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
+            note = Note(Outcome.NOT_DIFFERENTIABLE, reason, steps)
+            return Estimate(float(loss), {}, note), None
+        note = Note(steps=steps, how=f"forward: {len(tangents[0])} columns, {how}")
+        carry = begun._replace(state=state, tangents=tangents, done=last) if every else None
+        return finished(loss, self._gradient(tangents, adjoint), note), carry
+
+    def _gradient(self, tangents: list[Tensor], adjoint: list[Tensor]) -> Tensors:
+        along = torch.stack(
+            [
+                z.reshape(len(z), -1).double() @ bar.flatten().double()
+                for z, bar in zip(tangents, adjoint, strict=True)
+            ]
+        ).sum(0)
+        parts = along.cpu().split([value.numel() for value in self.leaves.values()])
+        direct = self.sums.through(self.leaves)
+        return {
+            name: direct[name] + part.view(value.shape)
+            for (name, value), part in zip(self.leaves.items(), parts, strict=True)
+        }
+
+    def _begin(self, seed: int) -> Reached:
+        with torch.no_grad():
+            state = self.training.begin(self.plain.at(0), seed)
+        return Reached(state, [], 0, seed, state.buffers)
+
+    def _first_tangents(self, state: State) -> list[Tensor]:
+        """Those of the start: of slots that hypers fill, and zeros."""
+        values = self.plain.at(0)
+        slopes = {name: table[:, 0] for name, table in self.slopes.items()}
+
+        def filled(slope: Tensors) -> Tensors:
+            def slots(moved: Tensors) -> Tensors:
+                return self.training.slots(state.p, values | moved)
+
+            made: Tensors = torch.func.jvp(slots, ({n: values[n] for n in slope},), (slope,))[1]
+            return made
+
+        slots = torch.vmap(filled)(slopes)
+        columns = len(next(iter(slopes.values())))
+        return [
+            slots[name] if kind == "slots" else torch.zeros(columns, *x.shape).to(x)
+            for (kind, name), x in zip(self.form.moved, self.form.moving(state), strict=True)
+        ]
+
+    def _choose(self) -> tuple[Advance, str]:
+        training, want = self.training, self.forward.compile
+        if self.refused and want is True:
+            warnings.warn(f"{self.refused}; its steps are done by autograd", stacklevel=4)
+        if self.refused or want is False:
+            return self._eager, f"by autograd{f': {self.refused}' if self.refused else ''}"
+        if want == "auto" and (why := compiled.not_worth(training, self.forward.expect)):
+            return self._eager, f"by autograd: {why}"
+        machine = made_once(
+            training, f"forward {self._widths()}", self.plain.at(0), self.sums.names, self._traced
+        )
+        form, steps = self.form, training.steps
+        t = torch.arange(1, steps + 1, dtype=torch.float64)
+        numbers = [
+            *(self.plain.over(n, steps) for n in form.single),
+            *(self.slopes[n].movedim(1, 0) for n in machine.single),
+            t,
+        ]
+        rows = machine.before.over(numbers, self.begun.state.p.device)
+
+        def advance(i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:
+            values = self.plain.at(i) if form.several else {}
+            inputs = [
+                *form.moving(state),
+                *tangents,
+                *form.rest(state),
+                *(values[n] for n in form.several),
+                *(self.slopes[n][:, i] for n in machine.several),
+                *(row[i] for row in rows),
+                *form.leaves(training.problem.batch(i, self.begun.seed)),
+            ]
+            with torch.no_grad(), draws_of(i, self.begun.seed, state.p.device):
+                out = list(machine.run(*contiguous(inputs)))
+            many = len(form.moved)
+            after = form.state(out[:many], out[many:-many], state), out[-many:]
+            if not machine.agreed:
+                self._check(machine, i, state, tangents, after)
+            return after
+
+        return advance, "compiled"
+
+    def _check(
+        self,
+        machine: Machine,
+        i: int,
+        state: State,
+        tangents: list[Tensor],
+        after: tuple[State, list[Tensor]],
+    ) -> None:
+        form = self.form
+
+        def by_autograd(state: State) -> list[Tensor]:
+            again, tangent = self._eager(i, state, tangents)
+            return [*form.moving(again), *tangent]
+
+        names = [f"{kind} {name}".strip() for kind, name in form.moved]
+        names += [f"the tangent of {name}" for name in names]
+        found = [*form.moving(after[0]), *after[1]]
+        check(self.training.label, names, found, by_autograd, state, machine.low)
+        machine.agreed = True
+
+    def _eager(self, i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:
+        form, seed = self.form, self.begun.seed
+        slopes = {name: table[:, i] for name, table in self.slopes.items()}
+        t = torch.tensor(float(i + 1), dtype=torch.float64)
+        batch = self.training.problem.batch(i, seed)
+        with torch.no_grad(), draws_of(i, seed, state.p.device):
+            moving, counted, tangents = _columns(
+                self.training, form, state, tangents, self.plain.at(i), slopes, t, batch
+            )
+        return form.state(moving, counted, state), tangents
+
+    def _widths(self) -> str:
+        return " ".join(f"{name}{tuple(table.shape)[:1]}" for name, table in self.slopes.items())
+
+    def _traced(self) -> Machine:
+        return _trace(
+            self.training,
+            self.form,
+            self.begun,
+            self.plain.at(0),
+            {name: table[:, 0] for name, table in self.slopes.items()},
+            self._first_tangents(self.begun.state),
+        )
+
+
+Advance = Callable[[int, State, list[Tensor]], tuple[State, list[Tensor]]]
+
+
+def _slopes(training: Training, point: Tensors) -> Tensors:
+    """d value in force at each step / d learned number: (numbers, steps, *value's shape)."""
+    names = list(training.resolve(point).varying | training.resolve(point).constant)
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for name, value in point.items():
+        for entry in torch.eye(value.numel(), dtype=value.dtype):
+            along = {n: torch.zeros_like(v) for n, v in point.items()} | {
+                name: entry.view(value.shape)
+            }
+
+            def tables(at: Tensors) -> Tensors:
+                resolved = training.resolve(at)
+                return {n: resolved.over(n, training.steps) for n in names}
+
+            _, slope = torch.func.jvp(tables, (dict(point),), (along,))
+            for n in names:
+                rows[n].append(slope[n].detach())
+    stacked = {name: torch.stack(made) for name, made in rows.items()}
+    return {name: table for name, table in stacked.items() if bool(table.any())}
+
+
+def _columns(
+    training: Training,
+    form: Form,
+    state: State,
+    tangents: list[Tensor],
+    values: Tensors,
+    slopes: Tensors,
+    t: Tensor,
+    batch: Any,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """A step of the state and of every column: (moved, counted, tangents after it)."""
+
+    def gradient(
+        loss: Callable[[Tensor], tuple[Tensor, Tensors]], p: Tensor
+    ) -> tuple[Tensor, Tensors]:
+        made: tuple[Tensor, Tensors] = torch.func.grad(loss, has_aux=True)(p)
+        return made
+
+    counted = [state.buffers[n] for n in form.counted]
+
+    def step(moving: list[Tensor], moved: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+        start = form.state(moving, counted, state)
+        after = training.step_on(start, values | moved, t, batch, gradient=gradient)
+        return form.moving(after), [after.buffers[n] for n in form.counted]
+
+    def column(
+        tangent: list[Tensor], slope: Tensors
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        at = form.moving(state), {name: values[name] for name in slope}
+        made: Any = torch.func.jvp(step, at, (tangent, slope), has_aux=True)
+        out, along, aside = made
+        return out, aside, along
+
+    # The state is the same for all columns, so it comes out once.
+    out_dims: Any = (None, None, 0)
+    made: tuple[list[Tensor], list[Tensor], list[Tensor]] = torch.vmap(
+        column, out_dims=out_dims, randomness="same"
+    )(tangents, slopes)
+    return made
+
+
+@dataclass(eq=False)
+class Machine:
+    """A traced step of state and columns. single, several: the learned values of one number and of
+    more, whose slopes it takes.
+    """
+
+    before: Early
+    graph: Graph
+    single: tuple[str, ...]
+    several: tuple[str, ...]
+    low: bool
+    agreed: bool = False
+
+    @cached_property
+    def run(self) -> Run:
+        return generate(self.graph)
+
+
+def _trace(
+    training: Training,
+    form: Form,
+    begun: Reached,
+    values: Tensors,
+    slopes: Tensors,
+    tangents: list[Tensor],
+) -> Machine:
+    form.check()
+    single = tuple(n for n in form.single if n in slopes)
+    several = tuple(n for n in form.several if n in slopes)
+    state = begun.state
+
+    def examples(i: int) -> list[Tensor]:
+        return contiguous(
+            [
+                *form.moving(state),
+                *tangents,
+                *form.rest(state),
+                *(values[n] for n in form.several),
+                *(slopes[n] for n in several),
+                *(values[n] for n in form.single),
+                *(slopes[n] for n in single),
+                torch.tensor(float(i + 1), dtype=torch.float64),
+                *form.leaves(training.problem.batch(i, begun.seed)),
+            ]
+        )
+
+    def whole(*flat: Tensor) -> list[Tensor]:
+        take = iter(flat)
+        moving, along = ([next(take) for _ in form.moved] for _ in range(2))
+        counted = [next(take) for _ in form.counted]
+        still = {n: next(take) for n in form.still}
+        inside = {n: next(take) for n in form.several}
+        sloped = {n: next(take) for n in several}
+        inside |= {n: next(take) for n in form.single}
+        sloped |= {n: next(take) for n in single}
+        t = next(take)
+        batch = tree_unflatten(list(take), form.batch)
+        around = form.state(moving, counted, state._replace(buffers=state.buffers | still))
+        out, aside, tangent = _columns(training, form, around, along, inside, sloped, t, batch)
+        return [*out, *aside, *tangent]
+
+    graph = traced(whole, examples(0), 0)
+    check_alike(graph, traced(whole, examples(1), 1))
+    inputs, outputs = ends(graph)
+    after = len(form.moved) * 2 + len(form.counted) + len(form.still) + len(form.several)
+    after += len(several)
+    numbers = inputs[after : after + len(form.single) + len(single) + 1]
+    before, _ = split_early(graph, numbers, len(tangents[0]))
+    rest = inputs[after + len(numbers) :]
+    body = extract(graph, [*inputs[:after], *(n for _, n in before.rows), *rest], outputs)
+    made = dict(zip(inputs, examples(0), strict=True))
+    rows = before.over([made[n][None] for n in numbers], state.p.device)
+    flat = [*(made[n] for n in inputs[:after]), *(r[0] for r in rows), *(made[n] for n in rest)]
+    body = retraced(body, flat)
+    return Machine(before, body, single, several, computes_low(body))
+
+
+__all__ = ["Forward", "Reached"]
