@@ -38,10 +38,12 @@ class Distrusted(Exception):
 class Machine:
     """The compiled parts of one step, each made when first asked for.
 
-    agreed: those that were seen to agree with autograd.
+    interpreted: run the traced operations as they are. agreed: the parts that were seen to agree
+    with autograd.
     """
 
     graph: StepGraph
+    interpreted: bool = False
     agreed: set[str] = field(default_factory=set)
 
     @cached_property
@@ -69,8 +71,12 @@ class Machine:
     def _halves(self) -> tuple[Graph, Graph, int]:
         return self.graph.halves()
 
+    @property
+    def how(self) -> str:
+        return "traced" if self.interpreted else "compiled"
+
     def _compiled(self, graph: Graph) -> Run:
-        return generate(graph)
+        return graph if self.interpreted else generate(graph)
 
 
 def generate(graph: Graph) -> Run:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -270,7 +270,7 @@ def _slopes(training: Training, point: Tensors) -> Tensors:
                 resolved = training.resolve(at)
                 return {n: resolved.over(n, training.steps) for n in names}
 
-            _, slope = torch.func.jvp(tables, (dict(point),), (along,))
+            slope: Tensors = torch.func.jvp(tables, (dict(point),), (along,))[1]
             for n in names:
                 rows[n].append(slope[n].detach())
     stacked = {name: torch.stack(made) for name, made in rows.items()}
@@ -306,8 +306,7 @@ def _columns(
         tangent: list[Tensor], slope: Tensors
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         at = form.moving(state), {name: values[name] for name in slope}
-        made: Any = torch.func.jvp(step, at, (tangent, slope), has_aux=True)
-        out, along, aside = made
+        out, along, aside = cast(Any, torch.func.jvp(step, at, (tangent, slope), has_aux=True))
         return out, aside, along
 
     # The state is the same for all columns, so it comes out once.

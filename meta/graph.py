@@ -11,7 +11,7 @@ weight, in double precision.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from .parts import (
     retraced,
     split_early,
     traced,
+    without_views,
 )
 from .training import State, Training
 
@@ -108,6 +109,9 @@ class Form:
     def leaves(self, batch: Any) -> list[Tensor]:
         """The tensors of a batch; ValueError if they are not of the shapes that were traced."""
         leaves, spec = tree_flatten(batch)
+        return self.checked(leaves, spec)
+
+    def checked(self, leaves: list[Tensor], spec: TreeSpec) -> list[Tensor]:
         found = tuple((x.shape, x.dtype) for x in leaves)
         if spec != self.batch or found != self.shapes:
             raise ValueError(
@@ -141,8 +145,8 @@ class StepGraph:
 
     @property
     def numbers_back(self) -> int:
-        """The length of joint's last output."""
-        return ends(self.joint)[1][-1].meta["val"].numel()  # type: ignore[no-any-return]
+        """The length of joint's last output, of each training."""
+        return ends(self.joint)[1][-1].meta["val"].shape[-1]  # type: ignore[no-any-return]
 
     def numbers_behind(self, numbers: Sequence[Tensor], back: Tensor) -> Tensors:
         """Cotangents of the single hypers for every step, from those of their numbers."""
@@ -168,6 +172,17 @@ class StepGraph:
         """The pullback, the step done again inside: joint without the state after."""
         inputs, outputs = ends(self.joint)
         return extract(self.joint, inputs, outputs[self._after :])
+
+    def many(self, count: int) -> StepGraph:
+        """The same for so many trainings at once, in a new first dimension of all tensors.
+
+        Their random draws are apart from each other, and not those of each by itself.
+        """
+        flat = [x.expand(count, *x.shape).contiguous() for x in self.examples]
+        joint = retraced(torch.vmap(without_views(self.joint), randomness="different"), flat)
+        form = self.form
+        shapes = tuple((torch.Size([count, *shape]), dtype) for shape, dtype in form.shapes)
+        return replace(self, form=replace(form, shapes=shapes), joint=joint, examples=tuple(flat))
 
     def halves(self) -> tuple[Graph, Graph, int]:
         """(record, rewind, bytes): record is advance with what rewind needs behind its outputs;

@@ -64,6 +64,16 @@ def over_time(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
         return list(torch.vmap(lambda *each: tuple(graph(*each)))(*inputs))
 
 
+def without_views(graph: Graph) -> Graph:
+    """The same with reshape for view, which asks for a layout that another dimension changes."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph.graph, {}))
+    for n in copy.nodes:
+        if n.target is aten.view.default:
+            n.target = aten.reshape.default
+    return fx.GraphModule(graph, copy)
+
+
 def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors laid out as generated code takes them; those that are come back as they are."""
     return [x.contiguous() for x in tensors]

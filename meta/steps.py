@@ -120,7 +120,7 @@ class Eager:
         self.graph_bytes = float("inf")
         self._training, self._plain, self._seed = training, plain, seed
         self._sums, self._fixed = sums, fixed
-        self._norms = torch.full((training.steps,), float("nan"))
+        self._norms = torch.full((training.steps,), float("nan"), dtype=torch.float64)
 
     def advance(self, i: int, state: State) -> State:
         return self._training.step(state, self._plain.at(i), i, self._seed)

@@ -1,0 +1,312 @@
+"""Several trainings as one: steps of all of them in one call, by vmap over the traced step.
+
+What differs between them are hypers and seeds. On a GPU a small model leaves most of it idle, and
+several cost little more than one; on a CPU what is saved is the overhead of small operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from ..inner.hyper import Tensors
+from .checkpoint import Checkpoints, Plan, find_store, keep_all, revolve
+from .compiled import Distrusted, Machine, Run, check, machine_of, made_once
+from .data import mix
+from .estimate import Estimate, Note, finished
+from .memory import bytes_of, comfortable, state_bytes
+from .outcome import Outcome
+from .parts import contiguous
+from .problem import draws_of
+from .replay import Replay
+from .steps import Cotangents, pull_back_start, seed_adjoint
+from .training import State, Training
+
+
+@dataclass(frozen=True)
+class Population:
+    """The mean metagradient of one point over several training seeds, all trained at once.
+
+    memory, compile: as for Replay, but compile=False runs the traced step as it is. Trainings whose
+    step cannot be traced are done one after the other.
+    """
+
+    seeds: int = 4
+    memory: str | float | None = None
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds} trains nothing; give at least 1")
+
+    def __call__(
+        self, training: Training, point: Tensors, carry: None = None, *, seed: int
+    ) -> tuple[Estimate, None]:
+        seeds = [mix(seed, k, 7) for k in range(self.seeds)]
+        made = metagradients(
+            training, [point] * self.seeds, seeds, memory=self.memory, compile=self.compile
+        )
+        trusted = [each for each in made if each.ok]
+        if not trusted:
+            return made[0], None
+        loss = sum(each.loss for each in trusted) / len(trusted)
+        grad = {name: torch.stack([each.grad[name] for each in trusted]).mean(0) for name in point}
+        note = trusted[0].note
+        how = f"mean of {len(trusted)} of {self.seeds} seeds: {note.how}"
+        return Estimate(loss, grad, replace(note, how=how)), None
+
+
+def metagradients(
+    training: Training,
+    points: Sequence[Tensors],
+    seeds: Sequence[int],
+    *,
+    memory: str | float | None = None,
+    compile: bool = True,
+) -> list[Estimate]:
+    """One exact metagradient per (point, seed), as Replay's, with one step for all of them.
+
+    A training that diverges does not touch the others. Dropout masks and other random draws of
+    the loss are not those that each training would have by itself.
+    """
+    _check_counts(points, seeds)
+    try:
+        return _Many(training, points, seeds, compile).metagradients(memory)
+    except Distrusted:
+        alone = Replay(memory=memory, compile=False)
+        pairs = zip(points, seeds, strict=True)
+        return [alone(training, point, seed=seed)[0] for point, seed in pairs]
+
+
+def losses(
+    training: Training,
+    points: Sequence[Tensors],
+    seeds: Sequence[int],
+    *,
+    compile: bool = True,
+) -> list[float]:
+    """The held-out loss after each training, as `held_out_loss`; inf where it diverged.
+
+    Raises Distrusted if the steps cannot be traced.
+    """
+    _check_counts(points, seeds)
+    return _Many(training, points, seeds, compile).losses()
+
+
+def _check_counts(points: Sequence[Tensors], seeds: Sequence[int]) -> None:
+    if not points or len(points) != len(seeds):
+        raise ValueError(
+            f"{len(points)} points and {len(seeds)} seeds make no population; give one seed for "
+            "each point, and at least one"
+        )
+
+
+class _Many:
+    """Trainings side by side: a State whose tensors have one more dimension, the first."""
+
+    def __init__(
+        self, training: Training, points: Sequence[Tensors], seeds: Sequence[int], compile: bool
+    ) -> None:
+        self.training, self.seeds, self.count = training, list(seeds), len(seeds)
+        self.leaves = [
+            {name: value.detach().requires_grad_() for name, value in point.items()}
+            for point in points
+        ]
+        resolved = [training.resolve(leaves) for leaves in self.leaves]
+        self.plain = [each.detach() for each in resolved]
+        self.sums = [Cotangents(each) for each in resolved]
+        with torch.no_grad():
+            starts = [
+                training.begin(plain.at(0), seed)
+                for plain, seed in zip(self.plain, self.seeds, strict=True)
+            ]
+        names = self.sums[0].names
+        one = machine_of(training, starts[0], self.plain[0].at(0), names, self.seeds[0])
+        self.machine = made_once(
+            training,
+            f"{self.count} at once, compile={compile}",
+            self.plain[0].at(0),
+            names,
+            lambda: Machine(one.graph.many(self.count), interpreted=not compile),
+        )
+        self.form = self.machine.graph.form
+        self.start = self._stacked(starts)
+        graph, steps = self.machine.graph, training.steps
+        t = torch.arange(1, steps + 1, dtype=torch.float64)
+        self.numbers = [
+            [*(plain.over(n, steps) for n in self.form.single), t] for plain in self.plain
+        ]
+        device = self.start.p.device
+        rows = [graph.before.over(numbers, device) for numbers in self.numbers]
+        self.rows = [torch.stack(row, 1) for row in zip(*rows, strict=True)]
+        self.several = [n for n in self.form.learned if n in self.form.several]
+        width = graph.numbers_back
+        self.back = torch.zeros(steps, self.count, width, dtype=torch.float64, device=device)
+
+    def losses(self) -> list[float]:
+        state = self.start
+        for i in range(self.training.steps):
+            state = self._advance(i, state)
+        with torch.no_grad():
+            ends = [
+                self.training.outer_loss(self._one(state, k), plain.at(self.training.steps - 1))
+                for k, plain in enumerate(self.plain)
+            ]
+        return [float(x) if bool(x.isfinite()) else float("inf") for x in ends]
+
+    def metagradients(self, memory: str | float | None) -> list[Estimate]:
+        steps = self.training.steps
+        graphs, plan, said = self._plan(memory)
+        kept: Checkpoints[State] = Checkpoints(plan, find_store("device"), steps - graphs)
+        tapes, state = [], self.start
+        for i in range(steps):
+            if graphs:
+                last, (state, tape) = state, self._record(i, state)
+                tapes.append(tape)
+            else:
+                kept.offer(i, state)
+                state = self._advance(i, state)
+        ends = [self._end(state, k) for k in range(self.count)]
+        adjoint = [torch.stack(bars) for bars in zip(*(bars for _, bars in ends), strict=True)]
+        final = adjoint[0].norm(dim=-1)
+        while tapes:
+            with torch.no_grad():
+                out = self.machine.rewind(*tapes.pop(), *contiguous(adjoint))
+            self._check("rewind", len(tapes), last, out, adjoint)
+            adjoint = self._back(len(tapes), out)
+        if not graphs:
+            for i, before in kept.backwards(steps, self._advance):
+                adjoint = self._pull(i, before, adjoint)
+        return [
+            self._estimate(k, ends[k][0], final[k], [bar[k] for bar in adjoint], said)
+            for k in range(self.count)
+        ]
+
+    def _plan(self, memory: str | float | None) -> tuple[bool, Plan, str]:
+        """(whether every step keeps its graph, the plan for states if not, in words)."""
+        steps = self.training.steps
+        room = comfortable(self.start.p.device) if memory is None else bytes_of(memory)
+        if self.machine.graph_bytes * steps <= room:
+            return True, keep_all(), f"fast: all {steps} graphs kept"
+        slots = max(1, room // max(state_bytes(self.start), 1))
+        if slots >= steps:
+            return False, keep_all(), f"lean: all {steps} states kept"
+        return False, revolve(slots), f"lean: {slots} of {steps} states kept by revolve"
+
+    def _end(self, state: State, k: int) -> tuple[Tensor, list[Tensor]]:
+        """The held-out loss of one training and its adjoint, zero if there is no graph to it."""
+        one = self._one(state, k)
+        fixed = {n: one.buffers[n] for n in self.form.still}
+        loss, adjoint = seed_adjoint(self.training, self.plain[k], one, fixed, self.sums[k])
+        return loss, adjoint or [torch.zeros_like(x) for x in self.form.moving(one)]
+
+    def _estimate(
+        self, k: int, loss: Tensor, final: Tensor, adjoint: list[Tensor], said: str
+    ) -> Estimate:
+        training, sums, graph = self.training, self.sums[k], self.machine.graph
+        if not bool(final):
+            reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
+            note = Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
+            return Estimate(float(loss), {}, note)
+        pull_back_start(training, self.plain[k], self.seeds[k], adjoint, sums)
+        back = self.back[:, k]
+        sums.add_all(graph.numbers_behind(self.numbers[k], back[:, 1:].cpu()))
+        norms = torch.cat([back[:, 0].to(final), final[None]])
+        how = f"{said}, {self.count} trainings at once, {self.machine.how}"
+        note = Note(steps=training.steps, adjoint=norms, how=how)
+        return finished(loss, sums.through(self.leaves[k]), note)
+
+    def _back(self, i: int, out: Sequence[Tensor]) -> list[Tensor]:
+        """The adjoint before step i; the shares of the hypers are put away."""
+        many = len(self.form.moved)
+        self.back[i] = out[-1]
+        for k, sums in enumerate(self.sums):
+            sums.add(i, [x[k] for x in out[many:-1]], self.several)
+        return list(out[:many])
+
+    def _advance(self, i: int, state: State) -> State:
+        out = self._call(self.machine.advance, i, state)
+        self._check("advance", i, state, out)
+        return self._after(state, out)
+
+    def _record(self, i: int, state: State) -> tuple[State, Sequence[Tensor]]:
+        out = self._call(self.machine.record, i, state)
+        after = len(self.form.moved) + len(self.form.counted)
+        self._check("record", i, state, out[:after])
+        return self._after(state, out[:after]), out[after:]
+
+    def _pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
+        out = self._call(self.machine.pull, i, state, adjoint)
+        self._check("pull", i, state, out, adjoint)
+        return self._back(i, out)
+
+    def _after(self, state: State, out: Sequence[Tensor]) -> State:
+        many = len(self.form.moved)
+        return self.form.state(out[:many], out[many:], state)
+
+    def _check(
+        self,
+        part: str,
+        i: int,
+        state: State,
+        found: Sequence[Tensor],
+        adjoint: Sequence[Tensor] = (),
+    ) -> None:
+        """Raise Distrusted unless generated code does what the traced operations do."""
+        machine = self.machine
+        if machine.interpreted or part in machine.agreed:
+            return
+        graph = machine.graph.pull() if adjoint else machine.graph.advance()
+
+        def by_operations(state: State) -> list[Tensor]:
+            return list(self._call(graph, i, state, adjoint))
+
+        names = [f"output {k} of {part}" for k in range(len(found))]
+        low = machine.graph.low
+        check(self.training.label, names, found, by_operations, state, low)
+        machine.agreed.add(part)
+
+    def _call(
+        self, run: Run, i: int, state: State, adjoint: Sequence[Tensor] = ()
+    ) -> Sequence[Tensor]:
+        form = self.form
+        values = [plain.at(i) for plain in self.plain] if form.several else []
+        inputs = [
+            *form.moving(state),
+            *form.rest(state),
+            *(torch.stack([each[n] for each in values]) for n in form.several),
+            *(row[i] for row in self.rows),
+            *self._batches(i),
+            *adjoint,
+        ]
+        with torch.no_grad(), draws_of(i, self.seeds[0], state.p.device):
+            return run(*contiguous(inputs))
+
+    def _batches(self, i: int) -> list[Tensor]:
+        found = [tree_flatten(self.training.problem.batch(i, seed)) for seed in self.seeds]
+        leaves = zip(*(leaves for leaves, _ in found), strict=True)
+        return self.form.checked([torch.stack(each) for each in leaves], found[0][1])
+
+    def _stacked(self, states: Sequence[State]) -> State:
+        def stack(tensors: Sequence[Tensors]) -> Tensors:
+            return {n: torch.stack([each[n] for each in tensors]) for n in tensors[0]}
+
+        return State(
+            torch.stack([s.p for s in states]),
+            stack([s.slots for s in states]),
+            stack([s.buffers for s in states]),
+        )
+
+    def _one(self, state: State, k: int) -> State:
+        return State(
+            state.p[k],
+            {n: x[k] for n, x in state.slots.items()},
+            {n: x[k] for n, x in state.buffers.items()},
+        )
+
+
+__all__ = ["Population", "losses", "metagradients"]
