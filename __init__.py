@@ -26,9 +26,11 @@ from .inner.rules import RULES as rules
 from .inner.schedule import SCHEDULES as schedules
 from .inner.schedule import Schedule
 from .meta.descent import MetaOptimizer
+from .meta.forward import Forward
 from .meta.hypergradient import hypergradient, train
 from .meta.implicit import Implicit
 from .meta.outcome import Outcome
+from .meta.population import Population
 from .meta.problem import Problem, problem_from_module
 from .meta.replay import Replay
 from .meta.training import Training
@@ -44,11 +46,13 @@ _STUDIES = {"Study": "study", "read_study": "study", "run": "run"}
 
 __all__ = [
     "Choice",
+    "Forward",
     "Hyper",
     "Implicit",
     "Integer",
     "MetaOptimizer",
     "Outcome",
+    "Population",
     "Problem",
     "Replay",
     "Result",

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch._inductor
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..inner.hyper import Tensors
 from .graph import StepGraph, trace
+from .kept import kept_for
 from .parts import CannotTrace, Graph, contiguous, first_line
-from .problem import Problem, draws_of
+from .problem import draws_of
 from .steps import Cotangents, Eager
 from .training import Resolved, State, Training
 
@@ -39,12 +43,13 @@ class Machine:
     """The compiled parts of one step, each made when first asked for.
 
     interpreted: run the traced operations as they are. agreed: the parts that were seen to agree
-    with autograd.
+    with autograd. seconds: spent on making them, tracing included.
     """
 
     graph: StepGraph
     interpreted: bool = False
     agreed: set[str] = field(default_factory=set)
+    seconds: float = 0.0
 
     @cached_property
     def advance(self) -> Run:
@@ -76,10 +81,13 @@ class Machine:
         return "traced" if self.interpreted else "compiled"
 
     def _compiled(self, graph: Graph) -> Run:
-        return graph if self.interpreted else generate(graph)
+        return graph if self.interpreted else generate(graph, self._spend)
+
+    def _spend(self, seconds: float) -> None:
+        self.seconds += seconds
 
 
-def generate(graph: Graph) -> Run:
+def generate(graph: Graph, spent: Callable[[float], None] = lambda seconds: None) -> Run:
     """Generated code for a graph, made at its first call; Distrusted if that fails.
 
     By inductor itself, which torch.compile would reach through dynamo: the graph is traced already,
@@ -90,21 +98,24 @@ def generate(graph: Graph) -> Run:
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
         if not made:
+            began = time.monotonic()
             try:
-                with torch.no_grad():
+                # Inductor looks on disk only for what was traced in a context such as dynamo's.
+                shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+                with torch.no_grad(), tracing(TracingContext(shapes)):
                     made.append(torch._inductor.compile(graph, list(inputs), options=OPTIONS))
+                with torch.no_grad():
                     return made[0](*inputs)
             except Exception as error:  # Any part of the compiler may refuse a model.
+                made.clear()
                 raise Distrusted(f"it cannot be compiled: {first_line(error)}") from error
+            finally:
+                spent(time.monotonic() - began)
         return made[0](*inputs)
 
     return run
 
 
-# The share of eager seconds that compiled steps save, and what making them takes, in seconds.
-_SAVED, _PRICE = 0.5, 15.0
-_SPENT: WeakKeyDictionary[Problem, float] = WeakKeyDictionary()
-_MADE: WeakKeyDictionary[Problem, dict[Any, Any]] = WeakKeyDictionary()
 M = TypeVar("M")
 
 
@@ -118,7 +129,7 @@ def made_once(
     rule = training.rule
     shapes = tuple((name, value.shape) for name, value in values.items())
     key = (kind, rule.update, tuple(rule.options().items()), shapes, tuple(learned))
-    made = _MADE.setdefault(training.problem, {})
+    made = kept_for(training.problem)
     if key not in made:
         try:
             made[key] = make()
@@ -131,16 +142,22 @@ def made_once(
 
 
 def machine_of(
-    training: Training, state: State, values: Tensors, learned: Sequence[str], seed: int
+    training: Training,
+    state: State,
+    values: Tensors,
+    learned: Sequence[str],
+    seed: int,
+    *,
+    interpreted: bool = False,
 ) -> Machine:
     """The machine for a training's steps."""
-    return made_once(
-        training,
-        "reverse",
-        values,
-        learned,
-        lambda: Machine(trace(training, state, values, learned, seed)),
-    )
+
+    def make() -> Machine:
+        began = time.monotonic()
+        graph = trace(training, state, values, learned, seed)
+        return Machine(graph, interpreted, seconds=time.monotonic() - began)
+
+    return made_once(training, f"reverse, {interpreted=}", values, learned, make)
 
 
 class Compiled:
@@ -169,10 +186,16 @@ class Compiled:
         self._back = torch.full((steps, width), float("nan"), dtype=torch.float64, device=device)
         self._several = [n for n in form.learned if n in form.several]
         self._watched: dict[int, State] = {}
+        self._seconds = machine.seconds if machine.agreed else 0.0
 
     @property
     def graph_bytes(self) -> float:
         return self._machine.graph_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Spent on making the parts that this run was the first to use; 0 if there were none."""
+        return self._machine.seconds - self._seconds
 
     def advance(self, i: int, state: State) -> State:
         with self._quiet(i):
@@ -296,22 +319,3 @@ def check(
                 f"the compiled step of {label} is wrong: {name} differs from autograd's by "
                 f"{error / max(size, 1e-300):.1e} of its norm"
             )
-
-
-def not_worth(training: Training, expect: float | None) -> str:
-    """Why compiling would not pay; empty if it does.
-
-    It pays once the seconds spent by autograd reach the price: whoever rents until the rent has
-    come to the price of a house and buys then never pays more than twice the best (Karlin et al.
-    1988, doi:10.1007/BF01762111). Where the seconds to come are known, they decide at once.
-    """
-    spent = _SPENT.setdefault(training.problem, 0.0)
-    ahead = max(spent, expect or 0.0)
-    if _SAVED * ahead >= _PRICE:
-        return ""
-    return f"{ahead:.0f} s of steps are too few to pay for compiling them"
-
-
-def remember(training: Training, seconds: float) -> None:
-    """Add to the seconds spent on a problem by autograd."""
-    _SPENT[training.problem] = _SPENT.get(training.problem, 0.0) + seconds

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from ..inner.hyper import Tensors
-from . import compiled
 from .compiled import Distrusted, Run, check, generate, made_once
 from .estimate import Estimate, Note, finished
 from .graph import Form
@@ -36,6 +35,7 @@ from .parts import (
     split_early,
     traced,
 )
+from .price import not_worth, spend
 from .problem import draws_of
 from .steps import Cotangents, seed_adjoint
 from .training import State, Training, finite
@@ -118,7 +118,7 @@ class _Run:
             reason = f"the weights stopped being finite by step {i + 1}"
             return Estimate.diverged(i + 1, reason), None
         if how != "compiled":
-            compiled.remember(training, time.monotonic() - began)
+            spend(training, time.monotonic() - began)
         loss, adjoint = seed_adjoint(training, self.plain, state, begun.fixed, self.sums)
         steps = last - begun.done
         if adjoint is None:
@@ -173,8 +173,11 @@ class _Run:
             warnings.warn(f"{self.refused}; its steps are done by autograd", stacklevel=4)
         if self.refused or want is False:
             return self._eager, f"by autograd{f': {self.refused}' if self.refused else ''}"
-        if want == "auto" and (why := compiled.not_worth(training, self.forward.expect)):
-            return self._eager, f"by autograd: {why}"
+        if want == "auto":
+            at = self.begun.state, self.plain.at(0)
+            why = not_worth(training, self.sums.names, *at, self.begun.seed, self.forward.expect)
+            if why:
+                return self._eager, f"by autograd: {why}"
         machine = made_once(
             training, f"forward {self._widths()}", self.plain.at(0), self.sums.names, self._traced
         )

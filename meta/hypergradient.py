@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..inner.hyper import Tensors
 from ..inner.rule import Rule, unknown
 from ..inner.rules import find_rule
 from ..inner.schedule import Schedule, find_schedule
+from .checkpoint import revolve_steps
 from .data import Split
 from .estimate import Estimate, Estimator
+from .forward import Forward
 from .implicit import Implicit
+from .memory import comfortable, state_bytes
+from .population import Population
 from .problem import Problem
 from .replay import Replay
 from .training import Grain, Training
 
-METHODS: dict[str, Callable[[], Estimator]] = {"replay": Replay, "implicit": Implicit}
+METHODS: dict[str, Callable[[], Estimator]] = {
+    "replay": Replay,
+    "forward": Forward,
+    "population": Population,
+    "implicit": Implicit,
+}
+
+
+# A pullback, and a step of one number's tangents, in plain steps; see BENCHMARKS.md.
+REPLAY_STEPS, FORWARD_STEPS = 2.0, 0.7
 
 
 @dataclass(frozen=True)
@@ -60,13 +74,16 @@ def hypergradient(
     grains: Mapping[str, Grain] | None = None,
     given: Mapping[str, float | Tensor] | None = None,
     seed: int = 0,
-    method: str | Estimator = "replay",
+    method: str | Estimator = "auto",
 ) -> Estimate:
     """The held-out loss after training and its derivative in every hyper of learn.
 
-    given: the values to differentiate at, where not the starting ones. method: "replay" is exact
-    for the training as it is, in every hyper; "implicit" is the limit of training to the end, in
-    hypers of the loss only. The derivatives are in the values, not in their logarithms.
+    given: the values to differentiate at, where not the starting ones. method: "replay" and
+    "forward" are exact for the training as it is, in every hyper, and "auto" is the cheaper of the
+    two for this many hypers, steps and bytes of memory; "population" is their mean over several
+    seeds; "implicit" is the limit of training to the end, in hypers of the loss only. Or an
+    estimator with options of its own, such as Replay(memory="4GiB"). note.how says what was done.
+    The derivatives are in the values, not in their logarithms.
     """
     training = make_training(problem, rule, steps, schedules, grains, given)
     names = split_names(learn)
@@ -74,12 +91,39 @@ def hypergradient(
         raise ValueError(
             f"learn names no hyper to differentiate in; known: {', '.join(training.hypers)}"
         )
+    point = training.start(names)
+    if method == "auto":
+        return _cheaper(training, point, seed)
     if isinstance(method, str):
         if method not in METHODS:
-            raise ValueError(unknown("there is no method", method, METHODS))
+            raise ValueError(unknown("there is no method", method, [*METHODS, "auto"]))
         method = METHODS[method]()
-    estimate, _ = method(training, training.start(names), None, seed=seed)
+    estimate, _ = method(training, point, None, seed=seed)
     return estimate
+
+
+def _cheaper(training: Training, point: Tensors, seed: int) -> Estimate:
+    method, reason = choose_method(training, point)
+    estimate, _ = method(training, point, None, seed=seed)
+    return replace(estimate, note=replace(estimate.note, how=f"{estimate.note.how} ({reason})"))
+
+
+def choose_method(
+    training: Training, point: Tensors, memory: int | None = None
+) -> tuple[Replay | Forward, str]:
+    """(the cheaper exact method at a point, why). memory: bytes for the states of a replay."""
+    columns = sum(value.numel() for value in point.values())
+    with torch.no_grad():
+        state = training.begin(training.resolve(point).at(0), 0)
+    room = comfortable(state.p.device) if memory is None else memory
+    slots = max(1, room // max(state_bytes(state), 1))
+    if slots >= training.steps:
+        return Replay(memory), f"all {training.steps} states fit"
+    sweeps = revolve_steps(training.steps, slots) / training.steps
+    said = f"{columns} numbers at once cost {{}} than {sweeps:.1f} sweeps, {slots} states fit"
+    if 1 + FORWARD_STEPS * columns < sweeps + REPLAY_STEPS:
+        return Forward(), said.format("less")
+    return Replay(memory), said.format("more")
 
 
 def train(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .data import seeded
@@ -36,8 +37,19 @@ def traced(function: Callable[..., Any], examples: Sequence[Tensor], seed: int) 
 
 def retraced(function: Callable[..., Any], examples: Sequence[Tensor]) -> Graph:
     made = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-    made.graph.eliminate_dead_code()
+    _shorten(made)
     return made
+
+
+def _shorten(graph: Graph) -> None:
+    """Take out what changes nothing: detaching, what is computed twice, what nobody reads."""
+    for n in list(graph.graph.nodes):
+        if n.target is aten.detach.default:
+            n.replace_all_uses_with(n.args[0])
+            graph.graph.erase_node(n)
+    graph.graph = fx_graph_cse(graph.graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 def check_alike(one: Graph, other: Graph) -> None:

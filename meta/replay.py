@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ..inner.hyper import Tensors
-from . import compiled
 from .checkpoint import Checkpoints, Plan, find_plan, find_store, keep_all, revolve
-from .compiled import Compiled, Distrusted
+from .compiled import Compiled, Distrusted, machine_of
 from .estimate import Estimate, Note, finished
 from .memory import bytes_of, comfortable, state_bytes
 from .outcome import Outcome
+from .price import not_worth, remember, spend
 from .steps import Cotangents, Eager, Steps, pull_back_start, seed_adjoint, why_only_once
 from .training import Resolved, State, Training
 
@@ -41,6 +41,7 @@ class Replay:
     kept, "device", "cpu", "disk" or a folder. All of these give the same bits.
 
     compile: True and "auto" run generated code, "auto" where that pays for the time to make it;
+    "trace" runs the traced operations as they are, in less time than autograd and in none to make;
     a step that cannot be compiled, or whose first results differ from autograd's, is done by
     autograd, and note.how says so. expect: seconds of metagradients still to come, if known.
 
@@ -52,7 +53,7 @@ class Replay:
     gait: Literal["auto", "fast", "lean"] = "auto"
     checkpoints: str | int = "auto"
     store: str | Path = "device"
-    compile: bool | Literal["auto"] = "auto"
+    compile: bool | Literal["auto", "trace"] = "auto"
     expect: float | None = None
     window: int | None = None
     clip: float | None = None
@@ -62,8 +63,8 @@ class Replay:
             bytes_of(self.memory)
         if self.gait not in ("auto", "fast", "lean"):
             raise ValueError(f"gait={self.gait!r} is none of 'auto', 'fast' and 'lean'")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile={self.compile!r} is none of True, False and 'auto'")
+        if self.compile not in (True, False, "auto", "trace"):
+            raise ValueError(f"compile={self.compile!r} is none of True, False, 'auto', 'trace'")
         if self.checkpoints != "auto":
             find_plan(self.checkpoints)
         for name, least in (("window", 1), ("clip", 0)):
@@ -118,7 +119,7 @@ class _Run:
                 kept.offer(i - self.from_step, state)
             return self.steps.advance(i, state)
 
-        with _timed(training, self.steps, self.replay):
+        with _timed(training, self.steps):
             last = training.run(self.plain, self.seed, start=self.start, advance=advance)
             if last is None:
                 reason = f"the weights stopped being finite by step {done}"
@@ -148,6 +149,8 @@ class _Run:
             recomputed=kept.recomputed,
             how=f"{said}{self.how}",
         )
+        if isinstance(self.steps, Compiled) and self.steps.seconds:
+            remember(training, self.sums.names, self.steps.seconds)
         return finished(loss, self.sums.through(leaves), note)
 
     def _back(
@@ -178,15 +181,17 @@ class _Run:
             if refused and want is True:
                 warnings.warn(f"{refused}; its steps are done by autograd", stacklevel=5)
             return eager, f"by autograd{f': {refused}' if refused else ''}"
-        if want == "auto" and (why := compiled.not_worth(self.training, self.replay.expect)):
-            return eager, f"by autograd: {why}"
-        machine = compiled.machine_of(
-            self.training, self.start, self.plain.at(0), self.sums.names, self.seed
-        )
+        at = self.start, self.plain.at(0)
+        if want == "auto":
+            why = not_worth(self.training, self.sums.names, *at, self.seed, self.replay.expect)
+            if why:
+                return eager, f"by autograd: {why}"
+        traced = want == "trace"
+        machine = machine_of(self.training, *at, self.sums.names, self.seed, interpreted=traced)
         steps = Compiled(
             machine, self.training, self.plain, self.seed, self.sums, self.start.buffers
         )
-        return steps, "compiled"
+        return steps, machine.how
 
     def _plan(self) -> tuple[int, Plan, str]:
         """(how many of the last steps keep their graph, the plan for the states of the others)."""
@@ -217,12 +222,12 @@ class _Run:
 
 
 @contextmanager
-def _timed(training: Training, steps: Steps, replay: Replay) -> Iterator[None]:
+def _timed(training: Training, steps: Steps) -> Iterator[None]:
     """Seconds that steps by autograd took are remembered: they decide when compiling pays."""
     began = time.monotonic()
     yield
     if isinstance(steps, Eager):
-        compiled.remember(training, time.monotonic() - began)
+        spend(training, time.monotonic() - began)
 
 
 __all__ = ["Replay"]

@@ -19,9 +19,11 @@ from ..meta.coordinates import Coordinates
 from ..meta.data import mix
 from ..meta.descent import MetaOptimizer
 from ..meta.differences import held_out_loss
+from ..meta.forward import Forward
 from ..meta.hypergradient import make_training, split_names
 from ..meta.outcome import Outcome
 from ..meta.problem import Problem
+from ..meta.replay import Replay
 from ..meta.training import Grain, Training
 from .budget import Clock, seconds
 from .confirm import CANDIDATES, confirm
@@ -122,6 +124,10 @@ def _descend(
     """The gradient route; the decision to leave it, or None when the budget is spent."""
     coordinates = Coordinates(space.smooth)
     log.descent = descent = log.descent or meta.begin(coordinates, start.smooth)
+    if isinstance(meta.estimator, Replay | Forward):
+        # Whether compiling pays depends on how long the descent will last.
+        expect = log.clock.left * (1 - _CONFIRMING)
+        meta = replace(meta, estimator=replace(meta.estimator, expect=expect))
     while _searching(log) and descent.outcome is Outcome.OK:
         here, k = coordinates.point(descent.z), len(log.rows)
         estimate = meta.step(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import nn
 
 from ..inner.rules import find_rule
 from ..meta.estimate import Estimator
+from ..meta.forward import Forward
 from ..meta.problem import ModuleProblem
 from ..meta.replay import Replay
 from ..meta.training import Training
@@ -29,8 +31,19 @@ from .memory import Meter, free_mib, give_back
 from .peers import PEERS, Answer, held_out_loss, train_plainly
 from .workloads import SEED, Workload
 
+# The states that the lean gait keeps, at any number of steps.
+_STATES = 100
 # This project's routes to a metagradient, by the name they have in the tables.
-OURS: dict[str, Callable[[], Estimator]] = {"replay": Replay}
+OURS: dict[str, Callable[[], Estimator]] = {
+    "fast": partial(Replay, compile=True, memory="4GiB"),
+    "lean": partial(Replay, compile=True, gait="lean", checkpoints=_STATES),
+    "fast, by autograd": partial(Replay, compile=False, memory="4GiB"),
+    "lean, by autograd": partial(Replay, compile=False, gait="lean", checkpoints=_STATES),
+    "forward": partial(Forward, compile=True),
+    "forward, 4 numbers": partial(Forward, compile=True),
+}
+# What that last one differentiates in besides, at their defaults, where they change nothing.
+_FOUR = {"forward, 4 numbers": {"sgd": ("dampening", "weight_decay"), "adam": ("eps",)}}
 PLAIN = "plain training"
 # Of what is free, the share that a method may be expected to take.
 _ROOM = 0.7
@@ -148,7 +161,7 @@ def find_method(name: str, problem: ModuleProblem) -> Method:
         return lambda workload: train_plainly(workload, problem)
     if name in PEERS:
         return lambda workload: PEERS[name](workload, problem)
-    return _Ours(OURS[name](), problem)
+    return _Ours(OURS[name](), problem, _FOUR.get(name, {}))
 
 
 @dataclass
@@ -157,6 +170,7 @@ class _Ours:
 
     estimator: Estimator
     problem: ModuleProblem
+    besides: Mapping[str, Sequence[str]] = field(default_factory=dict)
     carry: Any = None
     trainings: dict[int, Training] = field(default_factory=dict)
 
@@ -167,6 +181,8 @@ class _Ours:
             )
         training = self.trainings[workload.steps]
         start = training.start(workload.values)
+        for name in self.besides.get(workload.rule, ()):
+            start[name] = training.defaults()[name]
         estimate, self.carry = self.estimator(training, start, self.carry, seed=SEED)
         if not estimate.ok:
             raise ArithmeticError(f"{estimate.note.outcome}: {estimate.note.reason}")

@@ -1,5 +1,12 @@
-"""One thread: on models this small a second one only waits, on a busy machine for minutes."""
+"""One thread: on models this small a second one only waits, on a busy machine for minutes.
+
+And no compiling unasked, which would hang on what this machine has compiled before; tests of what
+is compiled say compile=True.
+"""
+
+import os
 
 import torch
 
 torch.set_num_threads(1)
+os.environ["TORCH_COMPILE_DISABLE"] = "1"

@@ -1,0 +1,97 @@
+"""Whether compiling pays: the seconds it would save against the seconds it takes.
+
+Where the seconds to come are not known, the policy is to compile once those spent by autograd have
+reached the price: whoever rents until the rent has come to the price of a house, and buys then,
+never pays more than twice the best (Karlin et al. 1988, doi:10.1007/BF01762111).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..inner.hyper import Tensors
+from .kept import kept_for
+from .training import State, Training
+
+# The share of eager seconds that compiled steps save; a price never seen, in seconds; what is left
+# of it once inductor's cache on disk holds the code; plain steps in one step of a metagradient.
+_SAVED, _NEW, _AGAIN, _STEPS = 0.5, 20.0, 0.3, 3.5
+
+
+def not_worth(
+    training: Training,
+    learned: Sequence[str],
+    state: State,
+    values: Tensors,
+    seed: int,
+    expect: float | None,
+) -> str:
+    """Why compiling would not pay, or is not wanted; empty if it is worth it.
+
+    expect: seconds of metagradients still to come, if known; at the least the one that is about to
+    be made, for which a few steps are timed.
+    """
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return "TORCH_COMPILE_DISABLE=1 is set"
+    kept = kept_for(training.problem)
+    if "seconds of a step" not in kept:
+        kept["seconds of a step"] = _step_seconds(training, state, values, seed)
+    coming = _STEPS * training.steps * kept["seconds of a step"]
+    ahead = max(kept.get("seconds spent", 0.0) + coming, expect or 0.0)
+    price = _remembered().get(_key(training, learned), _NEW / _AGAIN) * _AGAIN
+    if _SAVED * ahead >= price:
+        return ""
+    return f"{ahead:.2g} s of steps are too few to pay for about {price:.2g} s of compiling"
+
+
+def spend(training: Training, seconds: float) -> None:
+    """Add to the seconds spent on a problem by autograd."""
+    kept = kept_for(training.problem)
+    kept["seconds spent"] = kept.get("seconds spent", 0.0) + seconds
+
+
+def remember(training: Training, learned: Sequence[str], seconds: float) -> None:
+    """Keep the price of a training's compiled steps, beside the code itself."""
+    prices = _remembered() | {_key(training, learned): seconds}
+    with suppress(OSError):  # A cache that cannot be written is no reason to stop.
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        _file().write_text(json.dumps(prices))
+
+
+def _remembered() -> dict[str, float]:
+    with suppress(OSError, ValueError):
+        found = json.loads(_file().read_text())
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _file() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "hyperdescent.json"
+
+
+def _key(training: Training, learned: Sequence[str]) -> str:
+    shapes = [tuple(shape) for shape in training.layout.shapes]
+    options = sorted(training.rule.options().items())
+    said = repr((training.label, options, shapes, tuple(learned), torch.__version__))
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _step_seconds(training: Training, state: State, values: Tensors, seed: int) -> float:
+    # The first step pays for what is loaded and allocated once.
+    training.step(state, values, 0, seed)
+    began = time.monotonic()
+    for i in range(2):
+        state = training.step(state, values, i, seed)
+    float(state.p[0])  # A GPU has only queued them by now.
+    return (time.monotonic() - began) / 2
