@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -43,12 +44,13 @@ class Machine:
     """The compiled parts of one step, each made when first asked for.
 
     interpreted: run the traced operations as they are. agreed: the parts that were seen to agree
-    with autograd. seconds: spent on making them, tracing included.
+    with autograd. refused: how one did not. seconds: spent on making them, tracing included.
     """
 
     graph: StepGraph
     interpreted: bool = False
     agreed: set[str] = field(default_factory=set)
+    refused: str = ""
     seconds: float = 0.0
 
     @cached_property
@@ -74,7 +76,10 @@ class Machine:
 
     @cached_property
     def _halves(self) -> tuple[Graph, Graph, int]:
-        return self.graph.halves()
+        try:
+            return self.graph.halves()
+        except CannotTrace as why:
+            raise Distrusted(f"it cannot be compiled: {why}") from why
 
     @property
     def how(self) -> str:
@@ -85,6 +90,14 @@ class Machine:
 
     def _spend(self, seconds: float) -> None:
         self.seconds += seconds
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What torch warns of inside itself is nothing a user could change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def generate(graph: Graph, spent: Callable[[float], None] = lambda seconds: None) -> Run:
@@ -102,7 +115,7 @@ def generate(graph: Graph, spent: Callable[[float], None] = lambda seconds: None
             try:
                 # Inductor looks on disk only for what was traced in a context such as dynamo's.
                 shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-                with torch.no_grad(), tracing(TracingContext(shapes)):
+                with torch.no_grad(), tracing(TracingContext(shapes)), _quietly():
                     made.append(torch._inductor.compile(graph, list(inputs), options=OPTIONS))
                 with torch.no_grad():
                     return made[0](*inputs)
@@ -157,7 +170,10 @@ def machine_of(
         graph = trace(training, state, values, learned, seed)
         return Machine(graph, interpreted, seconds=time.monotonic() - began)
 
-    return made_once(training, f"reverse, {interpreted=}", values, learned, make)
+    machine = made_once(training, f"reverse, {interpreted=}", values, learned, make)
+    if machine.refused:
+        raise Distrusted(machine.refused)
+    return machine
 
 
 class Compiled:
@@ -186,6 +202,7 @@ class Compiled:
         self._back = torch.full((steps, width), float("nan"), dtype=torch.float64, device=device)
         self._several = [n for n in form.learned if n in form.several]
         self._watched: dict[int, State] = {}
+        self._pulled = steps  # The earliest step that was pulled back.
         self._seconds = machine.seconds if machine.agreed else 0.0
 
     @property
@@ -195,7 +212,7 @@ class Compiled:
     @property
     def seconds(self) -> float:
         """Spent on making the parts that this run was the first to use; 0 if there were none."""
-        return self._machine.seconds - self._seconds
+        return 0.0 if self._machine.interpreted else self._machine.seconds - self._seconds
 
     def advance(self, i: int, state: State) -> State:
         with self._quiet(i):
@@ -222,8 +239,7 @@ class Compiled:
 
     def finish(self) -> tuple[Tensor, Tensors]:
         norms, numbers = self._back[:, 0], self._back[:, 1:].cpu()
-        # Steps that were never pulled back have no share.
-        numbers = torch.where(norms.isnan().cpu()[:, None], 0.0, numbers)
+        numbers[: self._pulled] = 0  # Earlier steps have no share.
         return norms, self._machine.graph.numbers_behind(self._numbers, numbers)
 
     def _inputs(self, i: int, state: State) -> list[Tensor]:
@@ -252,32 +268,40 @@ class Compiled:
         after = form.state(out[: len(form.moved)], out[len(form.moved) :], state)
         if part not in self._machine.agreed:
 
+            def replaced(state: State) -> list[Tensor]:
+                return [*form.moving(state), *(state.buffers[n] for n in form.counted)]
+
             def step(state: State) -> list[Tensor]:
-                return form.moving(self._training.step(state, self._plain.at(i), i, self._seed))
+                values = self._plain.at(i)
+                return replaced(self._training.step(state, values, i, self._seed))
 
             names = [f"{kind} {name}".strip() for kind, name in form.moved]
-            self._check(part, names, form.moving(after), step, state)
+            names += [f"buffers {name}" for name in form.counted]
+            self._check(part, names, replaced(after), step, state)
         return after
 
     def _before(
         self, part: str, i: int, state: State | None, adjoint: list[Tensor], out: Sequence[Tensor]
     ) -> list[Tensor]:
         many = len(self._form.moved)
-        self._back[i] = out[-1]
+        self._back[i], self._pulled = out[-1], i
         self._sums.add(i, out[many:-1], self._several)
         if part not in self._machine.agreed and state is not None:
 
             def pull(state: State) -> list[Tensor]:
                 sums = self._sums.empty()
                 eager = Eager(self._training, self._plain, self._seed, sums, self._fixed)
-                return [*eager.pull(i, state, adjoint), *(sums.at(n, i) for n in single)]
+                return [*eager.pull(i, state, adjoint), *(sums.at(n, i) for n in hypers)]
 
             numbers = [n[i : i + 1] for n in self._numbers]
             back = self._machine.graph.numbers_behind(numbers, self._back[i : i + 1, 1:].cpu())
-            single = list(back)
-            names = [f"the adjoint of {kind} {name}".strip() for kind, name in self._form.moved]
-            names += [f"the cotangent of {name}" for name in single]
-            self._check(part, names, [*out[:many], *(x[0] for x in back.values())], pull, state)
+            hypers = [*back, *self._several]
+            # Buffers of the start are constants for autograd.
+            moved = [at for at in self._form.moved if i or at[0] != "buffers"]
+            names = [f"the adjoint of {kind} {name}".strip() for kind, name in moved]
+            names += [f"the cotangent of {name}" for name in hypers]
+            found = [*out[: len(moved)], *(x[0] for x in back.values()), *out[many:-1]]
+            self._check(part, names, found, pull, state)
         return list(out[:many])
 
     def _check(
@@ -288,8 +312,13 @@ class Compiled:
         by_autograd: Callable[[State], list[Tensor]],
         state: State,
     ) -> None:
-        check(self._training.label, names, found, by_autograd, state, self._machine.graph.low)
-        self._machine.agreed.add(part)
+        machine = self._machine
+        try:
+            if check(self._training.label, names, found, by_autograd, state, machine.graph.low):
+                machine.agreed.add(part)
+        except Distrusted as why:
+            machine.refused = str(why)
+            raise
 
 
 def check(
@@ -299,8 +328,11 @@ def check(
     by_autograd: Callable[[State], list[Tensor]],
     state: State,
     low: bool = False,
-) -> None:
+) -> bool:
     """Raise Distrusted unless compiled results are as near to autograd's as rounding lets them be.
+
+    False if there was nothing to compare, because autograd's are not finite: divergence is not
+    the compiler's fault.
 
     What rounding does is seen by the same once more from weights that are rounded otherwise: some
     numbers are noise through and through, such as the gradient of a bias that batch norm takes
@@ -311,11 +343,14 @@ def check(
     noise = torch.randn(state.p.shape, generator=draw, device=state.p.device)
     expected = by_autograd(state)
     nudged = by_autograd(state._replace(p=state.p * (1 + unit * noise.to(state.p))))
+    compared = True
     for name, x, y, near in zip(names, found, expected, nudged, strict=True):
         size, spread, error = (float(z.double().norm()) for z in (y, near - y, x.to(y.device) - y))
-        # Divergence is not the compiler's fault.
-        if size < float("inf") and not error <= _UNITS * unit * size + _SPREADS * spread:
+        if not size < float("inf"):
+            compared = False
+        elif not error <= _UNITS * unit * size + _SPREADS * spread:
             raise Distrusted(
                 f"the compiled step of {label} is wrong: {name} differs from autograd's by "
                 f"{error / max(size, 1e-300):.1e} of its norm"
             )
+    return compared

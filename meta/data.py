@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -14,20 +14,30 @@ from torch.utils.data import default_collate
 
 Split = Literal["train", "valid", "test"]
 Inputs = Tensor | tuple[Tensor, ...]
+Batch = tuple[Inputs, Tensor]
 
 
-class Data(Protocol):
-    """Examples by index, as (inputs, target) with the example in the first dimension."""
+class Whole(Protocol):
+    """Data that can be read at once, as (inputs, target) with the example in the first dimension.
+
+    May give the same tensors again and again.
+    """
+
+    def to(self, device: torch.device) -> Whole: ...
+
+    def whole(self) -> Batch: ...
+
+
+class Data(Whole, Protocol):
+    """Data that can be read by the index of an example, too."""
 
     def __len__(self) -> int: ...
 
     def to(self, device: torch.device) -> Data: ...
 
-    def batch(self, index: Tensor, seed: int) -> tuple[Inputs, Tensor]:
+    def batch(self, index: Tensor, seed: int) -> Batch:
         """The examples at index; random draws on the way are a function of seed."""
         ...
-
-    def whole(self) -> tuple[Inputs, Tensor]: ...
 
 
 class TensorData:
@@ -40,15 +50,15 @@ class TensorData:
         return len(self._target)
 
     def to(self, device: torch.device) -> TensorData:
-        return TensorData(_to(self._inputs, device), self._target.to(device))
+        return TensorData(*on_device((self._inputs, self._target), device))
 
-    def batch(self, index: Tensor, seed: int) -> tuple[Inputs, Tensor]:
-        index = index.to(self._target.device)
+    def batch(self, index: Tensor, seed: int) -> Batch:
+        index = _sent(index, self._target.device)
         if isinstance(self._inputs, Tensor):
             return self._inputs[index], self._target[index]
         return tuple(x[index] for x in self._inputs), self._target[index]
 
-    def whole(self) -> tuple[Inputs, Tensor]:
+    def whole(self) -> Batch:
         return self._inputs, self._target
 
 
@@ -57,7 +67,7 @@ class DatasetData:
 
     def __init__(self, dataset: Any, device: torch.device | None = None) -> None:
         self._dataset, self._device = dataset, device
-        self._whole: tuple[Inputs, Tensor] | None = None
+        self._whole: Batch | None = None
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -65,38 +75,25 @@ class DatasetData:
     def to(self, device: torch.device) -> DatasetData:
         return self if device == self._device else DatasetData(self._dataset, device)
 
-    def batch(self, index: Tensor, seed: int) -> tuple[Inputs, Tensor]:
-        # A dataset may augment with any of the three usual generators.
-        with seeded(seed), _numpy_and_random_seeded(seed % 2**32):
-            collated = default_collate([self._dataset[i] for i in index.tolist()])
-        if not isinstance(collated, tuple | list) or len(collated) < 2:
-            raise TypeError(
-                f"{type(self._dataset).__name__} must yield (inputs, target) tuples; a batch of it "
-                f"collates to {type(collated).__name__}"
-            )
-        *nested, target = collated
-        inputs = tuple(self._flat(nested))
-        (target,) = self._flat([target])
-        return (inputs[0] if len(inputs) == 1 else inputs), target
+    def batch(self, index: Tensor, seed: int) -> Batch:
+        return sent(self._collated(index, seed), self._device)
 
-    def _flat(self, nested: Iterable[object]) -> Iterator[Tensor]:
-        """The tensors of nested tuples, in order and on the device."""
-        for x in nested:
-            if isinstance(x, tuple | list):
-                yield from self._flat(x)
-            elif isinstance(x, Tensor):
-                yield x.to(self._device)
-            else:
-                raise TypeError(
-                    f"{type(self._dataset).__name__} yields what collates to "
-                    f"{type(x).__name__}; inputs and target must be tensors or numbers"
-                )
-
-    def whole(self) -> tuple[Inputs, Tensor]:
+    def whole(self) -> Batch:
         # Held-out data are read after every training: collated once, then kept on the device.
         if self._whole is None:
-            self._whole = self.batch(torch.arange(len(self)), seed=0)
+            self._whole = on_device(self._collated(torch.arange(len(self)), 0), self._device)
         return self._whole
+
+    def _collated(self, index: Tensor, seed: int) -> Batch:
+        with everything_seeded(seed):
+            collated = default_collate([self._dataset[i] for i in index.tolist()])
+        name = type(self._dataset).__name__
+        if not is_pair(collated):
+            raise TypeError(
+                f"{name} must yield (inputs, target) tuples; a batch of it collates to "
+                f"{type(collated).__name__}"
+            )
+        return as_pair(collated, f"{name} yields what collates to")
 
 
 def as_data(given: object) -> Data:
@@ -116,8 +113,59 @@ def as_data(given: object) -> Data:
     if hasattr(given, "__getitem__") and hasattr(given, "__len__"):
         return DatasetData(given)
     raise TypeError(
-        f"data must be (inputs, targets) or a map-style Dataset, not {type(given).__name__}"
+        "data must be (inputs, targets), a map-style Dataset or an iterable of batches, not "
+        f"{type(given).__name__}"
     )
+
+
+def is_pair(batch: object) -> bool:
+    return isinstance(batch, tuple | list) and len(batch) >= 2
+
+
+def as_pair(batch: Any, whose: str) -> Batch:
+    """(inputs, target) of a batch, nested inputs in a row. whose: how an error begins."""
+    *nested, target = batch
+    inputs = tuple(_flat(nested, whose))
+    (target,) = _flat([target], whose)
+    return (inputs[0] if len(inputs) == 1 else inputs), target
+
+
+def _flat(nested: Iterable[object], whose: str) -> Iterator[Tensor]:
+    """The tensors of nested tuples, in order."""
+    for x in nested:
+        if isinstance(x, tuple | list):
+            yield from _flat(x, whose)
+        elif isinstance(x, Tensor | np.ndarray):
+            yield torch.as_tensor(x)
+        else:
+            raise TypeError(
+                f"{whose} {type(x).__name__}; inputs and target must be tensors or numbers"
+            )
+
+
+def sent(batch: Batch, device: torch.device | None) -> Batch:
+    """A batch on a device, on CUDA behind what is queued there and without waiting for it."""
+    return each_tensor(batch, lambda x: _sent(x, device))
+
+
+def _sent(x: Tensor, device: torch.device | None) -> Tensor:
+    if device is not None and device.type == "cuda" and x.device.type == "cpu":
+        # Only a copy from pinned memory is queued. The allocator keeps that until it is done.
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def on_device(batch: Batch, device: torch.device | None) -> Batch:
+    # Not pinned: it may be all there is, and pinned memory is never given back.
+    return each_tensor(batch, lambda x: x.to(device))
+
+
+def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """A batch with all its tensors changed."""
+    inputs, target = batch
+    if isinstance(inputs, Tensor):
+        return change(inputs), change(target)
+    return tuple(change(x) for x in inputs), change(target)
 
 
 def mix(*numbers: int) -> int:
@@ -131,37 +179,67 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-def _to(inputs: Inputs, device: torch.device) -> Inputs:
-    return inputs.to(device) if isinstance(inputs, Tensor) else tuple(x.to(device) for x in inputs)
-
-
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """torch's global generators seeded inside and as before outside."""
-    # Not torch.manual_seed: it formats a stack trace for every device that is not there.
+    generators = generators_of(device)
+    with as_before(generators):
+        # Not torch.manual_seed: it formats a stack trace for every device that is not there.
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+
+
+def generators_of(device: torch.device | None) -> list[torch.Generator]:
+    """torch's global generators that draws on a device come from."""
     generators = [torch.default_generator]
     if device is not None and device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
-    before = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
+    return generators
+
+
+@contextmanager
+def as_before(generators: Iterable[torch.Generator]) -> Iterator[None]:
+    """What is drawn inside has not been drawn outside."""
+    before = [(generator, generator.get_state()) for generator in generators]
     try:
         yield
     finally:
-        for generator, state in zip(generators, before, strict=True):
+        for generator, state in before:
             generator.set_state(state)
 
 
 @contextmanager
-def _numpy_and_random_seeded(seed: int) -> Iterator[None]:
+def everything_seeded(seed: int) -> Iterator[None]:
+    """The three global generators that data may be augmented with, seeded inside."""
     before = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
+    random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)
     try:
-        yield
+        with seeded(seed):
+            yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
 
 
-__all__ = ["Data", "DatasetData", "Split", "TensorData", "as_data", "mix", "seeded"]
+__all__ = [
+    "Batch",
+    "Data",
+    "DatasetData",
+    "Inputs",
+    "Split",
+    "TensorData",
+    "Whole",
+    "as_before",
+    "as_data",
+    "as_pair",
+    "each_tensor",
+    "everything_seeded",
+    "generators_of",
+    "is_pair",
+    "mix",
+    "on_device",
+    "seeded",
+    "sent",
+]

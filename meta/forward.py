@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_unflatten
 from ..inner.hyper import Tensors
 from .compiled import Distrusted, Run, check, generate, made_once
 from .estimate import Estimate, Note, finished
-from .graph import Form
+from .graph import Form, Uneven
 from .outcome import Outcome
 from .parts import (
     Early,
@@ -37,6 +37,7 @@ from .parts import (
 )
 from .price import not_worth, spend
 from .problem import draws_of
+from .replay import check_at_least
 from .steps import Cotangents, seed_adjoint
 from .training import State, Training, finite
 
@@ -69,16 +70,23 @@ class Forward:
     every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"every={self.every} steps never end; give at least 1, or None")
+        check_at_least("every", self.every, 1, whole=True)
+        check_at_least("expect", self.expect, 0)
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile={self.compile!r} is none of True, False and 'auto'")
 
     def __call__(
         self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
     ) -> tuple[Estimate, Reached | None]:
         try:
             return _Run(self, training, point, carry, seed).estimate()
-        except Distrusted as why:
-            return _Run(self, training, point, carry, seed, refused=str(why)).estimate()
+        except (Distrusted, Uneven) as why:
+            if isinstance(why, Uneven) and self.compile != "auto":
+                raise
+            refused = str(why)
+        if self.compile is True:
+            warnings.warn(f"{refused}; its steps are done by autograd", stacklevel=2)
+        return _Run(self, training, point, carry, seed, refused).estimate()
 
 
 class _Run:
@@ -169,8 +177,6 @@ class _Run:
 
     def _choose(self) -> tuple[Advance, str]:
         training, want = self.training, self.forward.compile
-        if self.refused and want is True:
-            warnings.warn(f"{self.refused}; its steps are done by autograd", stacklevel=4)
         if self.refused or want is False:
             return self._eager, f"by autograd{f': {self.refused}' if self.refused else ''}"
         if want == "auto":
@@ -228,8 +234,8 @@ class _Run:
         names = [f"{kind} {name}".strip() for kind, name in form.moved]
         names += [f"the tangent of {name}" for name in names]
         found = [*form.moving(after[0]), *after[1]]
-        check(self.training.label, names, found, by_autograd, state, machine.low)
-        machine.agreed = True
+        label = self.training.label
+        machine.agreed = check(label, names, found, by_autograd, state, machine.low)
 
     def _eager(self, i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:
         form, seed = self.form, self.begun.seed

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch import config as functorch
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -32,6 +33,7 @@ from .parts import (
     extract,
     is_number,
     is_random,
+    numbered,
     over_time,
     retraced,
     split_early,
@@ -39,6 +41,10 @@ from .parts import (
     without_views,
 )
 from .training import State, Training
+
+
+class Uneven(ValueError):
+    """A batch is not of the shapes that were traced."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,11 @@ class Form:
     def of(
         training: Training, state: State, values: Tensors, learned: Sequence[str], i: int, seed: int
     ) -> Form:
-        after = training.step(state, values, i, seed)
+        with numbered(seed):
+            after = training.step(state, values, i, seed)
+            leaves, batch = tree_flatten(training.problem.batch(i, seed))
         changed = [n for n, b in state.buffers.items() if after.buffers[n] is not b]
         floats = [n for n in changed if state.buffers[n].is_floating_point()]
-        leaves, batch = tree_flatten(training.problem.batch(i, seed))
         odd = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
         return Form(
             moved=(
@@ -107,14 +114,14 @@ class Form:
         return State(named["p", ""], slots, {n: new.get(n, b) for n, b in before.buffers.items()})
 
     def leaves(self, batch: Any) -> list[Tensor]:
-        """The tensors of a batch; ValueError if they are not of the shapes that were traced."""
+        """The tensors of a batch; Uneven if they are not of the shapes that were traced."""
         leaves, spec = tree_flatten(batch)
         return self.checked(leaves, spec)
 
     def checked(self, leaves: list[Tensor], spec: TreeSpec) -> list[Tensor]:
         found = tuple((x.shape, x.dtype) for x in leaves)
         if spec != self.batch or found != self.shapes:
-            raise ValueError(
+            raise Uneven(
                 f"a batch has shapes {[tuple(s) for s, _ in found]} where the compiled step takes "
                 f"{[tuple(s) for s, _ in self.shapes]}; make them equal or give compile=False"
             )
@@ -197,9 +204,12 @@ class StepGraph:
             n.target = named
             n._rename(named)
         joint.recompile()
-        record, rewind = min_cut_rematerialization_partition(
-            joint, None, num_fwd_outputs=self._after, static_lifetime_input_indices=[]
-        )
+        # What costs no product is done again: memory is slower than that. But not draws, which
+        # would come out otherwise.
+        with functorch.patch(aggressive_recomputation=not self.random):
+            record, rewind = min_cut_rematerialization_partition(
+                joint, None, num_fwd_outputs=self._after, static_lifetime_input_indices=[]
+            )
         saved = ends(record)[1][self._after :]
         names = [n.name for n in saved]
         takes = [n.name for n in ends(rewind)[0]]

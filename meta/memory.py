@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -17,17 +18,19 @@ _SHARE, _MOST = 4, 2 * 2**30
 
 def bytes_of(memory: str | float) -> int:
     """A number of bytes from "2GiB", "500 MB" or a number."""
-    if not isinstance(memory, str):
-        if memory < 0:
-            raise ValueError(f"memory={memory:g} is below 0 bytes; give a size such as '2GiB'")
-        return int(memory)
-    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", memory)
-    if not match or match[2].lower() not in _UNITS:
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", memory)
+        size = float(match[1]) * _UNITS.get(match[2].lower(), math.nan) if match else math.nan
+    else:
+        size = float(memory)
+    if size < 0:
+        raise ValueError(f"memory={memory:g} is below 0 bytes; give a size such as '2GiB'")
+    if not math.isfinite(size):
         raise ValueError(
             f"memory={memory!r} is not a size; give bytes or a number with one of "
             "B, KiB, MiB, GiB, KB, MB, GB, such as '2GiB'"
         )
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(size)
 
 
 def comfortable(device: torch.device) -> int:

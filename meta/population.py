@@ -267,8 +267,8 @@ class _Many:
 
         names = [f"output {k} of {part}" for k in range(len(found))]
         low = machine.graph.low
-        check(self.training.label, names, found, by_operations, state, low)
-        machine.agreed.add(part)
+        if check(self.training.label, names, found, by_operations, state, low):
+            machine.agreed.add(part)
 
     def _call(
         self, run: Run, i: int, state: State, adjoint: Sequence[Tensor] = ()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -12,20 +11,17 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.backends import cuda
 from torch.func import functional_call
 
 from ..inner.hyper import Discrete, Hyper, Tensors
 from ..inner.rule import unknown
+from .accumulate import mean_loss
 from .batchnorm import carry_statistics
-from .data import Data, Inputs, Split, as_data, mix, seeded
+from .data import Batch, Data, Split, Whole, mix, seeded
+from .model import check_autocast, checked_weights, lowered, own_modules, twice_differentiable
+from .stream import Stream, as_held_out, as_train, check_filled, checked_batch_size
 
 LossFn = Callable[..., Tensor]
-_FUSED: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
-    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
-    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
-    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
-)
 
 
 @runtime_checkable
@@ -100,8 +96,11 @@ class ModuleProblem:
     make_model: Callable[..., nn.Module]
     loss_fn: LossFn
     outer_loss_fn: LossFn
-    splits: Mapping[Split, Data]
-    batch_size: int
+    train: Data | Stream
+    held_out: Mapping[Split, Whole]
+    batch_size: int | None
+    accumulate: int
+    autocast: torch.dtype | None
     hypers: Mapping[str, Hyper]
     metrics: Mapping[str, LossFn]
     choices: Mapping[str, Discrete]
@@ -109,18 +108,30 @@ class ModuleProblem:
 
     def __post_init__(self) -> None:
         options = {option: c.default for option, c in self.choices.items()} | dict(self.chosen)
-        self._batch_size = int(str(options.pop("batch_size", self.batch_size)))
+        size = options.pop("batch_size", self.batch_size)
         self._options = options
         with seeded(0):
             made = self.make_model(**options)
-        self._device = _checked_device(made, self.name)
-        self._model = _own_modules(made)
+        weights = checked_weights(made, self.name)
+        self._device = weights[0].device
+        self._model = own_modules(made)
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in made.modules())
         carry_statistics(self._model)
         # On the device for this problem and for those it makes by `choose`.
-        self.splits = {split: data.to(self._device) for split, data in self.splits.items()}
-        _check_sizes(self.splits, self._batch_size, self.name)
+        self.train = self.train.to(self._device)
+        self.held_out = {split: data.to(self._device) for split, data in self.held_out.items()}
+        check_autocast(self.autocast, weights, self.name)
+        check_filled(self.splits, self.name)
+        self._batch_size = checked_batch_size(size, self.accumulate, self.train, self.name)
         self._mutable = {n for n, _ in self._model.named_buffers()}
+
+    @property
+    def splits(self) -> Mapping[Split, Whole]:
+        """What can be read as a whole: not a stream to train on, which may have no end."""
+        train: dict[Split, Whole] = {}
+        if not isinstance(self.train, Stream):
+            train["train"] = self.train
+        return train | dict(self.held_out)
 
     def choose(self, **chosen: object) -> ModuleProblem:
         for option, value in chosen.items():
@@ -136,30 +147,37 @@ class ModuleProblem:
         frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
         return params, frozen | {n: b.detach() for n, b in model.named_buffers()}
 
-    def batch(self, step: int, seed: int) -> tuple[Inputs, Tensor]:
-        data = self.splits["train"]
-        return data.batch(_draw(len(data), self._batch_size, step, seed), mix(seed, step, 4))
+    def batch(self, step: int, seed: int) -> Batch:
+        if isinstance(self.train, Stream):
+            return self.train.at(step)
+        index = _draw(len(self.train), self._batch_size, step, seed)
+        return self.train.batch(index, mix(seed, step, 4))
 
     def inner_loss(
-        self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: tuple[Inputs, Tensor]
+        self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
+    ) -> tuple[Tensor, Tensors]:
+        return mean_loss(self._loss, params, buffers, hypers, batch, self.accumulate)
+
+    def _loss(
+        self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
     ) -> tuple[Tensor, Tensors]:
         inputs, target = batch
         # Copies, because a module may update its buffers in place; frozen weights stay put.
         carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
         output, carried = self._forward(params, carried, inputs, training=True)
         extra = {"hypers": hypers, "params": params} if self.hypers else {}
-        return _scalar(self.loss_fn, output, target, **extra), carried
+        return self._scalar(self.loss_fn, output, target, **extra), carried
 
     def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
         output, target = self._evaluate(params, buffers, "valid")
-        return _scalar(self.outer_loss_fn, output, target)
+        return self._scalar(self.outer_loss_fn, output, target)
 
     def measure(self, params: Tensors, buffers: Tensors, split: Split) -> dict[str, float]:
         if split not in self.splits:
             raise ValueError(unknown(f"{self.name} has no split", split, self.splits))
         with torch.no_grad():
             output, target = self._evaluate(params, buffers, split)
-            loss = {"loss": float(_scalar(self.outer_loss_fn, output, target))}
+            loss = {"loss": float(self._scalar(self.outer_loss_fn, output, target))}
             return loss | {n: float(f(output, target)) for n, f in self.metrics.items()}
 
     def _evaluate(self, params: Tensors, buffers: Tensors, split: Split) -> tuple[Tensor, Tensor]:
@@ -174,10 +192,16 @@ class ModuleProblem:
         self._model.train(training)
         state = {**params, **buffers}
         args = inputs if isinstance(inputs, tuple) else (inputs,)
-        with _twice_differentiable(self._recurrent):
+        with twice_differentiable(self._recurrent), lowered(self._device, self.autocast):
             # functional_call writes buffers that a module replaced back into this dict.
             output = functional_call(self._model, state, args)
+        if self.autocast and isinstance(output, Tensor) and output.dtype == self.autocast:
+            output = output.float()  # What is made of it, sums over examples above all, is not low.
         return output, {n: state[n] for n in buffers}
+
+    def _scalar(self, loss_fn: LossFn, output: object, target: Tensor, **extra: Tensors) -> Tensor:
+        with lowered(self._device, self.autocast):
+            return _scalar(loss_fn, output, target, **extra)
 
 
 def problem_from_module(
@@ -186,7 +210,9 @@ def problem_from_module(
     train: object,
     valid: object,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    autocast: torch.dtype | None = None,
     test: object = None,
     hypers: Mapping[str, Hyper] = MappingProxyType({}),
     outer_loss_fn: LossFn | None = None,
@@ -196,40 +222,47 @@ def problem_from_module(
 ) -> ModuleProblem:
     """The problem of training the model that make_model returns, by mini-batches of train.
 
-    train, valid, test: (inputs, targets) tensors whose first dimension is the example, or a
-    map-style Dataset of such pairs. Only valid is seen by the tuner. make_model is called once per
-    seed, under that seed, and may take the discrete choices as keywords ("batch_size" among them is
-    taken by the problem itself). loss_fn(output, target) returns a scalar; if hypers declares the
-    loss's own hyperparameters it is called with hypers= and params= as well, and outer_loss_fn
-    (output, target) must say what the held-out loss is. A last, smaller batch is dropped;
-    every epoch has a permutation of its own. BatchNorm statistics are differentiated; buffers that
-    other modules update outside autograd are carried, not differentiated.
+    train, valid, test: (inputs, targets) tensors whose first dimension is the example, a map-style
+    Dataset of such pairs, or an iterable of (inputs, target) batches such as a DataLoader. Only
+    valid is seen by the tuner. A step reads batch_size examples; a last, smaller batch is dropped;
+    every epoch has a permutation of its own. The batches of an iterable are recorded in the host's
+    memory as they first come, and it is iterated again where it ends: with one, a DataLoader over a
+    map-style Dataset included, every seed sees the same batches in the same order, and it alone
+    decides on their size. As valid or test it is read at once, so it must have an end.
+
+    make_model is called once per seed, under that seed, and may take the discrete choices as
+    keywords ("batch_size" among them is taken by the problem itself). loss_fn(output, target)
+    returns a scalar; if hypers declares the loss's own hyperparameters it is called with hypers=
+    and params= as well, and outer_loss_fn(output, target) must say what the held-out loss is.
+    BatchNorm statistics are differentiated; buffers that other modules update outside autograd are
+    carried, not differentiated.
+
+    accumulate: a step's batch is so many equal parts, done one after the other, and the training
+    loss is the mean of theirs; where steps are not compiled, the graph of one part is held at a
+    time. autocast: torch.bfloat16 for mixed precision; weights and slots stay float32.
     """
     if hypers and outer_loss_fn is None:
         raise ValueError(
             "a loss with hyperparameters needs outer_loss_fn(output, target), the held-out loss: "
             "tuning them on a loss that contains them would only switch them off"
         )
-    splits: dict[Split, Data] = {"train": as_data(train), "valid": as_data(valid)}
+    held_out: dict[Split, Whole] = {"valid": as_held_out(valid)}
     if test is not None:
-        splits["test"] = as_data(test)
+        held_out["test"] = as_held_out(test)
     return ModuleProblem(
         name=name or str(getattr(make_model, "__name__", "module")),
         make_model=make_model,
         loss_fn=loss_fn,
         outer_loss_fn=outer_loss_fn or loss_fn,
-        splits=splits,
+        train=as_train(train),
+        held_out=held_out,
         batch_size=batch_size,
+        accumulate=accumulate,
+        autocast=autocast,
         hypers=hypers,
         metrics=metrics,
         choices=choices,
     )
-
-
-def _own_modules(model: nn.Module) -> nn.Module:
-    """Copies of all modules around the same tensors: make_model may return one that it keeps."""
-    held = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
-    return deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers(), *held)})
 
 
 def _scalar(loss_fn: LossFn, output: object, target: Tensor, **extra: Tensors) -> Tensor:
@@ -247,46 +280,6 @@ def _scalar(loss_fn: LossFn, output: object, target: Tensor, **extra: Tensors) -
             "example the mean"
         )
     return loss
-
-
-@contextmanager
-def _twice_differentiable(recurrent: bool) -> Iterator[None]:
-    """Only kernels whose backward has a derivative: the fused ones of attention have none.
-
-    cuDNN's recurrent layers have none either, but its convolutions do.
-    """
-    # Not torch's sdpa_kernel, which takes as long as a small layer.
-    before = [enabled() for enabled, _ in _FUSED]
-    cudnn = torch.backends.cudnn.enabled
-    for _, enable in _FUSED:
-        enable(False)
-    torch.backends.cudnn.enabled = cudnn and not recurrent
-    try:
-        yield
-    finally:
-        for (_, enable), state in zip(_FUSED, before, strict=True):
-            enable(state)
-        torch.backends.cudnn.enabled = cudnn
-
-
-def _check_sizes(splits: Mapping[Split, Data], batch_size: int, name: str) -> None:
-    for split, data in splits.items():
-        if len(data) == 0:
-            raise ValueError(f"{name}: the {split} data are empty; give at least one example")
-    if not 1 <= batch_size <= len(splits["train"]):
-        raise ValueError(
-            f"{name}: batch_size={batch_size} is outside [1, {len(splits['train'])}], the number "
-            "of training examples; choose a smaller batch"
-        )
-
-
-def _checked_device(model: nn.Module, name: str) -> torch.device:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: make_model returned {type(model).__name__}, not an nn.Module")
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError(f"{name}: the model has no parameters to train (requires_grad=True)")
-    return trainable[0].device
 
 
 def _draw(examples: int, batch_size: int, step: int, seed: int) -> Tensor:

@@ -23,6 +23,7 @@ from ..inner.hyper import Tensors
 from .checkpoint import Checkpoints, Plan, find_plan, find_store, keep_all, revolve
 from .compiled import Compiled, Distrusted, machine_of
 from .estimate import Estimate, Note, finished
+from .graph import Uneven
 from .memory import bytes_of, comfortable, state_bytes
 from .outcome import Outcome
 from .price import not_worth, remember, spend
@@ -67,10 +68,12 @@ class Replay:
             raise ValueError(f"compile={self.compile!r} is none of True, False, 'auto', 'trace'")
         if self.checkpoints != "auto":
             find_plan(self.checkpoints)
-        for name, least in (("window", 1), ("clip", 0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name}={value} must be at least {least}, or None for none")
+        find_store(self.store)
+        check_at_least("window", self.window, 1, whole=True)
+        check_at_least("clip", self.clip, 0)
+        if self.clip == 0:
+            raise ValueError("clip=0 would leave no gradient; give a number above 0, or None")
+        check_at_least("expect", self.expect, 0)
 
     def __call__(
         self, training: Training, point: Tensors, carry: None = None, *, seed: int
@@ -79,10 +82,23 @@ class Replay:
         resolved = training.resolve(leaves)
         try:
             return _Run(self, training, resolved, seed).estimate(leaves), None
-        except Distrusted as why:
-            # From the start: nothing that compiled code has summed up may stay.
-            run = _Run(self, training, resolved, seed, refused=str(why))
-            return run.estimate(leaves), None
+        except (Distrusted, Uneven) as why:
+            if isinstance(why, Uneven) and self.compile != "auto":
+                raise
+            refused = str(why)
+        # Behind the exception, which held all states; and from the start: nothing that compiled
+        # code has summed up may stay.
+        if self.compile is True:
+            warnings.warn(f"{refused}; its steps are done by autograd", stacklevel=2)
+        return _Run(self, training, resolved, seed, refused).estimate(leaves), None
+
+
+def check_at_least(name: str, value: object, least: float, *, whole: bool = False) -> None:
+    """Raise ValueError unless an option is None or a number from `least` on."""
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if value is not None and not (number and value >= least):  # type: ignore[operator]  # a number
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name}={value!r} must be {kind}, at least {least}, or None for none")
 
 
 class _Run:
@@ -178,8 +194,6 @@ class _Run:
         eager = Eager(self.training, self.plain, self.seed, self.sums, self.start.buffers)
         want = self.replay.compile
         if refused or want is False:
-            if refused and want is True:
-                warnings.warn(f"{refused}; its steps are done by autograd", stacklevel=5)
             return eager, f"by autograd{f': {refused}' if refused else ''}"
         at = self.start, self.plain.at(0)
         if want == "auto":

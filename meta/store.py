@@ -45,8 +45,8 @@ def find_store(spec: str | Path) -> Store[State]:
         return Host(InPlace())
     if spec == "disk":
         return Host(Files())
-    message = unknown("there is no store", spec, ("device", "cpu", "disk"))
-    raise ValueError(f"{message}; a directory is given as a pathlib.Path")
+    message = unknown("there is no store", str(spec), ("device", "cpu", "disk"))
+    raise ValueError(f"store={spec!r}: {message}; a directory is given as a pathlib.Path")
 
 
 class InPlace(Generic[S]):

@@ -10,7 +10,7 @@ from torch import nn
 from hyperdescent.inner.hyper import Choice, positive
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
-from hyperdescent.meta.data import as_data, mix
+from hyperdescent.meta.data import mix
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.problem import Problem, loss_at, problem_from_module
@@ -48,6 +48,26 @@ class TestRefusals:
         with pytest.raises(ValueError, match=rf"batch_size={batch_size} is outside \[1, 20\]"):
             build(batch_size=batch_size)
 
+    @pytest.mark.parametrize("accumulate", [0, -2, 2.0])
+    def test_parts_that_cannot_be(self, accumulate):
+        with pytest.raises(ValueError, match=f"net: accumulate={accumulate} parts of a batch"):
+            build(accumulate=accumulate)
+
+    def test_a_batch_that_cannot_be_divided(self):
+        with pytest.raises(ValueError, match="batch_size=5 cannot be divided into accumulate=2"):
+            build(accumulate=2)
+        made = build(accumulate=5, choices={"batch_size": Choice(5, (5, 8))})
+        with pytest.raises(ValueError, match="batch_size=8 cannot be divided into accumulate=5"):
+            made.choose(batch_size=8)
+
+    def test_types_to_compute_in(self):
+        with pytest.raises(ValueError, match=r"float16 needs its loss scaled.*torch\.bfloat16"):
+            build(autocast=torch.float16)
+        with pytest.raises(ValueError, match=r"float32 is neither torch\.bfloat16 nor None"):
+            build(autocast=torch.float32)
+        with pytest.raises(ValueError, match=r"for float32 weights and these are torch\.float64"):
+            build(lambda: net().double(), autocast=torch.bfloat16)
+
     def test_a_model_without_parameters(self):
         with pytest.raises(ValueError, match="tanh: the model has no parameters to train"):
             build(nn.Tanh, name="tanh")
@@ -71,10 +91,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"inputs hold \[20, 7\] examples"):
             build(train=((inputs, inputs[:7]), target))
 
-    @pytest.mark.parametrize("given", [None, 3, iter([])])
-    def test_what_is_not_data(self, given):
-        with pytest.raises(TypeError, match=r"must be \(inputs, targets\) or a map-style Dataset"):
-            as_data(given)
+    @pytest.mark.parametrize("given", [3, data])
+    @pytest.mark.parametrize("split", ["train", "valid", "test"])
+    def test_what_is_not_data(self, split, given):
+        message = r"must be \(inputs, targets\), a map-style Dataset or an iterable of batches, not"
+        with pytest.raises(TypeError, match=message):
+            build(**{split: given})
 
     def test_a_dataset_that_yields_no_pairs(self):
         whole = [{"x": torch.ones(3), "y": 1}] * 20
@@ -307,6 +329,120 @@ class TestOptions:
         assert 0 <= measured["accuracy"] <= 1
         expected = float(made.outer_loss(params, buffers, {}))
         assert made.measure(params, buffers, "valid")["loss"] == expected
+
+
+class Spy(nn.Module):
+    """Notes the type and the size of what it sees, and writes into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.seen = nn.Linear(3, 4), nn.Linear(4, 2), []
+
+    def forward(self, x):
+        hidden = self.body(x)
+        self.seen.append((len(x), hidden.dtype))
+        x.zero_()
+        return self.head(hidden)
+
+
+class TestAccumulation:
+    """What it differentiates is in test_real_models."""
+
+    def test_the_model_sees_parts(self):
+        made = build(Spy, batch_size=10, accumulate=5)
+        with torch.no_grad():
+            loss_at(made, *made.start(0), {}, 0, 0)
+        assert made._model.seen == [(2, torch.float32)] * 5
+
+    def test_every_part_draws_its_own_mask(self):
+        def seen(output, target):
+            drawn.append((output == 0).tolist())
+            return F.cross_entropy(output, target)
+
+        alike = torch.ones(20, 3), torch.zeros(20, dtype=torch.long)
+        make = lambda: nn.Sequential(nn.Linear(3, 64), nn.Dropout(0.5))  # noqa: E731  # one use
+        made = build(make, seen, train=alike, batch_size=2, accumulate=2)
+        params, buffers = made.start(0)
+        params = {name: p.requires_grad_() for name, p in params.items()}
+        drawn = []
+        loss, _ = loss_at(made, params, buffers, {}, 0, 0)
+        assert drawn[0] != drawn[1]
+        state = torch.get_rng_state()
+        # What is done again draws what it drew, and nothing for anyone else.
+        torch.autograd.grad(loss, list(params.values()))
+        assert drawn[2:] in (drawn[:2], drawn[1::-1])
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_only_the_graph_of_one_part_is_held(self):
+        def held(parts):
+            storages = {}
+
+            def pack(x):
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            made = build(lambda: net(64), train=data(1000), batch_size=1000, accumulate=parts)
+            params, buffers = made.start(0)
+            params = {name: p.requires_grad_() for name, p in params.items()}
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                loss, _ = loss_at(made, params, buffers, {}, 0, 0)
+                torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            return sum(storages.values())
+
+        # The weights and what depends on them alone, without the 64 numbers of every example.
+        assert held(1) > 64 * 4 * 1000 > 20 * held(10)
+
+    def test_a_loss_may_differentiate_inside(self):
+        def penalized(output, target, hypers, params):
+            loss = F.cross_entropy(output, target)
+            (slope,) = torch.autograd.grad(loss, params["0.weight"], create_graph=True)
+            return loss + hypers["l2"].float() * slope.square().sum()
+
+        hypers = {"l2": positive(0.1, search=(1e-6, 1.0))}
+        grads = []
+        for accumulate in (1, 5):
+            made = build(
+                loss_fn=penalized,
+                train=tuple(x[:1].expand(10, *x.shape[1:]) for x in data()),
+                batch_size=10,
+                hypers=hypers,
+                outer_loss_fn=F.cross_entropy,
+                accumulate=accumulate,
+            )
+            run = Training(made, find_rule("sgd"), 3, given={"lr": 0.5})
+            estimate, _ = Replay(compile=False)(run, run.start(["l2", "lr"]), seed=0)
+            grads.append({name: float(x) for name, x in estimate.grad.items()})
+        assert grads[0] == pytest.approx(grads[1], rel=1e-4)
+
+
+class TestPrecision:
+    def test_what_is_low_and_what_is_not(self):
+        types = []
+
+        def loss_fn(output, target):
+            types.append((output.dtype, (output @ output.T).dtype))
+            return F.cross_entropy(output, target)
+
+        made = build(Spy, loss_fn, autocast=torch.bfloat16)
+        run = Training(made, find_rule("adamw"), 2)
+        state = run.run(run.resolve({}), 0)
+        assert made._model.seen == [(5, torch.bfloat16)] * 2
+        assert types == [(torch.float32, torch.bfloat16)] * 2
+        assert all(x.dtype == torch.float32 for x in (state.p, *state.slots.values()))
+        assert made.outer_loss(*made.start(0), {}).dtype == torch.float32
+        assert made._model.seen[2:] == [(20, torch.bfloat16)]
+        assert not torch.is_autocast_enabled("cpu")
+
+    def test_metrics_see_numbers_that_are_not_low(self):
+        types = []
+
+        def watched(output, target):
+            types.append((output.dtype, torch.is_autocast_enabled("cpu")))
+            return output.mean()
+
+        made = build(autocast=torch.bfloat16, metrics={"mean": watched})
+        made.measure(*made.start(0), "valid")
+        assert types == [(torch.float32, False)]
 
 
 def refusing(output, target):
