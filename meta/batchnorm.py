@@ -38,6 +38,8 @@ def carry_statistics(model: nn.Module) -> None:
 
 def _normalized(norm: BatchNorm, x: Tensor) -> Tensor:
     norm._check_input_dim(x)
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()  # As torch's own kernel, which takes its statistics in float32.
     across = [d for d in range(x.ndim) if d != 1]
     tracking = norm.running_mean is not None and norm.running_var is not None
     if norm.training or not tracking:

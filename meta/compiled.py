@@ -205,8 +205,7 @@ class Compiled:
         self._pulled = steps  # The earliest step that was pulled back.
         self._seconds = machine.seconds if machine.agreed else 0.0
 
-    @property
-    def graph_bytes(self) -> float:
+    def graph_bytes(self, start: State) -> float:
         return self._machine.graph_bytes
 
     @property

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -265,8 +265,17 @@ class _Run:
 Advance = Callable[[int, State, list[Tensor]], tuple[State, list[Tensor]]]
 
 
+@cache
+def _load_forward_mode() -> None:
+    """The first use of it makes torch warn of how it is written inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+
+
 def _slopes(training: Training, point: Tensors) -> Tensors:
     """d value in force at each step / d learned number: (numbers, steps, *value's shape)."""
+    _load_forward_mode()
     names = list(training.resolve(point).varying | training.resolve(point).constant)
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for name, value in point.items():

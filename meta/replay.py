@@ -222,17 +222,11 @@ class _Run:
             return 0, revolve(slots), f"lean: {slots} of {count} states kept by revolve, "
         graphs = 0
         if replay.gait == "auto":
-            more = max(self._graph_bytes() - state, 1.0)
+            more = max(self.steps.graph_bytes(self.start) - state, 1.0)
             graphs = int(min(count, (room - count * state) // more))
         if graphs == count:
             return count, keep_all(), f"fast: all {count} graphs kept, "
         return graphs, keep_all(), f"lean: {graphs} graphs and {count - graphs} states kept, "
-
-    def _graph_bytes(self) -> float:
-        if isinstance(self.steps, Eager):
-            # A step thrown away: only a graph that was made can be measured.
-            self.steps.record(0, self.start)
-        return self.steps.graph_bytes
 
 
 @contextmanager

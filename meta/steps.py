@@ -22,9 +22,8 @@ class Steps(Protocol):
     replace. A pullback also adds the share of the hypers to the sums it was made with.
     """
 
-    @property
-    def graph_bytes(self) -> float:
-        """What the graph of a step keeps in memory; infinite until one was made."""
+    def graph_bytes(self, start: State) -> float:
+        """What the graph of a step keeps in memory."""
         ...
 
     def advance(self, i: int, state: State) -> State:
@@ -117,7 +116,6 @@ class Eager:
     def __init__(
         self, training: Training, plain: Resolved, seed: int, sums: Cotangents, fixed: Tensors
     ) -> None:
-        self.graph_bytes = float("inf")
         self._training, self._plain, self._seed = training, plain, seed
         self._sums, self._fixed = sums, fixed
         self._norms = torch.full((training.steps,), float("nan"), dtype=torch.float64)
@@ -125,15 +123,13 @@ class Eager:
     def advance(self, i: int, state: State) -> State:
         return self._training.step(state, self._plain.at(i), i, self._seed)
 
-    def record(self, i: int, state: State) -> tuple[Taped, State]:
-        if self.graph_bytes < float("inf"):
-            return self._record(i, state)
+    def graph_bytes(self, start: State) -> float:
+        # By a step that is thrown away: only a graph that was made can be measured.
         with _saved_bytes() as saved:
-            recorded = self._record(i, state)
-        self.graph_bytes = sum(saved.values())
-        return recorded
+            self.record(0, start)
+        return sum(saved.values())
 
-    def _record(self, i: int, state: State) -> tuple[Taped, State]:
+    def record(self, i: int, state: State) -> tuple[Taped, State]:
         values, hypers = leaf_values(self._plain, i, self._sums.names)
         before = leaves(state, self._fixed)
         after = self._training.step(before, values, i, self._seed, graph=True)
@@ -155,7 +151,7 @@ class Eager:
         return list(grads[:of_state])
 
     def pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
-        return self.rewind(i, self._record(i, state)[0], adjoint)
+        return self.rewind(i, self.record(i, state)[0], adjoint)
 
     def finish(self) -> tuple[Tensor, Tensors]:
         return self._norms, {}
@@ -232,13 +228,20 @@ def _each(state: State, fixed: Tensors, change: Callable[[Tensor], Tensor]) -> S
 
 @contextmanager
 def _saved_bytes() -> Iterator[dict[int, int]]:
-    """The bytes of every storage that graphs made inside keep alive, by address."""
-    saved: dict[int, int] = {}
+    """The bytes of every storage that graphs made inside keep alive, by address.
 
-    def pack(x: Tensor) -> Tensor:
+    They cannot be gone back through afterwards.
+    """
+    saved: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def pack(x: Tensor) -> int:
         storage = x.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return x
+        # A place in a list, not x: a graph that holds its own output is never freed.
+        held.append(x)
+        return len(held) - 1
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda at: held[at]):
         yield saved
+    held.clear()
