@@ -268,7 +268,7 @@ def numbered(seed: int) -> Iterator[None]:
     """Python's and numpy's generators seeded: a step that draws from them betrays itself."""
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     try:
         yield
     finally:

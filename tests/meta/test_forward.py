@@ -1,0 +1,163 @@
+"""Forward mode against replayed reverse mode, in float64, by autograd and by traced operations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.schedule import find_schedule
+from hyperdescent.meta import forward as module
+from hyperdescent.meta.forward import Forward
+from hyperdescent.meta.hypergradient import choose_method, hypergradient
+from hyperdescent.meta.outcome import Outcome
+from hyperdescent.meta.problem import problem_from_module
+from hyperdescent.meta.replay import Replay
+from hyperdescent.meta.training import Training
+
+STEPS = 8
+# Values at which every hyper moves the loss by well more than rounding.
+GIVEN = {
+    "lr": 0.03,
+    "beta1": 0.8,
+    "beta2": 0.9,
+    "eps": 1e-3,
+    "momentum": 0.7,
+    "dampening": 0.2,
+    "weight_decay": 0.1,
+    "initial_accumulator_value": 0.05,
+}
+
+
+def data(count, *shape, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, *shape, dtype=torch.float64, generator=draw)
+    return x, x.flatten(1)[:, :3].argmax(1)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def noisy():
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).double()
+
+
+def cnn():
+    layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)
+    return nn.Sequential(*layers).double()
+
+
+def problem(make=mlp):
+    shape = (1, 6, 6) if make is cnn else (5,)
+    return problem_from_module(
+        make, F.cross_entropy, data(40, *shape), data(30, *shape, seed=1), batch_size=10
+    )
+
+
+def training(rule="adamw", of=None, **options):
+    rule = find_rule(rule)
+    given = {name: value for name, value in GIVEN.items() if name in rule.hypers}
+    return Training(of or problem(), rule, STEPS, given=given, **options)
+
+
+@pytest.fixture(params=[False, True], ids=["autograd", "traced"])
+def forward(request, monkeypatch):
+    """Both ways without a compiler, whose code test_compiled looks at."""
+    monkeypatch.setattr(module, "generate", lambda graph: graph)
+    return Forward(compile=request.param)
+
+
+def assert_same(forward, run, learn):
+    point = run.start(learn)
+    expected, _ = Replay(compile=False)(run, point, seed=3)
+    found, carry = forward(run, point, seed=3)
+    assert found.ok and carry is None
+    assert found.note.how.endswith("compiled" if forward.compile else "by autograd")
+    assert found.loss == pytest.approx(expected.loss, rel=1e-13)
+    for name, value in expected.grad.items():
+        torch.testing.assert_close(found.grad[name], value, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_in_every_hyper(forward, rule):
+    assert_same(forward, training(rule), list(RULES[rule].hypers))
+
+
+@pytest.mark.parametrize("make", [cnn, noisy])
+def test_statistics_and_draws(forward, make):
+    assert_same(forward, training(of=problem(make)), ["lr", "beta1"])
+
+
+def test_schedules_and_grains(forward):
+    run = training(schedules={"lr": find_schedule("piecewise:4")}, grains={"lr": "tensor"})
+    assert_same(forward, run, ["lr", "beta2"])
+
+
+@pytest.mark.parametrize("every", [1, 3, STEPS])
+def test_in_real_time_with_hypers_at_rest_it_is_the_whole_run(every):
+    run = training()
+    point, carry, ends = run.start(["lr", "beta1"]), None, []
+    for k in range(-(-STEPS // every)):
+        estimate, carry = Forward(compile=False, every=every)(run, point, carry, seed=k)
+        ends.append((carry.done, estimate.note.steps))
+    assert carry.done == STEPS and sum(steps for _, steps in ends) == STEPS
+    whole, _ = Replay(compile=False)(run, point, seed=0)
+    assert estimate.loss == pytest.approx(whole.loss, rel=1e-13)
+    assert all(torch.allclose(estimate.grad[n], whole.grad[n], rtol=1e-10) for n in point)
+    _, carry = Forward(compile=False, every=every)(run, point, carry, seed=9)
+    assert carry.done == every and carry.seed == 9
+
+
+def test_in_real_time_hypers_may_change():
+    """Its loss is that of the run as it was, first with one rate and then with another."""
+    run = training("sgd")
+    first, second = ({"lr": torch.tensor(x, dtype=torch.float64)} for x in (0.1, 0.4))
+    forward = Forward(compile=False, every=STEPS // 2)
+    _, carry = forward(run, first, seed=0)
+    changed, _ = forward(run, second, carry, seed=0)
+    rates = torch.tensor([0.1, 0.4], dtype=torch.float64).repeat_interleave(STEPS // 2)
+    scheduled = training("sgd", schedules={"lr": find_schedule("free")})
+    expected, _ = Replay(compile=False)(scheduled, {"lr.steps": rates}, seed=0)
+    assert changed.loss == pytest.approx(expected.loss, rel=1e-13)
+    # A change of the rate at every step by the same amount: the sum over steps.
+    assert float(changed.grad["lr"]) == pytest.approx(float(expected.grad["lr.steps"].sum()))
+
+
+def test_a_diverging_training_has_diverged():
+    def squares(output, target):
+        return (output - F.one_hot(target, 3)).square().mean()
+
+    of = problem_from_module(mlp, squares, data(40, 5), data(30, 5, seed=1), batch_size=10)
+    run = Training(of, find_rule("sgd"), 200, given={"lr": 1e3})
+    estimate, carry = Forward(compile=False)(run, run.start(["lr"]), seed=0)
+    assert estimate.note.outcome is Outcome.DIVERGED and carry is None
+    assert "finite" in estimate.note.reason
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"every": 1.5}, {"expect": -1}, {"compile": 2}])
+def test_bad_options_are_named(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}={options[name]}"):
+        Forward(**options)
+
+
+class TestAuto:
+    def test_is_replay_where_states_fit(self):
+        run = training()
+        method, why = choose_method(run, run.start(["lr"]))
+        assert isinstance(method, Replay) and why == f"all {STEPS} states fit"
+
+    def test_is_forward_for_few_numbers_and_no_room(self):
+        run = training()
+        method, why = choose_method(run, run.start(["lr"]), memory=1)
+        assert isinstance(method, Forward) and "less than" in why and "1 states fit" in why
+
+    def test_is_replay_for_many_numbers_and_no_room(self):
+        run = training(schedules={"lr": find_schedule("free")}, grains={"lr": "tensor"})
+        method, why = choose_method(run, run.start(["lr"]), memory=1)
+        assert isinstance(method, Replay) and "cost more than" in why
+
+    def test_says_what_it_picked(self):
+        estimate = hypergradient(problem(), "adamw", learn="lr", steps=5)
+        assert "all 5 states fit" in estimate.note.how

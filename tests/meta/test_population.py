@@ -1,0 +1,155 @@
+"""Trainings done at once against the same one by one, in float64 and by traced operations."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.schedule import find_schedule
+from hyperdescent.meta.data import mix
+from hyperdescent.meta.differences import held_out_loss
+from hyperdescent.meta.outcome import Outcome
+from hyperdescent.meta.population import Population, losses, metagradients
+from hyperdescent.meta.problem import problem_from_module
+from hyperdescent.meta.replay import Replay
+from hyperdescent.meta.training import Training
+
+STEPS, SEEDS = 8, (3, 4, 3)
+
+
+def data(count, *shape, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, *shape, dtype=torch.float64, generator=draw)
+    return x, x.flatten(1)[:, :3].argmax(1)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def frozen():
+    model = mlp()
+    model[0].requires_grad_(False)
+    return model
+
+
+def cnn():
+    layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)
+    return nn.Sequential(*layers).double()
+
+
+def problem(make=mlp, loss_fn=F.cross_entropy):
+    shape = (1, 6, 6) if make is cnn else (5,)
+    return problem_from_module(
+        make, loss_fn, data(40, *shape), data(30, *shape, seed=1), batch_size=10
+    )
+
+
+def training(rule="adamw", of=None, **options):
+    given = {"lr": 0.03, "eps": 1e-3}
+    return Training(of or problem(), find_rule(rule), STEPS, given=given, **options)
+
+
+def points_of(run, learn):
+    start = run.start(learn)
+    return [{name: value * factor for name, value in start.items()} for factor in (1, 0.7, 0.9)]
+
+
+RUNS = {
+    "mlp": (lambda: training(), ["lr", "beta1", "weight_decay"]),
+    "cnn": (lambda: training(of=problem(cnn)), ["lr", "beta1"]),
+    "frozen": (lambda: training(of=problem(frozen)), ["lr"]),
+    "alphagrad": (lambda: training("alphagrad"), ["lr", "alpha"]),
+    "slots": (lambda: training("adagrad"), ["lr", "initial_accumulator_value"]),
+    "grains": (
+        lambda: training(
+            schedules={"lr": find_schedule("piecewise:3")},
+            grains={"lr": "tensor", "beta1": "element"},
+        ),
+        ["lr", "beta1"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "learn"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("memory", [None, 5000], ids=["graphs", "states"])
+def test_each_is_what_it_is_alone(make, learn, memory):
+    run = make()
+    points = points_of(run, learn)
+    found = metagradients(run, points, SEEDS, memory=memory, compile=False)
+    for estimate, point, seed in zip(found, points, SEEDS, strict=True):
+        alone, _ = Replay(compile=False)(run, point, seed=seed)
+        assert estimate.ok and estimate.loss == pytest.approx(alone.loss, rel=1e-13)
+        for name, value in alone.grad.items():
+            torch.testing.assert_close(estimate.grad[name], value, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(estimate.note.adjoint, alone.note.adjoint, rtol=1e-9, atol=0)
+        assert "3 trainings at once, traced" in estimate.note.how
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_losses_are_those_of_each_alone(make):
+    run = training(of=problem(make))
+    points = points_of(run, ["lr"])
+    found = losses(run, points, SEEDS, compile=False)
+    alone = [float(held_out_loss(run, p, s)) for p, s in zip(points, SEEDS, strict=True)]
+    assert found == pytest.approx(alone, rel=1e-13)
+
+
+def test_one_that_diverges_leaves_the_others_alone():
+    def squares(output, target):
+        return (output - F.one_hot(target, 3)).square().mean()
+
+    run = Training(problem(loss_fn=squares), find_rule("sgd"), 60)
+    points = [{"lr": torch.tensor(x, dtype=torch.float64)} for x in (0.1, 1e6)]
+    good, bad = metagradients(run, points, (0, 0), compile=False)
+    alone, _ = Replay(compile=False)(run, points[0], seed=0)
+    torch.testing.assert_close(good.grad["lr"], alone.grad["lr"], rtol=1e-9, atol=0)
+    assert bad.note.outcome is Outcome.DIVERGED and bad.grad == {}
+    fine, lost = losses(run, points, (0, 0), compile=False)
+    assert fine == pytest.approx(alone.loss) and lost == float("inf")
+
+
+def test_an_estimate_is_the_mean_over_its_seeds():
+    run = training()
+    point = run.start(["lr", "beta1"])
+    mean, _ = Population(3, compile=False)(run, point, seed=5)
+    each = [Replay(compile=False)(run, point, seed=mix(5, k, 7))[0] for k in range(3)]
+    assert mean.loss == pytest.approx(sum(e.loss for e in each) / 3, rel=1e-13)
+    for name, value in mean.grad.items():
+        assert float(value) == pytest.approx(sum(float(e.grad[name]) for e in each) / 3, rel=1e-9)
+    assert mean.note.how.startswith("mean of 3 of 3 seeds")
+
+
+def test_steps_that_cannot_be_traced_are_done_one_by_one():
+    def branching(output, target):
+        loss = F.cross_entropy(output, target)
+        return loss if float(loss.detach()) > 0 else 2 * loss
+
+    run = training(of=problem(loss_fn=branching))
+    points = points_of(run, ["lr"])
+    found = metagradients(run, points, SEEDS, compile=False)
+    for estimate, point, seed in zip(found, points, SEEDS, strict=True):
+        alone, _ = Replay(compile=False)(run, point, seed=seed)
+        assert torch.equal(estimate.grad["lr"], alone.grad["lr"])
+
+
+def test_draws_differ_between_trainings():
+    def noisy():
+        return nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+
+    run = training(of=problem(noisy))
+    point = run.start(["lr"])
+    first, second = metagradients(run, [point] * 2, (0, 0), compile=False)
+    assert first.loss != second.loss
+
+
+@pytest.mark.parametrize("seeds", [(), (1,)])
+def test_counts_that_do_not_match_are_named(seeds):
+    run = training()
+    with pytest.raises(ValueError, match=f"2 points and {len(seeds)} seeds"):
+        metagradients(run, [run.start(["lr"])] * 2, seeds)
+    with pytest.raises(ValueError, match="seeds=0 trains nothing"):
+        replace(Population(), seeds=0)
