@@ -79,14 +79,26 @@ class Machine:
         try:
             return self.graph.halves()
         except CannotTrace as why:
-            raise Distrusted(f"it cannot be compiled: {why}") from why
+            self.refused = f"it cannot be compiled: {why}"
+            raise Distrusted(self.refused) from why
 
     @property
     def how(self) -> str:
         return "traced" if self.interpreted else "compiled"
 
     def _compiled(self, graph: Graph) -> Run:
-        return graph if self.interpreted else generate(graph, self._spend)
+        if self.interpreted:
+            return graph
+        run = generate(graph, self._spend)
+
+        def or_refuse(*inputs: Tensor) -> Sequence[Tensor]:
+            try:
+                return run(*inputs)
+            except Distrusted as why:
+                self.refused = str(why)
+                raise
+
+        return or_refuse
 
     def _spend(self, seconds: float) -> None:
         self.seconds += seconds

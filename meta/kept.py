@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from .problem import Problem
 
-_KEPT: WeakKeyDictionary[Problem, dict[Any, Any]] = WeakKeyDictionary()
+_KEPT: dict[int, dict[Any, Any]] = {}
 
 
 def kept_for(problem: Problem) -> dict[Any, Any]:
-    """A dict that lives with the problem; a new one each time if it cannot be a weak key."""
-    try:
-        return _KEPT.setdefault(problem, {})
-    except TypeError:
-        return {}
+    """A dict that lives with the problem, this very object; a new one if it cannot be watched."""
+    at = id(problem)
+    if at not in _KEPT:
+        try:
+            weakref.finalize(problem, _KEPT.pop, at, None)
+        except TypeError:
+            return {}
+        _KEPT[at] = {}
+    return _KEPT[at]

@@ -421,7 +421,6 @@ class TestDistrust:
         assert len(calls) == 1
         self.assert_by_autograd(found, run, "differs from autograd's by")
 
-    @pytest.mark.xfail(strict=True, reason="only what differs is remembered")
     def test_is_remembered_of_what_cannot_be_compiled(self, run, monkeypatch):
         asked = []
 

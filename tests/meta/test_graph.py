@@ -412,12 +412,7 @@ class TestTracesBehind:
         "around",
         [
             Around,
-            pytest.param(
-                Equal,
-                marks=pytest.mark.xfail(
-                    strict=True, reason="kept_for gives it a new dict each time"
-                ),
-            ),
+            Equal,
         ],
     )
     def test_a_step_is_traced_once_for_all_metagradients(self, around, monkeypatch):
