@@ -126,7 +126,8 @@ def _descend(
     log.descent = descent = log.descent or meta.begin(coordinates, start.smooth)
     if isinstance(meta.estimator, Replay | Forward):
         # Whether compiling pays depends on how long the descent will last.
-        expect = max(0.0, log.clock.left * (1 - _CONFIRMING))
+        spent = log.rows[-1]["seconds"] if log.rows else 0.0
+        expect = max(0.0, log.clock.budget * (1 - _CONFIRMING) - spent)
         meta = replace(meta, estimator=replace(meta.estimator, expect=expect))
     while _searching(log) and descent.outcome is Outcome.OK:
         here, k = coordinates.point(descent.z), len(log.rows)
