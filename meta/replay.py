@@ -39,7 +39,8 @@ class Replay:
     on a CPU at most 2 GiB. gait: "fast" keeps the graph of every step, "lean" none, "auto" all if
     they fit. checkpoints: the states that the lean gait keeps: "all", "every:K", "revolve:S",
     "online:S" or the number S; "auto" as many as fit, all or by revolve. store: where they are
-    kept, "device", "cpu", "disk" or a folder. All of these give the same bits.
+    kept, "device", "cpu", "disk" or a folder. All of these give the same bits; compiled, the two
+    gaits differ from each other by rounding. "fast" does not look at memory and checkpoints.
 
     compile: True and "auto" run generated code, "auto" where that pays for the time to make it;
     "trace" runs the traced operations as they are, in less time than autograd and in none to make;
