@@ -22,6 +22,7 @@ from .graph import StepGraph, trace
 from .kept import kept_for
 from .parts import CannotTrace, Graph, contiguous, first_line
 from .problem import draws_of
+from .script import scripted
 from .steps import Cotangents, Eager
 from .training import Resolved, State, Training
 
@@ -88,7 +89,7 @@ class Machine:
 
     def _compiled(self, graph: Graph) -> Run:
         if self.interpreted:
-            return graph
+            return scripted(graph)
         run = generate(graph, self._spend)
 
         def or_refuse(*inputs: Tensor) -> Sequence[Tensor]:
@@ -177,10 +178,13 @@ def machine_of(
 ) -> Machine:
     """The machine for a training's steps."""
 
-    def make() -> Machine:
+    def make_graph() -> tuple[StepGraph, float]:
         began = time.monotonic()
-        graph = trace(training, state, values, learned, seed)
-        return Machine(graph, interpreted, seconds=time.monotonic() - began)
+        return trace(training, state, values, learned, seed), time.monotonic() - began
+
+    def make() -> Machine:
+        graph, seconds = made_once(training, "graph", values, learned, make_graph)
+        return Machine(graph, interpreted, seconds=seconds)
 
     machine = made_once(training, f"reverse, {interpreted=}", values, learned, make)
     if machine.refused:

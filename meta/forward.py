@@ -37,6 +37,7 @@ from .parts import (
 )
 from .price import not_worth, spend
 from .problem import draws_of
+from .products import narrow_transposed
 from .replay import check_at_least
 from .steps import Cotangents, seed_adjoint
 from .training import State, Training, finite
@@ -409,6 +410,7 @@ def _trace(
     rows = before.over([made[n][None] for n in numbers], state.p.device)
     flat = [*(made[n] for n in inputs[:after]), *(r[0] for r in rows), *(made[n] for n in rest)]
     body = retraced(body, flat)
+    narrow_transposed(body)
     return Machine(before, body, single, several, computes_low(body))
 
 

@@ -40,6 +40,7 @@ from .parts import (
     traced,
     without_views,
 )
+from .products import narrow_transposed
 from .training import State, Training
 
 
@@ -316,6 +317,7 @@ def _divide(form: Form, whole: Graph, examples: list[Tensor]) -> StepGraph:
         *(made[n] for n in vectors[fixed:]),
     ]
     joint = retraced(joint, flat)
+    narrow_transposed(joint)
     draws = any(map(is_random, joint.graph.nodes))
     return StepGraph(form, before, joint, behind, draws, tuple(flat))
 

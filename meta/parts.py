@@ -47,6 +47,11 @@ def _shorten(graph: Graph) -> None:
         if n.target is aten.detach.default:
             n.replace_all_uses_with(n.args[0])
             graph.graph.erase_node(n)
+        elif n.target is aten._new_zeros_with_same_feature_meta.default:
+            # Forward mode's own zeros, which no compiler knows.
+            val = n.meta["val"]
+            n.target, n.args = aten.zeros.default, (list(val.shape),)
+            n.kwargs = {"dtype": val.dtype, "device": val.device}
     graph.graph = fx_graph_cse(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()

@@ -1,4 +1,4 @@
-"""Whether compiling pays: the seconds it would save against the seconds it takes.
+"""Whether compiling or tracing pays: the seconds it would save against the seconds it takes.
 
 Where the seconds to come are not known, the policy is to compile once those spent by autograd have
 reached the price: whoever rents until the rent has come to the price of a house, and buys then,
@@ -24,6 +24,8 @@ from .training import State, Training
 # The share of eager seconds that compiled steps save; a price never seen, in seconds; what is left
 # of it once inductor's cache on disk holds the code; plain steps in one step of a metagradient.
 _SAVED, _NEW, _AGAIN, _STEPS = 0.5, 20.0, 0.3, 3.5
+# Tracing takes a few seconds and saves the Python of autograd's steps, about 2 ms each.
+_TRACE_STEPS = 1000
 
 
 def not_worth(
@@ -41,26 +43,42 @@ def not_worth(
     """
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1 is set"
-    kept = kept_for(training.problem)
-    if "seconds of a step" not in kept:
-        kept["seconds of a step"] = _step_seconds(training, state, values, seed)
-    coming = _STEPS * training.steps * kept["seconds of a step"]
-    ahead = max(kept.get("seconds spent", 0.0) + coming, expect or 0.0)
-    price = _remembered().get(_key(training, learned), _NEW / _AGAIN) * _AGAIN
+    ahead = _ahead(training, state, values, seed, expect) * _step(training, state, values, seed)
+    price = _remembered().get(_key(training, learned, state), _NEW / _AGAIN) * _AGAIN
     if _SAVED * ahead >= price:
         return ""
     return f"{ahead:.2g} s of steps are too few to pay for about {price:.2g} s of compiling"
 
 
+def worth_tracing(
+    training: Training, state: State, values: Tensors, seed: int, expect: float | None
+) -> bool:
+    """Whether tracing pays where compiling does not."""
+    return _ahead(training, state, values, seed, expect) >= _STEPS * _TRACE_STEPS
+
+
+def _ahead(
+    training: Training, state: State, values: Tensors, seed: int, expect: float | None
+) -> float:
+    """Plain steps that would take as long as the metagradients up to the next, or to the last."""
+    seconds = kept_for(training.problem).get("seconds spent", 0.0)
+    step = _step(training, state, values, seed)
+    return float(max(seconds / step + _STEPS * training.steps, (expect or 0.0) / step))
+
+
 def spend(training: Training, seconds: float) -> None:
-    """Add to the seconds spent on a problem by autograd."""
+    """Add to the seconds spent on a problem without a compiler."""
     kept = kept_for(training.problem)
     kept["seconds spent"] = kept.get("seconds spent", 0.0) + seconds
 
 
-def remember(training: Training, learned: Sequence[str], seconds: float) -> None:
-    """Keep the price of a training's compiled steps, beside the code itself."""
-    prices = _remembered() | {_key(training, learned): seconds}
+def remember(training: Training, learned: Sequence[str], state: State, seconds: float) -> None:
+    """Keep the price of a training's compiled steps, beside the code itself.
+
+    The highest seen: later ones were paid with that code at hand.
+    """
+    key, prices = _key(training, learned, state), _remembered()
+    prices[key] = max(seconds, prices.get(key, 0.0))
     with suppress(OSError):  # A cache that cannot be written is no reason to stop.
         _file().parent.mkdir(parents=True, exist_ok=True)
         _file().write_text(json.dumps(prices))
@@ -80,18 +98,23 @@ def _file() -> Path:
     return Path(cache_dir()) / "hyperdescent.json"
 
 
-def _key(training: Training, learned: Sequence[str]) -> str:
+def _key(training: Training, learned: Sequence[str], state: State) -> str:
     shapes = [tuple(shape) for shape in training.layout.shapes]
     options = sorted(training.rule.options().items())
-    said = repr((training.label, options, shapes, tuple(learned), torch.__version__))
+    where = state.p.dtype, state.p.device.type, torch.__version__
+    said = repr((training.label, options, shapes, tuple(learned), where))
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def _step_seconds(training: Training, state: State, values: Tensors, seed: int) -> float:
-    # The first step pays for what is loaded and allocated once.
-    training.step(state, values, 0, seed)
-    began = time.monotonic()
-    for i in range(2):
-        state = training.step(state, values, i, seed)
-    float(state.p[0])  # A GPU has only queued them by now.
-    return (time.monotonic() - began) / 2
+def _step(training: Training, state: State, values: Tensors, seed: int) -> float:
+    """Seconds of a plain step, measured once per problem."""
+    kept = kept_for(training.problem)
+    if "seconds of a step" not in kept:
+        # The first step pays for what is loaded and allocated once.
+        training.step(state, values, 0, seed)
+        began = time.monotonic()
+        for i in range(2):
+            state = training.step(state, values, i, seed)
+        float(state.p[0])  # A GPU has only queued them by now.
+        kept["seconds of a step"] = (time.monotonic() - began) / 2
+    return kept["seconds of a step"]  # type: ignore[no-any-return]  # kept holds anything

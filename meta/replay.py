@@ -26,7 +26,7 @@ from .estimate import Estimate, Note, finished
 from .graph import Uneven
 from .memory import bytes_of, comfortable, state_bytes
 from .outcome import Outcome
-from .price import not_worth, remember, spend
+from .price import not_worth, remember, spend, worth_tracing
 from .steps import Cotangents, Eager, Steps, pull_back_start, seed_adjoint, why_only_once
 from .training import Resolved, State, Training
 
@@ -43,8 +43,9 @@ class Replay:
     gaits differ from each other by rounding. "fast" does not look at memory and checkpoints.
 
     compile: True and "auto" run generated code, "auto" where that pays for the time to make it;
-    "trace" runs the traced operations as they are, in less time than autograd and in none to make;
-    a step that cannot be compiled, or whose first results differ from autograd's, is done by
+    "trace" runs the traced operations as they are, on small models in half of autograd's time, for
+    a few seconds to make; "auto" does so where compiling would not pay and 1000 steps are ahead. A
+    step that cannot be compiled, or whose first results differ from autograd's, is done by
     autograd, and note.how says so. expect: seconds of metagradients still to come, if known.
 
     window: differentiate the last so many steps only, the earlier ones as constants. clip: the
@@ -136,7 +137,7 @@ class _Run:
                 kept.offer(i - self.from_step, state)
             return self.steps.advance(i, state)
 
-        with _timed(training, self.steps):
+        with self._timed():
             last = training.run(self.plain, self.seed, start=self.start, advance=advance)
             if last is None:
                 reason = f"the weights stopped being finite by step {done}"
@@ -167,7 +168,7 @@ class _Run:
             how=f"{said}{self.how}",
         )
         if isinstance(self.steps, Compiled) and self.steps.seconds:
-            remember(training, self.sums.names, self.steps.seconds)
+            remember(training, self.sums.names, self.start, self.steps.seconds)
         return finished(loss, self.sums.through(leaves), note)
 
     def _back(
@@ -196,17 +197,23 @@ class _Run:
         want = self.replay.compile
         if refused or want is False:
             return eager, f"by autograd{f': {refused}' if refused else ''}"
-        at = self.start, self.plain.at(0)
+        at, expect = (self.start, self.plain.at(0)), self.replay.expect
+        why = ""
         if want == "auto":
-            why = not_worth(self.training, self.sums.names, *at, self.seed, self.replay.expect)
-            if why:
+            why = not_worth(self.training, self.sums.names, *at, self.seed, expect)
+            if why and not worth_tracing(self.training, *at, self.seed, expect):
                 return eager, f"by autograd: {why}"
-        traced = want == "trace"
-        machine = machine_of(self.training, *at, self.sums.names, self.seed, interpreted=traced)
+        machine = machine_of(
+            self.training,
+            *at,
+            self.sums.names,
+            self.seed,
+            interpreted=want == "trace" or bool(why),
+        )
         steps = Compiled(
             machine, self.training, self.plain, self.seed, self.sums, self.start.buffers
         )
-        return steps, machine.how
+        return steps, f"{machine.how}{f': {why}' if why else ''}"
 
     def _plan(self) -> tuple[int, Plan, str]:
         """(how many of the last steps keep their graph, the plan for the states of the others)."""
@@ -229,14 +236,13 @@ class _Run:
             return count, keep_all(), f"fast: all {count} graphs kept, "
         return graphs, keep_all(), f"lean: {graphs} graphs and {count - graphs} states kept, "
 
-
-@contextmanager
-def _timed(training: Training, steps: Steps) -> Iterator[None]:
-    """Seconds that steps by autograd took are remembered: they decide when compiling pays."""
-    began = time.monotonic()
-    yield
-    if isinstance(steps, Eager):
-        spend(training, time.monotonic() - began)
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Seconds that were spent without a compiler decide when it pays."""
+        began = time.monotonic()
+        yield
+        if self.how != "compiled":
+            spend(self.training, time.monotonic() - began)
 
 
 __all__ = ["Replay"]
