@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ..meta.hypergradient import split_names
-from ..studies.bench import Result, bench_metagradient
-from ..studies.bench_report import left_out, section, table, write_section
+from ..studies.bench import bench_metagradient
+from ..studies.bench_report import left_out, table, write
 from ..studies.workloads import find_workloads
 from .show import console
 
@@ -19,19 +19,16 @@ def run_metagradient(only: str, repeats: int, out: Path | None) -> None:
     """Measure the workloads named in only, all if none is."""
     screen = console()
     workloads = find_workloads(split_names(only))
-    results: list[Result] = []
     with _progress(screen) as say:
         for result in bench_metagradient(workloads, repeats=repeats, say=say):
-            results.append(result)
             if not result.left_out:
                 screen.print(table(result))
             for told in left_out(result):
                 screen.print(told, markup=False)
-    if out is not None:
-        names = f" --only {','.join(w.name for w in workloads)}" if only else ""
-        command = f"hyperdescent bench metagradient{names} --repeats {repeats} --out {out.name}"
-        write_section(out, section(results, command))
-        screen.print(f"kept in {out}", markup=False)
+            if out is not None:  # At once: the next one may take an hour.
+                command = f"hyperdescent bench metagradient --only {result.workload}"
+                write(out, result, f"{command} --repeats {repeats} --out {out.name}")
+                screen.print(f"kept in {out}", markup=False)
 
 
 @contextmanager

@@ -37,9 +37,9 @@ _STATES = 100
 OURS: dict[str, Callable[[], Estimator]] = {
     "fast": partial(Replay, compile=True, memory="4GiB"),
     "lean": partial(Replay, compile=True, gait="lean", checkpoints=_STATES),
-    "fast, by autograd": partial(Replay, compile=False, memory="4GiB"),
+    "fast, no compiler": partial(Replay, compile="trace", memory="4GiB"),
+    "lean, no compiler": partial(Replay, compile="trace", gait="lean", checkpoints=_STATES),
     "lean, by autograd": partial(Replay, compile=False, gait="lean", checkpoints=_STATES),
-    "forward": partial(Forward, compile=True),
     "forward, 4 numbers": partial(Forward, compile=True),
 }
 # What that last one differentiates in besides, at their defaults, where they change nothing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -20,24 +20,33 @@ NAME = "metagradient"
 
 
 def table(result: Result) -> Table:
-    """One workload: a row per method, a column per quantity."""
+    """One workload for a terminal: a row per method, a column per quantity."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     title = f"{result.workload}: {_described(result)}"
     shown = Table(title=title, box=SIMPLE, padding=(0, 1), collapse_padding=True)
-    shown.add_column("method")
-    shown.add_column("time / plain")
-    shown.add_column("MiB", justify="right")
-    for hyper in result.truth:
-        shown.add_column(f"error {hyper}", justify="right")
-    shown.add_row(PLAIN, _seconds(result), _mib(result.mib), *["" for _ in result.truth])
-    for row in result.rows:
-        errors = [_error(result, row, hyper) for hyper in result.truth]
-        shown.add_row(row.method, _ratio(row), _mib(row.mib), *errors)
-    doubts = [f"{difference.doubt:.1e}" for difference in result.truth.values()]
-    shown.add_row("finite differences are sure to", "", "", *doubts)
+    header, *rows = _cells(result)
+    for name in header:
+        shown.add_column(name, justify="right" if name not in header[:2] else "left")
+    for row in rows:
+        shown.add_row(*row)
     return shown
+
+
+def _cells(result: Result) -> list[list[str]]:
+    """The header and a row per method; the first and the last are about the workload itself."""
+    hypers = list(result.truth)
+    doubts = [f"{difference.doubt:.1e}" for difference in result.truth.values()]
+    return [
+        ["method", "time / plain", "MiB", *(f"error {hyper}" for hyper in hypers)],
+        [PLAIN, _seconds(result), _mib(result.mib), *("" for _ in hypers)],
+        *(
+            [row.method, _ratio(row), _mib(row.mib), *(_error(result, row, h) for h in hypers)]
+            for row in result.rows
+        ),
+        ["finite differences are sure to", "", "", *doubts],
+    ]
 
 
 def left_out(result: Result) -> list[str]:
@@ -48,32 +57,45 @@ def left_out(result: Result) -> list[str]:
     ]
 
 
-def section(results: Sequence[Result], command: str) -> str:
-    """The Markdown of all results, one table per quantity."""
-    measured = [result for result in results if not result.left_out]
-    parts = ["## One exact metagradient", _preface(command), _workloads(results)]
-    if measured:
+def write(file: Path, result: Result, command: str) -> None:
+    """Put a workload's measurements, and how to read them, into a Markdown file."""
+    write_section(file, _introduction(), NAME)
+    write_section(file, section(result, command), f"{NAME} {result.workload}")
+
+
+def section(result: Result, command: str) -> str:
+    """The Markdown of one workload."""
+    parts = [f"### {result.workload}", f"{_described(result)}. {_origin(command)}"]
+    if not result.left_out:
+        header, *rows = _cells(result)
+        ours = [[f"**{row[0]}**", *row[1:]] if row[0] in OURS else row for row in rows]
+        judged = f"Errors after {result.judged:,} steps. " if result.judged != result.steps else ""
         parts += [
-            "### Time",
-            "In units of plain `torch.optim` training of the same steps in the same round; median "
-            f"(lowest-highest) of {len(measured[0].seconds)} rounds, float32.",
-            _grid(measured, PLAIN, _seconds, lambda result, row: _ratio(row)),
-            "### Peak memory",
-            f"Growth over resting memory of one call in a fresh process, MiB{_how(measured)}.",
-            _grid(measured, PLAIN, lambda r: _mib(r.mib), lambda result, row: _mib(row.mib)),
-            "### Relative error",
-            "Of the derivative in each hyper, in float64, against finite differences (Romberg) of "
-            "plain `torch.optim` trainings after the steps in brackets.",
-            _grid(
-                measured, "finite differences are sure to", _doubts, _errors, lambda r: _judged(r)
-            ),
+            f"{judged}Medians (lowest-highest) of {len(result.seconds)} rounds.{_how(result)}"
         ]
+        parts += [_markdown(header, ours)]
+    if reasons := [f"- {told}." for told in left_out(result)]:
+        parts += ["\n".join(reasons)]
+    return "\n\n".join(parts)
+
+
+def _introduction() -> str:
     notes = [f"- {peer.name}: {peer.note}." for peer in PEERS.values()]
-    reasons = [f"- {told}." for result in results for told in left_out(result)]
-    return "\n\n".join([*parts, "### Notes", "\n".join(notes + reasons)])
+    return "\n\n".join(
+        [
+            "## One exact metagradient",
+            "The gradient of the held-out loss in the hypers named, through all steps of training, "
+            "by this project (bold) and by others on the same weights and batches, one thread, "
+            "float32, compiled code at hand. Time is in units of plain `torch.optim` training of "
+            "the same steps in the same round. Memory is the growth over resting memory of one "
+            "call in a fresh process. Errors are relative, in float64, against finite differences "
+            "(Romberg) of plain `torch.optim` trainings.",
+            "\n".join(notes),
+        ]
+    )
 
 
-def write_section(file: Path, text: str, name: str = NAME) -> None:
+def write_section(file: Path, text: str, name: str) -> None:
     """Put text between the file's markers of that name, at its end if it has none."""
     opening, closing = f"<!-- bench: {name} -->", "<!-- /bench -->"
     whole = f"{opening}\n{text}\n{closing}"
@@ -92,40 +114,15 @@ def write_section(file: Path, text: str, name: str = NAME) -> None:
     file.write_text(after, encoding="utf-8")
 
 
-def _preface(command: str) -> str:
+def _origin(command: str) -> str:
     origin = provenance()
     packages = sorted({p.package for p in PEERS.values() if not p.missing} - {"torch"})
     versions = [f"torch {origin['torch']}", *(f"{name} {version(name)}" for name in packages)]
-    ours = ", ".join(OURS)
     return (
-        "The gradient of the held-out loss in the hypers named, through all steps of training, by "
-        f"this project ({ours}) and by others on the same weights and batches.\n\n"
         f"Made {str(origin['time'])[:10]} by `{command}` on {origin['cpu']}, {origin['cpus']} "
         f"cores, {origin['memory_gib']} GiB, {origin['threads']} thread(s); Python "
         f"{origin['python']}, hyperdescent {origin['hyperdescent']}, {', '.join(versions)}."
     )
-
-
-def _workloads(results: Sequence[Result]) -> str:
-    return _markdown(
-        ["workload", "what", "update", "steps"],
-        [[r.workload, r.what, r.rule, f"{r.steps:,}"] for r in results],
-    )
-
-
-def _grid(
-    results: Sequence[Result],
-    first: str,
-    of_result: Callable[[Result], str],
-    of_row: Callable[[Result, Row], str],
-    heading: Callable[[Result], str] = lambda result: result.workload,
-) -> str:
-    """A column for every workload; the first row is about the workload itself."""
-    rows = [[first, *map(of_result, results)]]
-    for i, row in enumerate(results[0].rows):
-        name = f"**{row.method}**" if row.method in OURS else row.method
-        rows.append([name, *(of_row(result, result.rows[i]) for result in results)])
-    return _markdown(["method", *map(heading, results)], rows)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -137,14 +134,10 @@ def _described(result: Result) -> str:
     return f"{result.what}; {result.rule}, {result.steps:,} steps"
 
 
-def _judged(result: Result) -> str:
-    return f"{result.workload} [{result.judged}]: {' / '.join(result.truth)}"
-
-
-def _how(results: Sequence[Result]) -> str:
-    if all(result.exact_memory for result in results):
+def _how(result: Result) -> str:
+    if result.exact_memory:
         return ""
-    return " (this system cannot clear its record of the peak: read small numbers as upper bounds)"
+    return " This system cannot clear its record of the peak: read small MiB as upper bounds."
 
 
 def _seconds(result: Result) -> str:
@@ -174,12 +167,4 @@ def _error(result: Result, row: Row, hyper: str) -> str:
     return "NaN" if math.isnan(error) else f"{error:.1e}"
 
 
-def _errors(result: Result, row: Row) -> str:
-    return " / ".join(_error(result, row, hyper) for hyper in result.truth)
-
-
-def _doubts(result: Result) -> str:
-    return " / ".join(f"{difference.doubt:.1e}" for difference in result.truth.values())
-
-
-__all__ = ["left_out", "section", "table", "write_section"]
+__all__ = ["left_out", "section", "table", "write", "write_section"]

@@ -89,6 +89,11 @@ def test_statistics_and_draws(forward, make):
     assert_same(forward, training(of=problem(make)), ["lr", "beta1"])
 
 
+def test_convolutions_compile():
+    """Forward mode makes zeros in a way of its own, which no compiler knows."""
+    assert_same(Forward(compile=True), training(of=problem(cnn)), ["lr", "beta1"])
+
+
 def test_schedules_and_grains(forward):
     run = training(schedules={"lr": find_schedule("piecewise:4")}, grains={"lr": "tensor"})
     assert_same(forward, run, ["lr", "beta2"])

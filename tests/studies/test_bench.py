@@ -141,52 +141,58 @@ RESULT = Result(
 
 
 class TestTables:
-    def test_markdown_has_one_table_per_quantity(self):
-        text = bench_report.section([RESULT, replace(RESULT, workload="w8")], "the command")
+    def test_markdown_has_a_row_per_method(self):
+        text = bench_report.section(RESULT, "the command")
         for line in (
-            "| w9 | a model | adam | 1,000 |",
-            "| method | w9 | w8 |",
-            "| plain training | 0.500 (0.250-0.750) s | 0.500 (0.250-0.750) s |",
-            "| **fast** | 2.50 (2.00-3.00) | 2.50 (2.00-3.00) |",
-            "| two | left out | left out |",
-            "| **fast** | 100 | 100 |",
-            "| one | 10.0 | 10.0 |",
-            "| method | w9 [100]: lr / beta1 | w8 [100]: lr / beta1 |",
-            "| **fast** | 0.0e+00 / 1.0e-04 | 0.0e+00 / 1.0e-04 |",
-            "| one | NaN / refused | NaN / refused |",
-            "| two | - / - | - / - |",
+            "### w9",
+            "| method | time / plain | MiB | error lr | error beta1 |",
+            "| plain training | 0.500 (0.250-0.750) s | 2.0 |  |  |",
+            "| **fast** | 2.50 (2.00-3.00) | 100 | 0.0e+00 | 1.0e-04 |",
+            "| one | 1.00 (1.00-1.00) | 10.0 | NaN | refused |",
+            "| two | left out | - | - | - |",
+            "| finite differences are sure to |  |  | 1.0e-10 | 1.0e-09 |",
             "- w9, two: it would take 99 GiB.",
+            "Errors after 100 steps. Medians (lowest-highest) of 3 rounds.",
         ):
             assert line in text.splitlines(), line
+        assert "a model; adam, 1,000 steps. Made 2" in text
         assert "`the command`" in text and f"torch {torch.__version__}" in text
-        assert all(f"- {name}: " in text for name in PEERS)
 
-    def test_a_left_out_workload_has_a_sentence_and_no_column(self):
-        gone = replace(RESULT, workload="w8", left_out="no data", rows=())
-        text = bench_report.section([gone, RESULT], "the command")
-        assert "| method | w9 |" in text and "- w8 is left out: no data." in text
-        assert "### Time" not in bench_report.section([gone], "the command")
+    def test_a_left_out_workload_has_a_sentence_and_no_table(self):
+        text = bench_report.section(replace(RESULT, left_out="no data", rows=()), "the command")
+        assert "- w9 is left out: no data." in text and "|" not in text
 
     def test_a_system_that_cannot_clear_its_peak_is_named(self):
-        text = bench_report.section([replace(RESULT, exact_memory=False)], "the command")
+        text = bench_report.section(replace(RESULT, exact_memory=False), "the command")
         assert "upper bounds" in text
-        assert "upper bounds" not in bench_report.section([RESULT], "the command")
+        assert "upper bounds" not in bench_report.section(RESULT, "the command")
+
+    def test_workloads_are_kept_apart_in_a_file(self, tmp_path):
+        file = tmp_path / "B.md"
+        bench_report.write(file, RESULT, "first")
+        bench_report.write(file, replace(RESULT, workload="w8"), "second")
+        bench_report.write(file, RESULT, "third")
+        text = file.read_text()
+        assert text.count("## One exact metagradient") == 1
+        assert text.index("### w9") < text.index("### w8") and text.count("### w9") == 1
+        assert "`third`" in text and "`second`" in text and "`first`" not in text
+        assert all(f"- {name}: " in text for name in PEERS)
 
     def test_the_section_is_replaced_and_the_rest_kept(self, tmp_path):
         file = tmp_path / "B.md"
-        bench_report.write_section(file, "first")
+        bench_report.write_section(file, "first", "metagradient")
         assert file.read_text().startswith("# Benchmarks\n\n<!-- bench: metagradient -->\nfirst\n")
         other = "<!-- bench: other -->\nstays\n<!-- /bench -->\n"
         file.write_text(f"# Mine\n\n{file.read_text()}after\n{other}")
         before = file.read_text()
-        bench_report.write_section(file, "second\nline")
+        bench_report.write_section(file, "second\nline", "metagradient")
         assert file.read_text() == before.replace("first", "second\nline")
 
     def test_a_section_without_its_end_is_refused(self, tmp_path):
         file = tmp_path / "B.md"
         file.write_text("<!-- bench: metagradient -->\nmine")
         with pytest.raises(ValueError, match=r"B\.md has .* without <!-- /bench --> after it"):
-            bench_report.write_section(file, "text")
+            bench_report.write_section(file, "text", "metagradient")
         assert file.read_text().endswith("mine")
 
 
@@ -208,7 +214,7 @@ class TestCommand:
             assert part in told
         assert "w4 is left out" in told
         text = (tmp_path / "B.md").read_text()
-        assert "`hyperdescent bench metagradient --only tiny,w4 --repeats 1 --out B.md`" in text
+        assert "`hyperdescent bench metagradient --only tiny --repeats 1 --out B.md`" in text
         assert str(tmp_path) not in text
 
     def test_an_unknown_workload_is_one_line(self, monkeypatch, capsys):
