@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +23,8 @@ from .model import check_autocast, checked_weights, lowered, own_modules, twice_
 from .stream import Stream, as_held_out, as_train, check_filled, checked_batch_size
 
 LossFn = Callable[..., Tensor]
+# The hyperparameter that data_weights=True adds.
+_WEIGHTS = "data_weights"
 
 
 @runtime_checkable
@@ -105,6 +108,7 @@ class ModuleProblem:
     metrics: Mapping[str, LossFn]
     choices: Mapping[str, Discrete]
     chosen: Mapping[str, object] = field(default_factory=dict)
+    data_weights: bool = False
 
     def __post_init__(self) -> None:
         options = {option: c.default for option, c in self.choices.items()} | dict(self.chosen)
@@ -123,6 +127,13 @@ class ModuleProblem:
         check_autocast(self.autocast, weights, self.name)
         check_filled(self.splits, self.name)
         self._batch_size = checked_batch_size(size, self.accumulate, self.train, self.name)
+        if self.data_weights:
+            if isinstance(self.train, Stream):
+                raise TypeError(
+                    f"data_weights=True needs examples that can be told apart, and {self.name} "
+                    "trains on an iterable; give tensors or a map-style Dataset"
+                )
+            self.hypers = {**self.hypers, _WEIGHTS: _weight_per_example(len(self.train))}
         self._mutable = {n for n, _ in self._model.named_buffers()}
 
     @property
@@ -151,7 +162,11 @@ class ModuleProblem:
         if isinstance(self.train, Stream):
             return self.train.at(step)
         index = _draw(len(self.train), self._batch_size, step, seed)
-        return self.train.batch(index, mix(seed, step, 4))
+        inputs, target = self.train.batch(index, mix(seed, step, 4))
+        if self.data_weights:
+            several = inputs if isinstance(inputs, tuple) else (inputs,)
+            inputs = (*several, index.to(self._device))
+        return inputs, target
 
     def inner_loss(
         self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
@@ -162,11 +177,20 @@ class ModuleProblem:
         self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
     ) -> tuple[Tensor, Tensors]:
         inputs, target = batch
+        weights = None
+        if self.data_weights:
+            index, inputs = inputs[-1], tuple(inputs[:-1])
+            weights = hypers[_WEIGHTS][index]
+            hypers = {n: value for n, value in hypers.items() if n != _WEIGHTS}
         # Copies, because a module may update its buffers in place; frozen weights stay put.
         carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
         output, carried = self._forward(params, carried, inputs, training=True)
-        extra = {"hypers": hypers, "params": params} if self.hypers else {}
-        return self._scalar(self.loss_fn, output, target, **extra), carried
+        extra = {"hypers": hypers, "params": params} if hypers else {}
+        if weights is None:
+            return self._scalar(self.loss_fn, output, target, **extra), carried
+        with lowered(self._device, self.autocast):
+            losses = self.loss_fn(output, target, **extra)
+        return _weighted(self.loss_fn, losses, weights), carried
 
     def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
         output, target = self._evaluate(params, buffers, "valid")
@@ -218,6 +242,7 @@ def problem_from_module(
     outer_loss_fn: LossFn | None = None,
     metrics: Mapping[str, LossFn] = MappingProxyType({}),
     choices: Mapping[str, Discrete] = MappingProxyType({}),
+    data_weights: bool = False,
     name: str | None = None,
 ) -> ModuleProblem:
     """The problem of training the model that make_model returns, by mini-batches of train.
@@ -240,6 +265,12 @@ def problem_from_module(
     accumulate: a step's batch is so many equal parts, done one after the other, and the training
     loss is the mean of theirs; where steps are not compiled, the graph of one part is held at a
     time. autocast: torch.bfloat16 for mixed precision; weights and slots stay float32.
+
+    data_weights: a hyperparameter "data_weights" of one number per example of train, 1 by default:
+    loss_fn returns a loss per example, as with reduction="none", and the training loss is the mean
+    of weight times loss; the held-out loss is the plain mean. Going back, a step's share of all its
+    examples is one derivative of their losses along the adjoint (Engstrom et al. 2025,
+    arXiv:2503.13751): no gradient per example is made.
     """
     if hypers and outer_loss_fn is None:
         raise ValueError(
@@ -253,7 +284,7 @@ def problem_from_module(
         name=name or str(getattr(make_model, "__name__", "module")),
         make_model=make_model,
         loss_fn=loss_fn,
-        outer_loss_fn=outer_loss_fn or loss_fn,
+        outer_loss_fn=outer_loss_fn or (partial(_mean, loss_fn) if data_weights else loss_fn),
         train=as_train(train),
         held_out=held_out,
         batch_size=batch_size,
@@ -262,6 +293,7 @@ def problem_from_module(
         hypers=hypers,
         metrics=metrics,
         choices=choices,
+        data_weights=data_weights,
     )
 
 
@@ -280,6 +312,27 @@ def _scalar(loss_fn: LossFn, output: object, target: Tensor, **extra: Tensors) -
             "example the mean"
         )
     return loss
+
+
+def _weighted(loss_fn: LossFn, losses: Tensor, weights: Tensor) -> Tensor:
+    """The mean of weight times loss of a batch."""
+    if losses.shape != weights.shape:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise ValueError(
+            f"with data_weights=True the loss function {name} must return one loss per example, "
+            f'shape {tuple(weights.shape)}, as with reduction="none"; it returned '
+            f"{tuple(losses.shape)}"
+        )
+    return (weights.to(losses) * losses).mean()
+
+
+def _mean(loss_fn: LossFn, output: object, target: Tensor) -> Tensor:
+    return loss_fn(output, target).mean()
+
+
+def _weight_per_example(examples: int) -> Hyper:
+    """How much each example of the training data counts."""
+    return Hyper(1.0, 0.0, math.inf, "linear", (0.0, 2.0), shape=(examples,))
 
 
 def _draw(examples: int, batch_size: int, step: int, seed: int) -> Tensor:
