@@ -17,8 +17,9 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ..inner.flat import Layout
 from ..inner.hyper import Tensors
-from .graph import StepGraph, trace
+from .graph import StepGraph, Uneven, trace
 from .kept import kept_for
 from .parts import CannotTrace, Graph, contiguous, first_line
 from .problem import draws_of
@@ -329,7 +330,7 @@ class Compiled:
     ) -> None:
         machine = self._machine
         try:
-            if check(self._training.label, names, found, by_autograd, state, machine.graph.low):
+            if check(self._training, names, found, by_autograd, state, machine.graph.low):
                 machine.agreed.add(part)
         except Distrusted as why:
             machine.refused = str(why)
@@ -337,7 +338,7 @@ class Compiled:
 
 
 def check(
-    label: str,
+    training: Training,
     names: list[str],
     found: Sequence[Tensor],
     by_autograd: Callable[[State], list[Tensor]],
@@ -351,7 +352,8 @@ def check(
 
     What rounding does is seen by the same once more from weights that are rounded otherwise: some
     numbers are noise through and through, such as the gradient of a bias that batch norm takes
-    off again. low: whether some of the step is computed in bfloat16.
+    off again. So flat vectors are compared by parameter tensor. low: whether some of the step is
+    computed in bfloat16.
     """
     unit = torch.finfo(torch.bfloat16 if low else state.p.dtype).eps
     draw = torch.Generator(state.p.device).manual_seed(0)
@@ -360,12 +362,45 @@ def check(
     nudged = by_autograd(state._replace(p=state.p * (1 + unit * noise.to(state.p))))
     compared = True
     for name, x, y, near in zip(names, found, expected, nudged, strict=True):
-        size, spread, error = (float(z.double().norm()) for z in (y, near - y, x.to(y.device) - y))
-        if not size < float("inf"):
+        whole = float(y.double().norm())
+        if not whole < float("inf"):
             compared = False
-        elif not error <= _UNITS * unit * size + _SPREADS * spread:
-            raise Distrusted(
-                f"the compiled step of {label} is wrong: {name} differs from autograd's by "
-                f"{error / max(size, 1e-300):.1e} of its norm"
-            )
+            continue
+        differences = near - y, x.to(y.device) - y
+        for part, *each in _by_tensor(training.layout, y, *differences):
+            size, spread, error = (float(z.double().norm()) for z in each)
+            # One unit of the whole beside its own: a part may be 0 but for rounding.
+            if not error <= unit * (_UNITS * size + whole) + _SPREADS * spread:
+                raise Distrusted(
+                    f"the compiled step of {training.label} is wrong: {name} differs from "
+                    f"autograd's{part} by {error / max(size, 1e-300):.1e} of its norm"
+                )
     return compared
+
+
+def _by_tensor(layout: Layout, *vectors: Tensor) -> Iterator[tuple[str, *tuple[Tensor, ...]]]:
+    """(" at its name", its part of every vector) for each parameter tensor; one part without a name
+    where they are no flat vectors of parameters.
+    """
+    if vectors[0].shape[-1:] != (sum(layout.sizes),):
+        yield "", *vectors
+        return
+    parts = [x.split(layout.sizes, -1) for x in vectors]
+    for name, *each in zip(layout.names, *parts, strict=True):
+        yield f" at {name}", *each
+
+
+def or_by_autograd(attempt: Callable[[str], M], compile: object) -> M:
+    """attempt(""), which may use compiled steps; if they are refused, attempt(why) from the start:
+    nothing that they have summed up may stay.
+    """
+    try:
+        return attempt("")
+    except (Distrusted, Uneven) as why:
+        if isinstance(why, Uneven) and compile != "auto":
+            raise
+        refused = str(why)
+    # Behind the exception, which held all states.
+    if compile is True:
+        warnings.warn(f"{refused}; its steps are done by autograd", stacklevel=3)
+    return attempt(refused)

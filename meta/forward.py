@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from ..inner.hyper import Tensors
-from .compiled import Distrusted, Run, check, generate, made_once
+from .compiled import Run, check, generate, made_once, or_by_autograd
 from .estimate import Estimate, Note, finished
-from .graph import Form, Uneven
+from .graph import Form
 from .outcome import Outcome
 from .parts import (
     Early,
@@ -31,6 +31,7 @@ from .parts import (
     contiguous,
     ends,
     extract,
+    first_line,
     retraced,
     split_early,
     traced,
@@ -79,15 +80,19 @@ class Forward:
     def __call__(
         self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
     ) -> tuple[Estimate, Reached | None]:
+        def attempt(refused: str) -> tuple[Estimate, Reached | None]:
+            return _Run(self, training, point, carry, seed, refused).estimate()
+
         try:
-            return _Run(self, training, point, carry, seed).estimate()
-        except (Distrusted, Uneven) as why:
-            if isinstance(why, Uneven) and self.compile != "auto":
+            return or_by_autograd(attempt, self.compile)
+        except RuntimeError as error:
+            low = getattr(training.problem, "autocast", None)
+            if low is None:
                 raise
-            refused = str(why)
-        if self.compile is True:
-            warnings.warn(f"{refused}; its steps are done by autograd", stacklevel=2)
-        return _Run(self, training, point, carry, seed, refused).estimate()
+            raise RuntimeError(
+                f"forward mode through autocast={low} in {training.problem.name}: torch refuses "
+                f'({first_line(error)}); use method="replay", or no autocast'
+            ) from error
 
 
 class _Run:
@@ -100,7 +105,7 @@ class _Run:
         point: Tensors,
         carry: Reached | None,
         seed: int,
-        refused: str = "",
+        refused: str,
     ) -> None:
         self.forward, self.training, self.refused = forward, training, refused
         self.leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
@@ -235,8 +240,7 @@ class _Run:
         names = [f"{kind} {name}".strip() for kind, name in form.moved]
         names += [f"the tangent of {name}" for name in names]
         found = [*form.moving(after[0]), *after[1]]
-        label = self.training.label
-        machine.agreed = check(label, names, found, by_autograd, state, machine.low)
+        machine.agreed = check(self.training, names, found, by_autograd, state, machine.low)
 
     def _eager(self, i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:
         form, seed = self.form, self.begun.seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 # What is taken unasked: this share of what is free, and on a CPU no more than this.
 _SHARE, _MOST = 4, 2 * 2**30
+_MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def bytes_of(memory: str | float) -> int:
@@ -38,16 +40,25 @@ def comfortable(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) // _SHARE
-    return min(_available() // _SHARE, _MOST)
+    return min(available() // _SHARE, _MOST)
 
 
-def _available() -> int:
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
+def available() -> int:
+    """Bytes that can be taken without swapping, in the machine or in the container it is."""
+    free = _least_to_spare()
+    with suppress(OSError, ValueError):  # No container, or one without a limit: "max".
+        limit, used = ((_GROUP / f"memory.{name}").read_text() for name in ("max", "current"))
+        free = max(0, min(free, int(limit) - int(used)))
+    return free
+
+
+def _least_to_spare() -> int:
+    with suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text())
+        if found:
+            return int(found[1]) * 1024
     # Elsewhere: what the least of today's machines has to spare.
-    return int(found[1]) * 1024 if found else 4 * 2**30
+    return 4 * 2**30
 
 
 def state_bytes(state: State) -> int:

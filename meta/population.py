@@ -267,7 +267,7 @@ class _Many:
 
         names = [f"output {k} of {part}" for k in range(len(found))]
         low = machine.graph.low
-        if check(self.training.label, names, found, by_operations, state, low):
+        if check(self.training, names, found, by_operations, state, low):
             machine.agreed.add(part)
 
     def _call(

@@ -9,10 +9,10 @@ Maclaurin, Duvenaud & Adams 2015, arXiv:1502.03492; Engstrom et al. 2025, arXiv:
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +21,8 @@ from torch import Tensor
 
 from ..inner.hyper import Tensors
 from .checkpoint import Checkpoints, Plan, find_plan, find_store, keep_all, revolve
-from .compiled import Compiled, Distrusted, machine_of
+from .compiled import Compiled, machine_of, or_by_autograd
 from .estimate import Estimate, Note, finished
-from .graph import Uneven
 from .memory import bytes_of, comfortable, state_bytes
 from .outcome import Outcome
 from .price import not_worth, remember, spend, worth_tracing
@@ -40,7 +39,7 @@ class Replay:
     they fit. checkpoints: the states that the lean gait keeps: "all", "every:K", "revolve:S",
     "online:S" or the number S; "auto" as many as fit, all or by revolve. store: where they are
     kept, "device", "cpu", "disk" or a folder. All of these give the same bits; compiled, the two
-    gaits differ from each other by rounding. "fast" does not look at memory and checkpoints.
+    gaits differ from each other by rounding.
 
     compile: True and "auto" run generated code, "auto" where that pays for the time to make it;
     "trace" runs the traced operations as they are, on small models in half of autograd's time, for
@@ -71,6 +70,11 @@ class Replay:
         if self.checkpoints != "auto":
             find_plan(self.checkpoints)
         find_store(self.store)
+        if self.gait == "fast" and (self.memory is not None or self.checkpoints != "auto"):
+            raise ValueError(
+                f"gait='fast' keeps every graph, whatever memory={self.memory!r} and checkpoints="
+                f"{self.checkpoints!r} say; leave them out, or give gait='auto'"
+            )
         check_at_least("window", self.window, 1, whole=True)
         check_at_least("clip", self.clip, 0)
         if self.clip == 0:
@@ -82,22 +86,16 @@ class Replay:
     ) -> tuple[Estimate, None]:
         leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
         resolved = training.resolve(leaves)
-        try:
-            return _Run(self, training, resolved, seed).estimate(leaves), None
-        except (Distrusted, Uneven) as why:
-            if isinstance(why, Uneven) and self.compile != "auto":
-                raise
-            refused = str(why)
-        # Behind the exception, which held all states; and from the start: nothing that compiled
-        # code has summed up may stay.
-        if self.compile is True:
-            warnings.warn(f"{refused}; its steps are done by autograd", stacklevel=2)
-        return _Run(self, training, resolved, seed, refused).estimate(leaves), None
+
+        def attempt(refused: str) -> Estimate:
+            return _Run(self, training, resolved, seed, refused).estimate(leaves)
+
+        return or_by_autograd(attempt, self.compile), None
 
 
 def check_at_least(name: str, value: object, least: float, *, whole: bool = False) -> None:
     """Raise ValueError unless an option is None or a number from `least` on."""
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if value is not None and not (number and value >= least):  # type: ignore[operator]  # a number
         kind = "a whole number" if whole else "a number"
         raise ValueError(f"{name}={value!r} must be {kind}, at least {least}, or None for none")
@@ -107,7 +105,7 @@ class _Run:
     """One metagradient."""
 
     def __init__(
-        self, replay: Replay, training: Training, resolved: Resolved, seed: int, refused: str = ""
+        self, replay: Replay, training: Training, resolved: Resolved, seed: int, refused: str
     ) -> None:
         self.replay, self.training, self.seed = replay, training, seed
         self.plain = resolved.detach()
@@ -199,6 +197,8 @@ class _Run:
             return eager, f"by autograd{f': {refused}' if refused else ''}"
         at, expect = (self.start, self.plain.at(0)), self.replay.expect
         why = ""
+        if want == "auto" and (parts := getattr(self.training.problem, "accumulate", 1)) > 1:
+            return eager, f"by autograd: accumulate={parts} is kept to, one graph would be of all"
         if want == "auto":
             why = not_worth(self.training, self.sums.names, *at, self.seed, expect)
             if why and not worth_tracing(self.training, *at, self.seed, expect):

@@ -24,10 +24,11 @@ from torch import nn
 from ..inner.rules import find_rule
 from ..meta.estimate import Estimator
 from ..meta.forward import Forward
+from ..meta.memory import available
 from ..meta.problem import ModuleProblem
 from ..meta.replay import Replay
 from ..meta.training import Training
-from .memory import Meter, free_mib, give_back
+from .memory import Meter, give_back
 from .peers import PEERS, Answer, held_out_loss, train_plainly
 from .workloads import SEED, Workload
 
@@ -216,7 +217,7 @@ def _grown(workload: Workload, name: str, say: Say) -> Grown:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
         try:
-            return process.submit(memory_of, workload, name, free_mib()).result()
+            return process.submit(memory_of, workload, name, available() / 2**20).result()
         except BrokenProcessPool:
             return Grown(None, left_out="its process ended early; the system may have killed it")
 

@@ -1,10 +1,9 @@
-"""What memory a call takes in this process, and what there is."""
+"""What memory a call takes in this process."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import re
 import resource
 import sys
@@ -29,20 +28,6 @@ class Meter:
     def mib(self) -> float:
         """So far; the peak stays, whatever is freed."""
         return max(0.0, _peak() - self._rest)
-
-
-def free_mib() -> float:
-    """What can be taken without swapping, in the machine or in the container it limits us to."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        free = int(re.findall(r"MemAvailable:\s*(\d+)", meminfo.read_text())[0]) / 2**10
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**21
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, (int(text) - int(used.read_text())) / 2**20)
-    return free
 
 
 def give_back() -> None:
@@ -77,4 +62,4 @@ def _in_status(field: str) -> float | None:
     return int(found[1]) / 2**10 if found else None
 
 
-__all__ = ["Meter", "free_mib", "give_back"]
+__all__ = ["Meter", "give_back"]

@@ -304,11 +304,11 @@ class TestDistrust:
     @pytest.mark.parametrize(("part", "index", "name"), WRONG.values(), ids=WRONG)
     def test_of_an_error_in_the_fourth_digit(self, run, monkeypatch, part, index, name):
         spoil(monkeypatch, part, off(index))
-        message = f"the compiled step of {run.label} is wrong: {name} differs from autograd's by"
+        message = f"the compiled step of {run.label} is wrong: {name} differs from autograd's"
         with pytest.warns(UserWarning, match=message) as warned:
             found, _ = Replay(compile=True, **GAIT_OF[part])(run, run.start(NAMES), seed=0)
         assert len(warned) == 1
-        self.assert_by_autograd(found, run, "differs from autograd's by")
+        self.assert_by_autograd(found, run, "differs from autograd's")
 
     def test_points_to_who_asked_for_it(self, run, monkeypatch):
         spoil(monkeypatch, "pull", off(0))
@@ -328,14 +328,14 @@ class TestDistrust:
     @pytest.mark.parametrize("part", GAIT_OF)
     def test_of_a_result_that_is_no_number(self, run, monkeypatch, part):
         spoil(monkeypatch, part, off(0, float("nan")))
-        with pytest.warns(UserWarning, match="differs from autograd's by nan of its norm"):
+        with pytest.warns(UserWarning, match=r"differs from autograd's at \S+ by nan of its norm"):
             found, _ = Replay(compile=True, **GAIT_OF[part])(run, run.start(NAMES), seed=0)
         self.assert_by_autograd(found, run, "nan")
 
     def test_is_silent_where_compiling_was_not_asked_for(self, run, monkeypatch):
         spoil(monkeypatch, "pull", off(0))
         found, _ = Replay(compile="auto", expect=1e9, **LEAN)(run, run.start(NAMES), seed=0)
-        self.assert_by_autograd(found, run, "differs from autograd's by")
+        self.assert_by_autograd(found, run, "differs from autograd's")
 
     @pytest.mark.parametrize("part", GAIT_OF)
     def test_is_not_of_rounding(self, run, monkeypatch, part):
@@ -419,7 +419,7 @@ class TestDistrust:
         assert len(calls) == 1
         found, _ = counted(run, run.start(NAMES), seed=0)
         assert len(calls) == 1
-        self.assert_by_autograd(found, run, "differs from autograd's by")
+        self.assert_by_autograd(found, run, "differs from autograd's")
 
     def test_is_remembered_of_what_cannot_be_compiled(self, run, monkeypatch):
         asked = []
@@ -436,7 +436,6 @@ class TestDistrust:
                 Replay(compile=True)(run, run.start(NAMES), seed=0)
         assert len(asked) == 1
 
-    @pytest.mark.xfail(strict=True, reason="the noise of one weight is allowed to all")
     @pytest.mark.parametrize("part", ["pull", "rewind"])
     def test_of_one_weight_beside_another_that_is_noise(self, monkeypatch, part):
         """Of the adjoint of the second moment of a bias that batch norm takes off, say."""
@@ -451,7 +450,9 @@ class TestDistrust:
             return out
 
         spoil(monkeypatch, part, change)
-        with pytest.warns(UserWarning, match="the adjoint of slots v differs"):
+        with pytest.warns(
+            UserWarning, match="the adjoint of slots v differs from autograd's at 0.weight by"
+        ):
             Replay(compile=True, **GAIT_OF[part])(run, run.start(NAMES), seed=0)
 
     def test_leaves_no_states_in_memory(self, run, monkeypatch):

@@ -90,7 +90,7 @@ class TestComfortable:
     def test_a_quarter_of_what_is_free_but_not_all_of_a_large_machine(
         self, monkeypatch, available, expected
     ):
-        monkeypatch.setattr(memory, "_available", lambda: available)
+        monkeypatch.setattr(memory, "available", lambda: available)
         assert comfortable(CPU) == expected
 
     def test_what_this_machine_has(self):
@@ -170,12 +170,18 @@ class TestWhatReplayTakes:
         note = self.note(run, memory="1GiB", gait="lean")
         assert (note.graphs, note.states, note.recomputed) == (0, self.STEPS, 0)
 
-    def test_the_fast_gait_keeps_all_graphs_in_any_memory(self, run):
-        note = self.note(run, memory=0, gait="fast")
+    def test_the_fast_gait_keeps_all_graphs_in_any_memory(self, run, monkeypatch):
+        monkeypatch.setattr(memory, "available", lambda: 0)
+        note = self.note(run, gait="fast")
         assert (note.graphs, note.states, note.recomputed) == (self.STEPS, 0, 0)
+
+    @pytest.mark.parametrize("other", [{"memory": "1GiB"}, {"checkpoints": 3}])
+    def test_the_fast_gait_beside_a_budget_is_refused(self, other):
+        with pytest.raises(ValueError, match="gait='fast' keeps every graph, whatever memory="):
+            Replay(gait="fast", **other)
 
     def test_unasked_what_is_comfortable(self, run, monkeypatch):
         assert self.note(run).graphs == self.STEPS
-        monkeypatch.setattr(memory, "_available", lambda: 4 * 3 * self.state_bytes(run))
+        monkeypatch.setattr(memory, "available", lambda: 4 * 3 * self.state_bytes(run))
         note = self.note(run)
         assert (note.graphs, note.states) == (0, 3)
