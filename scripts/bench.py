@@ -10,7 +10,8 @@ from rich.console import Console
 
 from ..meta.hypergradient import split_names
 from ..studies.bench import bench_metagradient
-from ..studies.bench_report import left_out, table, write
+from ..studies.bench_report import left_out, table, trust_section, write, write_section
+from ..studies.low import bench_bfloat16
 from ..studies.workloads import find_workloads
 from .show import console
 
@@ -31,6 +32,22 @@ def run_metagradient(only: str, repeats: int, out: Path | None) -> None:
                 screen.print(f"kept in {out}", markup=False)
 
 
+def run_bfloat16(only: str, seeds: int, out: Path | None) -> None:
+    """Measure what bfloat16 does to the workloads named in only."""
+    screen = console()
+    workloads = find_workloads(split_names(only))
+    measured = []
+    with _progress(screen) as say:
+        for trust in bench_bfloat16(workloads, seeds=seeds, say=say):
+            measured.append(trust)
+    command = f"hyperdescent bench bfloat16 --only {','.join(w.name for w in workloads)}"
+    text = trust_section(measured, f"{command} --seeds {seeds}")
+    screen.print(text, markup=False)
+    if out is not None:
+        write_section(out, text, "bfloat16")
+        screen.print(f"kept in {out}", markup=False)
+
+
 @contextmanager
 def _progress(screen: Console) -> Iterator[Callable[[str], object]]:
     """What is being done: in place on a terminal, a line each elsewhere."""
@@ -41,4 +58,4 @@ def _progress(screen: Console) -> Iterator[Callable[[str], object]]:
         yield lambda told: screen.print(told, style="dim", markup=False)
 
 
-__all__ = ["run_metagradient"]
+__all__ = ["run_bfloat16", "run_metagradient"]

@@ -154,6 +154,23 @@ def metagradient(
     run_metagradient(only, repeats, out)
 
 
+@benchmarks.command()
+def bfloat16(
+    only: Annotated[str, typer.Option(help="Workloads by name.")] = "w1-adam,w3",
+    seeds: Annotated[int, typer.Option(help="Trainings of each kind, at least 1.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="A Markdown file; its section of that name is replaced.")
+    ] = None,
+) -> None:
+    """How far a metagradient through bfloat16 can be trusted, beside float32."""
+    import torch
+
+    from .bench import run_bfloat16
+
+    torch.set_num_threads(1)
+    run_bfloat16(only, seeds, out)
+
+
 def _pairs(flag: str, given: list[str] | None) -> list[tuple[str, str]]:
     pairs = []
     for text in given or []:

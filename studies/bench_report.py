@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..search.provenance import provenance
 from .bench import OURS, PLAIN, Result, Row
+from .low import Trust
 from .peers import PEERS
 
 if TYPE_CHECKING:
@@ -77,6 +78,29 @@ def section(result: Result, command: str) -> str:
     if reasons := [f"- {told}." for told in left_out(result)]:
         parts += ["\n".join(reasons)]
     return "\n\n".join(parts)
+
+
+def trust_section(measured: Sequence[Trust], command: str) -> str:
+    """The Markdown of what bfloat16 does to a metagradient."""
+    header = ["workload", "lr", "steps", "cosine", "error"]
+    rows = [
+        [t.workload, f"{t.lr:g}", str(t.steps), *map(_worst, (t.cosines, t.errors))]
+        for t in measured
+    ]
+    return "\n\n".join(
+        [
+            "## Metagradients through bfloat16",
+            "The gradient in five knots of Adam's learning rate with autocast=torch.bfloat16 "
+            "beside the one in float32, same seeds: cosine between the two, and the norm of the "
+            "difference in units of float32's; median (lowest-highest) over "
+            f"{len(measured[0].cosines)} seeds. {_origin(command)}",
+            _markdown(header, rows),
+        ]
+    )
+
+
+def _worst(values: Sequence[float]) -> str:
+    return f"{median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
 def _introduction() -> str:
@@ -167,4 +191,4 @@ def _error(result: Result, row: Row, hyper: str) -> str:
     return "NaN" if math.isnan(error) else f"{error:.1e}"
 
 
-__all__ = ["left_out", "section", "table", "write", "write_section"]
+__all__ = ["left_out", "section", "table", "trust_section", "write", "write_section"]

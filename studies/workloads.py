@@ -44,12 +44,18 @@ class Workload:
     batch: int
     judged: int
 
-    def problem(self, dtype: torch.dtype) -> ModuleProblem:
+    def problem(self, dtype: torch.dtype, autocast: torch.dtype | None = None) -> ModuleProblem:
         """The same weights, batches and held-out data for every method."""
         train, valid = ((x.to(dtype) if x.is_floating_point() else x, y) for x, y in self.parts())
         made = partial(_in_dtype, self.model, dtype)
         return problem_from_module(
-            made, mean_loss, train, valid, batch_size=self.batch, name=self.name
+            made,
+            mean_loss,
+            train,
+            valid,
+            batch_size=self.batch,
+            autocast=autocast,
+            name=self.name,
         )
 
     def at(self, steps: int) -> Workload:

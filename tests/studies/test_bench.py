@@ -17,6 +17,7 @@ from hyperdescent.meta.training import Training
 from hyperdescent.scripts import command
 from hyperdescent.studies import bench, bench_report, workloads
 from hyperdescent.studies.bench import PLAIN, Difference, Grown, Result, Row, bench_metagradient
+from hyperdescent.studies.low import bench_bfloat16
 from hyperdescent.studies.memory import Meter
 from hyperdescent.studies.peers import PEERS, Answer, Peer
 from hyperdescent.studies.workloads import SEED, WORKLOADS, perceptron
@@ -90,6 +91,30 @@ def test_finite_differences_are_as_good_as_they_say():
     estimate, _ = Replay()(training, training.start(TINY.values), None, seed=SEED)
     for name, (slope, doubt) in found.items():
         assert abs(slope / float(estimate.grad[name]) - 1) < doubt < 1e-6
+
+
+class TestLow:
+    def test_bfloat16_is_seen_beside_float32(self):
+        (trust,) = bench_bfloat16([TINY], rates=[1e-2], steps=[5], seeds=2)
+        assert (trust.workload, trust.lr, trust.steps) == ("tiny", 1e-2, 5)
+        # Not the same, and not unlike.
+        assert all(0.9 < cosine < 1 + 1e-6 for cosine in trust.cosines)
+        assert all(1e-5 < error < 0.5 for error in trust.errors)
+
+    def test_is_kept_as_a_table(self, monkeypatch, capsys, tmp_path):
+        monkeypatch.setattr(workloads, "WORKLOADS", {"tiny": TINY})
+        file = tmp_path / "B.md"
+        said = ["hyperdescent", "bench", "bfloat16", "--only", "tiny", "--seeds", "1"]
+        monkeypatch.setattr(sys, "argv", [*said, "--out", str(file)])
+        try:
+            command.main()
+        except SystemExit as done:
+            assert not done.code
+        text = file.read_text()
+        assert (
+            "| tiny | 0.01 | 20 | " in text and "`hyperdescent bench bfloat16 --only tiny" in text
+        )
+        assert "Metagradients through bfloat16" in capsys.readouterr().out
 
 
 class TestMemory:
