@@ -119,6 +119,8 @@ def choose_method(
     slots = max(1, room // max(state_bytes(state), 1))
     if slots >= training.steps:
         return Replay(memory), f"all {training.steps} states fit"
+    if low := getattr(training.problem, "autocast", None):
+        return Replay(memory), f"forward mode does not go through autocast={low}"
     sweeps = revolve_steps(training.steps, slots) / training.steps
     said = f"{columns} numbers at once cost {{}} than {sweeps:.1f} sweeps, {slots} states fit"
     if 1 + FORWARD_STEPS * columns < sweeps + REPLAY_STEPS:

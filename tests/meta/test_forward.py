@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import VALUES, cnn, examples, mlp
 from torch import nn
 
 from hyperdescent.inner.rules import RULES, find_rule
@@ -16,48 +17,22 @@ from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
 
 STEPS = 8
-# Values at which every hyper moves the loss by well more than rounding.
-GIVEN = {
-    "lr": 0.03,
-    "beta1": 0.8,
-    "beta2": 0.9,
-    "eps": 1e-3,
-    "momentum": 0.7,
-    "dampening": 0.2,
-    "weight_decay": 0.1,
-    "initial_accumulator_value": 0.05,
-}
-
-
-def data(count, *shape, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, *shape, dtype=torch.float64, generator=draw)
-    return x, x.flatten(1)[:, :3].argmax(1)
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
 def noisy():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).double()
 
 
-def cnn():
-    layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)
-    return nn.Sequential(*layers).double()
-
-
 def problem(make=mlp):
     shape = (1, 6, 6) if make is cnn else (5,)
     return problem_from_module(
-        make, F.cross_entropy, data(40, *shape), data(30, *shape, seed=1), batch_size=10
+        make, F.cross_entropy, examples(40, *shape), examples(30, *shape, seed=1), batch_size=10
     )
 
 
 def training(rule="adamw", of=None, **options):
     rule = find_rule(rule)
-    given = {name: value for name, value in GIVEN.items() if name in rule.hypers}
+    given = {name: value for name, value in VALUES.items() if name in rule.hypers}
     return Training(of or problem(), rule, STEPS, given=given, **options)
 
 
@@ -133,7 +108,7 @@ def test_a_diverging_training_has_diverged():
     def squares(output, target):
         return (output - F.one_hot(target, 3)).square().mean()
 
-    of = problem_from_module(mlp, squares, data(40, 5), data(30, 5, seed=1), batch_size=10)
+    of = problem_from_module(mlp, squares, examples(40, 5), examples(30, 5, seed=1), batch_size=10)
     run = Training(of, find_rule("sgd"), 200, given={"lr": 1e3})
     estimate, carry = Forward(compile=False)(run, run.start(["lr"]), seed=0)
     assert estimate.note.outcome is Outcome.DIVERGED and carry is None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import VALUES, examples
 from torch import nn
 
 from hyperdescent.inner.hyper import fraction, positive
@@ -30,20 +31,6 @@ STEPS = 5
 CLOSE = 1e-12
 GAITS = ("fast", "lean")
 
-VALUES = {
-    "lr": 0.03,
-    "beta1": 0.8,
-    "beta2": 0.9,
-    "eps": 1e-3,
-    "momentum": 0.7,
-    "dampening": 0.2,
-    "alpha": 0.9,
-    "weight_decay": 0.1,
-    "lr_decay": 0.1,
-    "initial_accumulator_value": 0.05,
-    "momentum_decay": 0.1,
-}
-
 
 @pytest.fixture(autouse=True)
 def as_traced(monkeypatch, tmp_path):
@@ -51,12 +38,6 @@ def as_traced(monkeypatch, tmp_path):
     # What making these took is no price to be remembered, and "auto" is asked for below.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-
-
-def examples(count, *shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(count, *shape, dtype=DOUBLE, generator=generator)
-    return inputs, inputs.flatten(1)[:, :3].argmax(1)
 
 
 def mlp():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import cnn, examples, mlp
 from torch import nn
 
 from hyperdescent.inner.rules import find_rule
@@ -20,31 +21,16 @@ from hyperdescent.meta.training import Training
 STEPS, SEEDS = 8, (3, 4, 3)
 
 
-def data(count, *shape, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, *shape, dtype=torch.float64, generator=draw)
-    return x, x.flatten(1)[:, :3].argmax(1)
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
 def frozen():
     model = mlp()
     model[0].requires_grad_(False)
     return model
 
 
-def cnn():
-    layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)
-    return nn.Sequential(*layers).double()
-
-
 def problem(make=mlp, loss_fn=F.cross_entropy):
     shape = (1, 6, 6) if make is cnn else (5,)
     return problem_from_module(
-        make, loss_fn, data(40, *shape), data(30, *shape, seed=1), batch_size=10
+        make, loss_fn, examples(40, *shape), examples(30, *shape, seed=1), batch_size=10
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import VALUES, mlp
 from torch import nn
 
 from hyperdescent.inner.hyper import fraction, positive
@@ -28,19 +29,6 @@ DOUBLE = torch.float64
 STEPS = 12
 TOLERANCE = 1e-7
 
-VALUES = {
-    "lr": 0.03,
-    "beta1": 0.8,
-    "beta2": 0.9,
-    "eps": 1e-3,
-    "momentum": 0.7,
-    "dampening": 0.2,
-    "alpha": 0.9,
-    "weight_decay": 0.1,
-    "lr_decay": 0.1,
-    "initial_accumulator_value": 0.05,
-    "momentum_decay": 0.1,
-}
 # AlphaGrad's alpha is not RMSprop's; the plain gradient of these problems is about 0.1.
 OWN = {"alphagrad": {"alpha": 3.0}, "sgd": {"lr": 0.5}, "adagrad": {"lr": 0.2}}
 
@@ -57,10 +45,6 @@ def examples(count, *shape, classes=3, seed=0, dead=0):
     target = inputs.flatten(1)[:, dead : dead + classes].argmax(1)
     noisy = torch.rand(count, generator=generator) < 0.2
     return inputs, torch.where(noisy, (target + 1) % classes, target)
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
 def cnn():
