@@ -22,7 +22,7 @@ from ..inner.hyper import Tensors
 from .graph import StepGraph, Uneven, trace
 from .kept import kept_for
 from .parts import CannotTrace, Graph, contiguous, first_line
-from .problem import draws_of
+from .problem import Problem, draws_of
 from .script import scripted
 from .steps import Cotangents, Eager
 from .training import Resolved, State, Training
@@ -390,16 +390,20 @@ def _by_tensor(layout: Layout, *vectors: Tensor) -> Iterator[tuple[str, *tuple[T
         yield f" at {name}", *each
 
 
-def or_by_autograd(attempt: Callable[[str], M], compile: object) -> M:
+def or_by_autograd(problem: Problem, compile: object, attempt: Callable[[str], M]) -> M:
     """attempt(""), which may use compiled steps; if they are refused, attempt(why) from the start:
     nothing that they have summed up may stay.
     """
+    kept = kept_for(problem)
     try:
-        return attempt("")
+        # Batches of several shapes are found late, when much of a training is done; once is enough.
+        return attempt(kept.get("uneven", "") if compile == "auto" else "")
     except (Distrusted, Uneven) as why:
-        if isinstance(why, Uneven) and compile != "auto":
-            raise
         refused = str(why)
+        if isinstance(why, Uneven):
+            if compile != "auto":
+                raise
+            kept["uneven"] = refused
     # Behind the exception, which held all states.
     if compile is True:
         warnings.warn(f"{refused}; its steps are done by autograd", stacklevel=3)

@@ -84,7 +84,7 @@ class Forward:
             return _Run(self, training, point, carry, seed, refused).estimate()
 
         try:
-            return or_by_autograd(attempt, self.compile)
+            return or_by_autograd(training.problem, self.compile, attempt)
         except RuntimeError as error:
             low = getattr(training.problem, "autocast", None)
             if low is None:

@@ -90,7 +90,7 @@ class Replay:
         def attempt(refused: str) -> Estimate:
             return _Run(self, training, resolved, seed, refused).estimate(leaves)
 
-        return or_by_autograd(attempt, self.compile), None
+        return or_by_autograd(training.problem, self.compile, attempt), None
 
 
 def check_at_least(name: str, value: object, least: float, *, whole: bool = False) -> None:
