@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from .parts import Graph, aten
 
 # Columns of a narrow product, and how many times as many rows it has.
 _COLUMNS, _TALLER = 16, 4
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def narrow_transposed(graph: Graph) -> None:
@@ -25,13 +25,14 @@ def narrow_transposed(graph: Graph) -> None:
             continue
         a, b = n.args[-2:]
         rows, columns = n.meta["val"].shape
-        viewed = any(user.target in _VIEWS for user in n.users)  # A transpose cannot be.
         on_cpu = n.meta["val"].device.type == "cpu"
-        if viewed or not on_cpu or columns > _COLUMNS or rows < _TALLER * columns:
+        if not on_cpu or columns > _COLUMNS or rows < _TALLER * columns:
             continue
         with graph.graph.inserting_before(n):
             product = _call(graph, aten.mm.default, _transposed(graph, b), _transposed(graph, a))
-            result = _transposed(graph, product)
+            # In the layout that it had: what follows, however far on, may view it.
+            back = _transposed(graph, product)
+            result = _call(graph, aten.clone.default, back, memory_format=torch.contiguous_format)
             if len(n.args) == 3:
                 result = _call(graph, aten.add.Tensor, result, n.args[0])
         n.replace_all_uses_with(result)
@@ -43,9 +44,8 @@ def _transposed(graph: Graph, x: fx.Node) -> fx.Node:
     return _call(graph, aten.t.default, x)
 
 
-def _call(graph: Graph, target: Callable[..., Any], *args: fx.Node) -> fx.Node:
-    made = graph.graph.call_function(target, args)
-    fake = args[0].meta["val"].fake_mode
-    with fake:
-        made.meta["val"] = target(*(x.meta["val"] for x in args))
+def _call(graph: Graph, target: Callable[..., Any], *args: fx.Node, **options: Any) -> fx.Node:
+    made = graph.graph.call_function(target, args, options)
+    with args[0].meta["val"].fake_mode:
+        made.meta["val"] = target(*(x.meta["val"] for x in args), **options)
     return made

@@ -91,13 +91,19 @@ class TestNarrowProducts:
         assert product.meta["val"].shape == (10, 64)
         torch.testing.assert_close(graph(x)[0], layer(x), rtol=1e-14, atol=1e-14)
 
+    def test_keep_their_layout(self):
+        layer, x = nn.Linear(12, 10), torch.randn(64, 12)
+        graph = retraced(lambda x: [(layer(x) + 1).view(-1)], [x])
+        narrow_transposed(graph)
+        torch.testing.assert_close(graph(x)[0], (layer(x) + 1).view(-1))
+        assert scripted(graph)(x)[0].equal(graph(x)[0])
+
     def test_others_are_left(self):
         x = torch.randn(64, 12)
-        wide, viewed = nn.Linear(12, 32), nn.Linear(12, 10)
+        wide = nn.Linear(12, 32)
 
         def function(x):
-            # A transpose cannot be viewed as a vector.
-            return [wide(x), viewed(x).view(-1), x[:16].t() @ x[:16, :10]]
+            return [wide(x), x[:16].t() @ x[:16, :10]]
 
         graph = retraced(function, [x])
         before = targets(graph)
