@@ -227,6 +227,7 @@ class Session:
         while not when() and time.monotonic() < deadline:
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.05)
+        time.sleep(1)  # What is written is told a moment later, on a busy machine.
         self.process.send_signal(signal.SIGINT)
         return self.end()
 
