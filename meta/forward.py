@@ -36,7 +36,7 @@ from .parts import (
     split_early,
     traced,
 )
-from .price import not_worth, spend
+from .price import SAVED, not_worth, spend
 from .problem import draws_of
 from .products import narrow_transposed
 from .replay import check_at_least
@@ -187,7 +187,8 @@ class _Run:
             return self._eager, f"by autograd{f': {self.refused}' if self.refused else ''}"
         if want == "auto":
             at = self.begun.state, self.plain.at(0)
-            why = not_worth(training, self.sums.names, *at, self.begun.seed, self.forward.expect)
+            expect = self.forward.expect
+            why = not_worth(training, self.sums.names, *at, self.begun.seed, expect, SAVED)
             if why:
                 return self._eager, f"by autograd: {why}"
         machine = made_once(

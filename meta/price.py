@@ -21,9 +21,11 @@ from ..inner.hyper import Tensors
 from .kept import kept_for
 from .training import State, Training
 
-# The share of eager seconds that compiled steps save; a price never seen, in seconds; what is left
-# of it once inductor's cache on disk holds the code; plain steps in one step of a metagradient.
-_SAVED, _NEW, _AGAIN, _STEPS = 0.5, 20.0, 0.3, 3.5
+# The share of eager seconds that compiled steps save where tracing, which is cheap, has saved its
+# own, and where there is no tracing; a price never seen, in seconds; what is left of it once
+# inductor's cache on disk holds the code; plain steps in one step of a metagradient.
+SAVED_OF_TRACED, SAVED = 0.15, 0.5
+_NEW, _AGAIN, _STEPS = 20.0, 0.3, 3.5
 # Tracing takes a few seconds and saves the Python of autograd's steps, about 2 ms each.
 _TRACE_STEPS = 1000
 
@@ -35,17 +37,18 @@ def not_worth(
     values: Tensors,
     seed: int,
     expect: float | None,
+    saved: float = SAVED_OF_TRACED,
 ) -> str:
     """Why compiling would not pay, or is not wanted; empty if it is worth it.
 
     expect: seconds of metagradients still to come, if known; at the least the one that is about to
-    be made, for which a few steps are timed.
+    be made, for which a few steps are timed. saved: the share of them that compiling saves.
     """
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1 is set"
     ahead = _ahead(training, state, values, seed, expect) * _step(training, state, values, seed)
     price = _remembered().get(_key(training, learned, state), _NEW / _AGAIN) * _AGAIN
-    if _SAVED * ahead >= price:
+    if saved * ahead >= price:
         return ""
     return f"{ahead:.2g} s of steps are too few to pay for about {price:.2g} s of compiling"
 
