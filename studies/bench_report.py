@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..search.provenance import provenance
 from .bench import OURS, PLAIN, Result, Row
-from .low import Trust
+from .low import KNOTS, Trust
 from .peers import PEERS
 
 if TYPE_CHECKING:
@@ -84,13 +84,13 @@ def trust_section(measured: Sequence[Trust], command: str) -> str:
     """The Markdown of what bfloat16 does to a metagradient."""
     header = ["workload", "lr", "steps", "cosine", "error"]
     rows = [
-        [t.workload, f"{t.lr:g}", str(t.steps), *map(_worst, (t.cosines, t.errors))]
+        [t.workload, f"{t.lr:g}", str(t.steps), *map(_three_digits, (t.cosines, t.errors))]
         for t in measured
     ]
     return "\n\n".join(
         [
             "## Metagradients through bfloat16",
-            "The gradient in five knots of Adam's learning rate with autocast=torch.bfloat16 "
+            f"The gradient in {KNOTS} knots of Adam's learning rate with autocast=torch.bfloat16 "
             "beside the one in float32, same seeds: cosine between the two, and the norm of the "
             "difference in units of float32's; median (lowest-highest) over "
             f"{len(measured[0].cosines)} seeds. {_origin(command)}",
@@ -99,7 +99,7 @@ def trust_section(measured: Sequence[Trust], command: str) -> str:
     )
 
 
-def _worst(values: Sequence[float]) -> str:
+def _three_digits(values: Sequence[float]) -> str:
     return f"{median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 

@@ -51,7 +51,10 @@ def bench_bfloat16(
         for lr in rates:
             for count in steps:
                 say(f"{workload.name}: {count} steps at lr {lr:g}")
-                pairs = [_both(workload, lr, count, seed) for seed in range(seeds)]
+                pairs = [
+                    [_knots(workload, lr, count, seed, how) for how in (torch.bfloat16, None)]
+                    for seed in range(seeds)
+                ]
                 yield Trust(
                     workload.name,
                     lr,
@@ -59,11 +62,6 @@ def bench_bfloat16(
                     [float(torch.cosine_similarity(low, full, 0)) for low, full in pairs],
                     [float((low - full).norm() / full.norm()) for low, full in pairs],
                 )
-
-
-def _both(workload: Workload, lr: float, steps: int, seed: int) -> tuple[Tensor, Tensor]:
-    low, full = (_knots(workload, lr, steps, seed, autocast) for autocast in (torch.bfloat16, None))
-    return low, full
 
 
 def _knots(
