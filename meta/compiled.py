@@ -17,28 +17,21 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..inner.flat import Layout
 from ..inner.hyper import Tensors
-from .graph import StepGraph, Uneven, trace
+from .graph import StepGraph, trace
 from .kept import kept_for
 from .parts import CannotTrace, Graph, contiguous, first_line
-from .problem import Problem, draws_of
+from .problem import draws_of
 from .script import scripted
 from .steps import Cotangents, Eager
 from .training import Resolved, State, Training
+from .trust import Distrusted, agrees, directions, early
 
 # Inductor on CPU lays convolutions out anew and then returns wrong derivatives where weights are
 # slices of one vector; and its own random numbers are not the ones that an eager step draws.
 OPTIONS: dict[str, Any] = {"layout_optimization": False, "fallback_random": True}
-# How far a compiled vector may be from autograd's: units of its norm in the last place, and times
-# what one such unit in the weights changes in it.
-_UNITS, _SPREADS = 1e3, 50.0
 
 Run = Callable[..., Sequence[Tensor]]
-
-
-class Distrusted(Exception):
-    """Why a compiled step is not used: it cannot be made, or it differs from autograd's."""
 
 
 @dataclass(eq=False)
@@ -196,7 +189,7 @@ def machine_of(
 class Compiled:
     """Steps by a machine, the same State outside, flat lists of tensors inside.
 
-    The first of each kind is checked against autograd; Distrusted is raised if they differ.
+    Distrusted is raised by `prepare` if they are not what autograd does.
     """
 
     def __init__(
@@ -218,7 +211,6 @@ class Compiled:
         width = machine.graph.numbers_back
         self._back = torch.full((steps, width), float("nan"), dtype=torch.float64, device=device)
         self._several = [n for n in form.learned if n in form.several]
-        self._watched: dict[int, State] = {}
         self._pulled = steps  # The earliest step that was pulled back.
         self._seconds = machine.seconds if machine.agreed else 0.0
 
@@ -230,28 +222,37 @@ class Compiled:
         """Spent on making the parts that this run was the first to use; 0 if there were none."""
         return 0.0 if self._machine.interpreted else self._machine.seconds - self._seconds
 
+    def prepare(self, parts: Sequence[str], start: State) -> None:
+        machine, training = self._machine, self._training
+        left = [part for part in parts if part not in machine.agreed]
+        if left:
+            eager = Eager(training, self._plain, self._seed, self._sums, self._fixed)
+            i, state = early(eager.advance, start, training.steps)
+        for part in left:
+            prove = self._prove_after if part in ("advance", "record") else self._prove_before
+            if prove(part, i, state):
+                machine.agreed.add(part)
+
     def advance(self, i: int, state: State) -> State:
         with self._quiet(i):
             out = self._machine.advance(*self._inputs(i, state))
-        return self._after("advance", i, state, out)
+        return self._after(state, out)
 
     def record(self, i: int, state: State) -> tuple[Sequence[Tensor], State]:
         with self._quiet(i):
             out = self._machine.record(*self._inputs(i, state))
-        if "rewind" not in self._machine.agreed and i == self._training.steps - 1:
-            self._watched[i] = state
-        kept = len(self._form.moved) + len(self._form.counted)
-        return out[kept:], self._after("record", i, state, out[:kept])
+        kept = self._form.after
+        return out[kept:], self._after(state, out[:kept])
 
     def rewind(self, i: int, tape: Sequence[Tensor], adjoint: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             out = self._machine.rewind(*tape, *contiguous(adjoint))
-        return self._before("rewind", i, self._watched.pop(i, None), adjoint, out)
+        return self._before(i, out)
 
     def pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
         with self._quiet(i):
             out = self._machine.pull(*self._inputs(i, state), *contiguous(adjoint))
-        return self._before("pull", i, state, adjoint, out)
+        return self._before(i, out)
 
     def finish(self) -> tuple[Tensor, Tensors]:
         norms, numbers = self._back[:, 0], self._back[:, 1:].cpu()
@@ -279,132 +280,67 @@ class Compiled:
         with torch.no_grad(), draws:
             yield
 
-    def _after(self, part: str, i: int, state: State, out: Sequence[Tensor]) -> State:
-        form = self._form
-        after = form.state(out[: len(form.moved)], out[len(form.moved) :], state)
-        if part not in self._machine.agreed:
+    def _after(self, state: State, out: Sequence[Tensor]) -> State:
+        many = len(self._form.moved)
+        return self._form.state(out[:many], out[many:], state)
 
-            def replaced(state: State) -> list[Tensor]:
-                return [*form.moving(state), *(state.buffers[n] for n in form.counted)]
-
-            def step(state: State) -> list[Tensor]:
-                values = self._plain.at(i)
-                return replaced(self._training.step(state, values, i, self._seed))
-
-            names = [f"{kind} {name}".strip() for kind, name in form.moved]
-            names += [f"buffers {name}" for name in form.counted]
-            self._check(part, names, replaced(after), step, state)
-        return after
-
-    def _before(
-        self, part: str, i: int, state: State | None, adjoint: list[Tensor], out: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _before(self, i: int, out: Sequence[Tensor]) -> list[Tensor]:
         many = len(self._form.moved)
         self._back[i], self._pulled = out[-1], i
         self._sums.add(i, out[many:-1], self._several)
-        if part not in self._machine.agreed and state is not None:
-
-            def pull(state: State) -> list[Tensor]:
-                sums = self._sums.empty()
-                eager = Eager(self._training, self._plain, self._seed, sums, self._fixed)
-                return [*eager.pull(i, state, adjoint), *(sums.at(n, i) for n in hypers)]
-
-            numbers = [n[i : i + 1] for n in self._numbers]
-            back = self._machine.graph.numbers_behind(numbers, self._back[i : i + 1, 1:].cpu())
-            hypers = [*back, *self._several]
-            # Buffers of the start are constants for autograd.
-            moved = [at for at in self._form.moved if i or at[0] != "buffers"]
-            names = [f"the adjoint of {kind} {name}".strip() for kind, name in moved]
-            names += [f"the cotangent of {name}" for name in hypers]
-            found = [*out[: len(moved)], *(x[0] for x in back.values()), *out[many:-1]]
-            self._check(part, names, found, pull, state)
         return list(out[:many])
 
-    def _check(
+    def _prove_after(self, part: str, i: int, state: State) -> bool:
+        form = self._form
+
+        def replaced(state: State) -> list[Tensor]:
+            return [*form.moving(state), *(state.buffers[n] for n in form.counted)]
+
+        def step(state: State) -> list[Tensor]:
+            return replaced(self._training.step(state, self._plain.at(i), i, self._seed))
+
+        names = [f"{kind} {name}".strip() for kind, name in form.moved]
+        names += [f"buffers {name}" for name in form.counted]
+        with self._quiet(i):
+            out = getattr(self._machine, part)(*self._inputs(i, state))
+        return self._agrees(names, out[: form.after], step, state)
+
+    def _prove_before(self, part: str, i: int, state: State) -> bool:
+        form, machine = self._form, self._machine
+        adjoint = directions(form.moving(state))
+
+        def pull(state: State) -> list[Tensor]:
+            sums = self._sums.empty()
+            eager = Eager(self._training, self._plain, self._seed, sums, self._fixed)
+            return [*eager.pull(i, state, adjoint), *(sums.at(n, i) for n in hypers)]
+
+        inputs = self._inputs(i, state)
+        with self._quiet(i):
+            if part == "pull":
+                out = machine.pull(*inputs, *adjoint)
+            else:
+                out = machine.rewind(*machine.record(*inputs)[form.after :], *adjoint)
+        numbers = [n[i : i + 1] for n in self._numbers]
+        back = machine.graph.numbers_behind(numbers, out[-1][None, 1:].double().cpu())
+        hypers = [*back, *self._several]
+        # Buffers of the start are constants for autograd.
+        moved = [at for at in form.moved if i or at[0] != "buffers"]
+        names = [f"the adjoint of {kind} {name}".strip() for kind, name in moved]
+        names += [f"the cotangent of {name}" for name in hypers]
+        others = out[len(form.moved) : -1]
+        found = [*out[: len(moved)], *(x[0] for x in back.values()), *others]
+        return self._agrees(names, found, pull, state)
+
+    def _agrees(
         self,
-        part: str,
         names: list[str],
-        found: list[Tensor],
+        found: Sequence[Tensor],
         by_autograd: Callable[[State], list[Tensor]],
         state: State,
-    ) -> None:
+    ) -> bool:
         machine = self._machine
         try:
-            if check(self._training, names, found, by_autograd, state, machine.graph.low):
-                machine.agreed.add(part)
+            return agrees(self._training, names, found, by_autograd, state, machine.graph.low)
         except Distrusted as why:
             machine.refused = str(why)
             raise
-
-
-def check(
-    training: Training,
-    names: list[str],
-    found: Sequence[Tensor],
-    by_autograd: Callable[[State], list[Tensor]],
-    state: State,
-    low: bool = False,
-) -> bool:
-    """Raise Distrusted unless compiled results are as near to autograd's as rounding lets them be.
-
-    False if there was nothing to compare, because autograd's are not finite: divergence is not
-    the compiler's fault.
-
-    What rounding does is seen by the same once more from weights that are rounded otherwise: some
-    numbers are noise through and through, such as the gradient of a bias that batch norm takes
-    off again. So flat vectors are compared by parameter tensor. low: whether some of the step is
-    computed in bfloat16.
-    """
-    unit = torch.finfo(torch.bfloat16 if low else state.p.dtype).eps
-    draw = torch.Generator(state.p.device).manual_seed(0)
-    noise = torch.randn(state.p.shape, generator=draw, device=state.p.device)
-    expected = by_autograd(state)
-    nudged = by_autograd(state._replace(p=state.p * (1 + unit * noise.to(state.p))))
-    compared = True
-    for name, x, y, near in zip(names, found, expected, nudged, strict=True):
-        whole = float(y.double().norm())
-        if not whole < float("inf"):
-            compared = False
-            continue
-        differences = near - y, x.to(y.device) - y
-        for part, *each in _by_tensor(training.layout, y, *differences):
-            size, spread, error = (float(z.double().norm()) for z in each)
-            # One unit of the whole beside its own: a part may be 0 but for rounding.
-            if not error <= unit * (_UNITS * size + whole) + _SPREADS * spread:
-                raise Distrusted(
-                    f"the compiled step of {training.label} is wrong: {name} differs from "
-                    f"autograd's{part} by {error / max(size, 1e-300):.1e} of its norm"
-                )
-    return compared
-
-
-def _by_tensor(layout: Layout, *vectors: Tensor) -> Iterator[tuple[str, *tuple[Tensor, ...]]]:
-    """(" at its name", its part of every vector) for each parameter tensor; one part without a name
-    where they are no flat vectors of parameters.
-    """
-    if vectors[0].shape[-1:] != (sum(layout.sizes),):
-        yield "", *vectors
-        return
-    parts = [x.split(layout.sizes, -1) for x in vectors]
-    for name, *each in zip(layout.names, *parts, strict=True):
-        yield f" at {name}", *each
-
-
-def or_by_autograd(problem: Problem, compile: object, attempt: Callable[[str], M]) -> M:
-    """attempt(""), which may use compiled steps; if they are refused, attempt(why) from the start:
-    nothing that they have summed up may stay.
-    """
-    kept = kept_for(problem)
-    try:
-        # Batches of several shapes are found late, when much of a training is done; once is enough.
-        return attempt(kept.get("uneven", "") if compile == "auto" else "")
-    except (Distrusted, Uneven) as why:
-        refused = str(why)
-        if isinstance(why, Uneven):
-            if compile != "auto":
-                raise
-            kept["uneven"] = refused
-    # Behind the exception, which held all states.
-    if compile is True:
-        warnings.warn(f"{refused}; its steps are done by autograd", stacklevel=3)
-    return attempt(refused)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from ..inner.hyper import Tensors
-from .compiled import Run, check, generate, made_once, or_by_autograd
+from .compiled import Run, generate, made_once
 from .estimate import Estimate, Note, finished
 from .graph import Form
 from .outcome import Outcome
@@ -42,6 +42,7 @@ from .products import narrow_transposed
 from .replay import check_at_least
 from .steps import Cotangents, seed_adjoint
 from .training import State, Training, finite
+from .trust import agrees, directions, early, or_by_autograd
 
 _CHECK_EVERY = 50
 
@@ -217,31 +218,32 @@ class _Run:
             with torch.no_grad(), draws_of(i, self.begun.seed, state.p.device):
                 out = list(machine.run(*contiguous(inputs)))
             many = len(form.moved)
-            after = form.state(out[:many], out[many:-many], state), out[-many:]
-            if not machine.agreed:
-                self._check(machine, i, state, tangents, after)
-            return after
+            return form.state(out[:many], out[many:-many], state), out[-many:]
 
+        if not machine.agreed:
+            machine.agreed = self._proven(advance, machine.low)
         return advance, "compiled"
 
-    def _check(
-        self,
-        machine: Machine,
-        i: int,
-        state: State,
-        tangents: list[Tensor],
-        after: tuple[State, list[Tensor]],
-    ) -> None:
-        form = self.form
+    def _proven(self, advance: Advance, low: bool) -> bool:
+        form, training, begun = self.form, self.training, self.begun
+
+        def step(i: int, state: State) -> State:
+            return training.step(state, self.plain.at(i), i, begun.seed)
+
+        i, state = early(step, begun.state, training.steps, begun.done)
+        columns = len(next(iter(self.slopes.values())))
+        tangents = directions(form.moving(state), columns)
+
+        def flat(advance: Advance, state: State) -> list[Tensor]:
+            after, along = advance(i, state, tangents)
+            return [*form.moving(after), *along]
 
         def by_autograd(state: State) -> list[Tensor]:
-            again, tangent = self._eager(i, state, tangents)
-            return [*form.moving(again), *tangent]
+            return flat(self._eager, state)
 
         names = [f"{kind} {name}".strip() for kind, name in form.moved]
         names += [f"the tangent of {name}" for name in names]
-        found = [*form.moving(after[0]), *after[1]]
-        machine.agreed = check(self.training, names, found, by_autograd, state, machine.low)
+        return agrees(training, names, flat(advance, state), by_autograd, state, low)
 
     def _eager(self, i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:
         form, seed = self.form, self.begun.seed

@@ -100,6 +100,11 @@ class Form:
         if self.odd:
             raise CannotTrace(f"a batch of it holds {self.odd}, not tensors alone")
 
+    @property
+    def after(self) -> int:
+        """How many tensors a step replaces, those that move and those that are counted."""
+        return len(self.moved) + len(self.counted)
+
     def moving(self, state: State) -> list[Tensor]:
         return [state.p if part == "p" else getattr(state, part)[n] for part, n in self.moved]
 
@@ -164,22 +169,18 @@ class StepGraph:
         return dict(zip(names, over_time(self.behind, [*numbers, back]), strict=True))
 
     @property
-    def _after(self) -> int:
-        return len(self.form.moved) + len(self.form.counted)
-
-    @property
     def _primals(self) -> int:
         return len(self.examples) - len(self.form.moved)
 
     def advance(self) -> Graph:
         """The step alone: (*moving, *rest, *several, *rows, *batch) -> (*moving, *counted)."""
         inputs, outputs = ends(self.joint)
-        return extract(self.joint, inputs[: self._primals], outputs[: self._after])
+        return extract(self.joint, inputs[: self._primals], outputs[: self.form.after])
 
     def pull(self) -> Graph:
         """The pullback, the step done again inside: joint without the state after."""
         inputs, outputs = ends(self.joint)
-        return extract(self.joint, inputs, outputs[self._after :])
+        return extract(self.joint, inputs, outputs[self.form.after :])
 
     def many(self, count: int) -> StepGraph:
         """The same for so many trainings at once, in a new first dimension of all tensors.
@@ -209,9 +210,9 @@ class StepGraph:
         # would come out otherwise.
         with functorch.patch(aggressive_recomputation=not self.random):
             record, rewind = min_cut_rematerialization_partition(
-                joint, None, num_fwd_outputs=self._after, static_lifetime_input_indices=[]
+                joint, None, num_fwd_outputs=self.form.after, static_lifetime_input_indices=[]
             )
-        saved = ends(record)[1][self._after :]
+        saved = ends(record)[1][self.form.after :]
         names = [n.name for n in saved]
         takes = [n.name for n in ends(rewind)[0]]
         if takes != [*names, *(n.name for n in inputs[self._primals :])]:
@@ -288,12 +289,12 @@ def _whole(
 
 def _divide(form: Form, whole: Graph, examples: list[Tensor]) -> StepGraph:
     inputs, outputs = ends(whole)
-    fixed = len(form.moved) + len(form.counted) + len(form.still) + len(form.several)
+    fixed = form.after + len(form.still) + len(form.several)
     numbers = inputs[fixed : fixed + len(form.single) + 1]
     vectors = [n for n in inputs if n not in numbers]
-    kept = len(form.moved) + len(form.counted)
-    states, bars = outputs[:kept], outputs[kept : kept + len(form.moved)]
-    grads = dict(zip(form.learned, outputs[kept + len(form.moved) :], strict=True))
+    bars_to = form.after + len(form.moved)
+    states, bars = outputs[: form.after], outputs[form.after : bars_to]
+    grads = dict(zip(form.learned, outputs[bars_to:], strict=True))
     large = [grads[n] for n in form.learned if n in form.several]
     small = [grads[n] for n in form.learned if n in form.single]
 

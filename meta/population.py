@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..inner.hyper import Tensors
 from .checkpoint import Checkpoints, Plan, find_store, keep_all, revolve
-from .compiled import Distrusted, Machine, Run, check, machine_of, made_once
+from .compiled import Machine, Run, machine_of, made_once
 from .data import mix
 from .estimate import Estimate, Note, finished
 from .memory import bytes_of, comfortable, state_bytes
@@ -25,6 +25,7 @@ from .problem import draws_of
 from .replay import Replay
 from .steps import Cotangents, pull_back_start, seed_adjoint
 from .training import State, Training
+from .trust import Distrusted, agrees, directions, early
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class _Many:
         self.back = torch.zeros(steps, self.count, width, dtype=torch.float64, device=device)
 
     def losses(self) -> list[float]:
+        self._prove(["advance"])
         state = self.start
         for i in range(self.training.steps):
             state = self._advance(i, state)
@@ -162,10 +164,11 @@ class _Many:
         steps = self.training.steps
         graphs, plan, said = self._plan(memory)
         kept: Checkpoints[State] = Checkpoints(plan, find_store("device"), steps - graphs)
+        self._prove(["record", "rewind"] if graphs else ["advance", "pull"])
         tapes, state = [], self.start
         for i in range(steps):
             if graphs:
-                last, (state, tape) = state, self._record(i, state)
+                state, tape = self._record(i, state)
                 tapes.append(tape)
             else:
                 kept.offer(i, state)
@@ -176,7 +179,6 @@ class _Many:
         while tapes:
             with torch.no_grad():
                 out = self.machine.rewind(*tapes.pop(), *contiguous(adjoint))
-            self._check("rewind", len(tapes), last, out, adjoint)
             adjoint = self._back(len(tapes), out)
         if not graphs:
             for i, before in kept.backwards(steps, self._advance):
@@ -229,46 +231,53 @@ class _Many:
         return list(out[:many])
 
     def _advance(self, i: int, state: State) -> State:
-        out = self._call(self.machine.advance, i, state)
-        self._check("advance", i, state, out)
-        return self._after(state, out)
+        return self._after(state, self._call(self.machine.advance, i, state))
 
     def _record(self, i: int, state: State) -> tuple[State, Sequence[Tensor]]:
         out = self._call(self.machine.record, i, state)
-        after = len(self.form.moved) + len(self.form.counted)
-        self._check("record", i, state, out[:after])
+        after = self.form.after
         return self._after(state, out[:after]), out[after:]
 
     def _pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
-        out = self._call(self.machine.pull, i, state, adjoint)
-        self._check("pull", i, state, out, adjoint)
-        return self._back(i, out)
+        return self._back(i, self._call(self.machine.pull, i, state, adjoint))
 
     def _after(self, state: State, out: Sequence[Tensor]) -> State:
         many = len(self.form.moved)
         return self.form.state(out[:many], out[many:], state)
 
-    def _check(
-        self,
-        part: str,
-        i: int,
-        state: State,
-        found: Sequence[Tensor],
-        adjoint: Sequence[Tensor] = (),
-    ) -> None:
+    def _prove(self, parts: Sequence[str]) -> None:
         """Raise Distrusted unless generated code does what the traced operations do."""
-        machine = self.machine
-        if machine.interpreted or part in machine.agreed:
+        machine, form = self.machine, self.form
+        left = [part for part in parts if part not in machine.agreed]
+        if machine.interpreted or not left:
             return
-        graph = machine.graph.pull() if adjoint else machine.graph.advance()
+        advance, pull = machine.graph.advance(), machine.graph.pull()
 
-        def by_operations(state: State) -> list[Tensor]:
-            return list(self._call(graph, i, state, adjoint))
+        def step(i: int, state: State) -> State:
+            return self._after(state, self._call(advance, i, state))
 
-        names = [f"output {k} of {part}" for k in range(len(found))]
-        low = machine.graph.low
-        if check(self.training, names, found, by_operations, state, low):
-            machine.agreed.add(part)
+        i, state = early(step, self.start, self.training.steps)
+        adjoint = directions(form.moving(state))
+        for part in left:
+            back = part in ("pull", "rewind")
+            run, bars = (pull, adjoint) if back else (advance, [])
+
+            def by_operations(
+                state: State, run: Run = run, bars: list[Tensor] = bars
+            ) -> list[Tensor]:
+                return list(self._call(run, i, state, bars))
+
+            if part == "rewind":
+                tape = self._call(machine.record, i, state)[form.after :]
+                with torch.no_grad():
+                    found = machine.rewind(*tape, *adjoint)
+            elif part == "pull":
+                found = self._call(machine.pull, i, state, adjoint)
+            else:
+                found = self._call(getattr(machine, part), i, state)[: form.after]
+            names = [f"output {k} of {part}" for k in range(len(found))]
+            if agrees(self.training, names, found, by_operations, state, machine.graph.low):
+                machine.agreed.add(part)
 
     def _call(
         self, run: Run, i: int, state: State, adjoint: Sequence[Tensor] = ()

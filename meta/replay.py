@@ -21,13 +21,14 @@ from torch import Tensor
 
 from ..inner.hyper import Tensors
 from .checkpoint import Checkpoints, Plan, find_plan, find_store, keep_all, revolve
-from .compiled import Compiled, machine_of, or_by_autograd
+from .compiled import Compiled, machine_of
 from .estimate import Estimate, Note, finished
 from .memory import bytes_of, comfortable, state_bytes
 from .outcome import Outcome
 from .price import not_worth, remember, spend, worth_tracing
 from .steps import Cotangents, Eager, Steps, pull_back_start, seed_adjoint, why_only_once
 from .training import Resolved, State, Training
+from .trust import or_by_autograd
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class _Run:
                 kept.offer(i - self.from_step, state)
             return self.steps.advance(i, state)
 
+        self.steps.prepare(self._parts(graphs, count), self.start)
         with self._timed():
             last = training.run(self.plain, self.seed, start=self.start, advance=advance)
             if last is None:
@@ -235,6 +237,11 @@ class _Run:
         if graphs == count:
             return count, keep_all(), f"fast: all {count} graphs kept, "
         return graphs, keep_all(), f"lean: {graphs} graphs and {count - graphs} states kept, "
+
+    def _parts(self, graphs: int, pulled: int) -> list[str]:
+        """The parts of a step that the run will use."""
+        parts = ["advance"] if self.training.steps > graphs else []
+        return [*parts, *(["pull"] if pulled else []), *(["record", "rewind"] if graphs else [])]
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -26,6 +26,10 @@ class Steps(Protocol):
         """What the graph of a step keeps in memory."""
         ...
 
+    def prepare(self, parts: Sequence[str], start: State) -> None:
+        """Called before the first step with the names of the methods that will be used."""
+        ...
+
     def advance(self, i: int, state: State) -> State:
         """Step i and nothing else."""
         ...
@@ -119,6 +123,9 @@ class Eager:
         self._training, self._plain, self._seed = training, plain, seed
         self._sums, self._fixed = sums, fixed
         self._norms = torch.full((training.steps,), float("nan"), dtype=torch.float64)
+
+    def prepare(self, parts: Sequence[str], start: State) -> None:
+        """Nothing has to be made."""
 
     def advance(self, i: int, state: State) -> State:
         return self._training.step(state, self._plain.at(i), i, self._seed)

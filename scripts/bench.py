@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..meta.hypergradient import split_names
 from ..studies.bench import bench_metagradient
-from ..studies.bench_report import left_out, table, trust_section, write, write_section
+from ..studies.bench_report import remarks, table, trust_section, write, write_section
 from ..studies.low import bench_bfloat16
 from ..studies.workloads import find_workloads
 from .show import console
@@ -24,7 +24,7 @@ def run_metagradient(only: str, repeats: int, out: Path | None) -> None:
         for result in bench_metagradient(workloads, repeats=repeats, say=say):
             if not result.left_out:
                 screen.print(table(result))
-            for told in left_out(result):
+            for told in remarks(result):
                 screen.print(told, markup=False)
             if out is not None:  # At once: the next one may take an hour.
                 command = f"hyperdescent bench metagradient --only {result.workload}"

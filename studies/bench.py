@@ -68,7 +68,7 @@ class Row:
 
     ratios: times in units of plain training's, one per round. mib: growth of peak memory. slopes:
     the derivatives in float64, after `judged` steps; a hyper it refuses is missing. left_out: why
-    there is no time, no memory or nothing at all.
+    there is no time, no memory or nothing at all. how: the steps that were timed were done.
     """
 
     method: str
@@ -76,6 +76,7 @@ class Row:
     mib: float | None = None
     slopes: Mapping[str, float] = field(default_factory=dict)
     left_out: str = ""
+    how: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _measured(workload: Workload, repeats: int, say: Say) -> Result:
     fitting = [name for name in names if not grown[name].left_out]
     if PLAIN not in fitting:
         return replace(blank, left_out=grown[PLAIN].left_out)
-    seconds = _timed(workload, fitting, repeats, say)
+    seconds, hows = _timed(workload, fitting, repeats, say)
     plain = seconds.pop(PLAIN)
     shorter = workload.at(workload.judged)
     slopes, refusals = _differentiated(shorter, names[1:], say)
@@ -143,6 +144,7 @@ def _measured(workload: Workload, repeats: int, say: Say) -> Result:
             grown[name].mib,
             slopes.get(name, {}),
             grown[name].left_out or refusals.get(name, ""),
+            hows.get(name, ""),
         )
         for name in names[1:]
     ]
@@ -187,25 +189,28 @@ class _Ours:
         estimate, self.carry = self.estimator(training, start, self.carry, seed=SEED)
         if not estimate.ok:
             raise ArithmeticError(f"{estimate.note.outcome}: {estimate.note.reason}")
-        return Answer(estimate.loss, {name: float(x) for name, x in estimate.grad.items()})
+        slopes = {name: float(x) for name, x in estimate.grad.items()}
+        return Answer(estimate.loss, slopes, estimate.note.how)
 
 
 def _timed(
     workload: Workload, names: Sequence[str], repeats: int, say: Say
-) -> dict[str, list[float]]:
-    """Seconds of every method in every round, after a round that does not count."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """(seconds of every method in every round, after one that does not count; how it did them)."""
     problem = workload.problem(torch.float32)
     methods = {name: find_method(name, problem) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    hows: dict[str, str] = {}
     for i in range(repeats + 1):
         for name, method in methods.items():
             say(f"{workload.name}: time, round {i} of {repeats}, {name}")
             gc.collect()
             begun = time.perf_counter()
-            method(workload)
+            answer = method(workload)
             seconds[name].append(time.perf_counter() - begun)
+            hows[name] = answer.how if isinstance(answer, Answer) else ""
     give_back()
-    return {name: times[1:] for name, times in seconds.items()}
+    return {name: times[1:] for name, times in seconds.items()}, hows
 
 
 def _grown(workload: Workload, name: str, say: Say) -> Grown:

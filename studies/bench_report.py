@@ -50,12 +50,14 @@ def _cells(result: Result) -> list[list[str]]:
     ]
 
 
-def left_out(result: Result) -> list[str]:
-    """A sentence for everything that this workload lacks."""
+def remarks(result: Result) -> list[str]:
+    """A sentence for everything that this workload lacks, or that was not done as its row says."""
     told = [f"{result.workload} is left out: {result.left_out}"] if result.left_out else []
-    return told + [
-        f"{result.workload}, {row.method}: {row.left_out}" for row in result.rows if row.left_out
-    ]
+    for row in result.rows:
+        _, by_autograd, why = row.how.partition("by autograd: ")
+        told += [f"{result.workload}, {row.method}: {by_autograd}{why}"] if why else []
+        told += [f"{result.workload}, {row.method}: {row.left_out}"] if row.left_out else []
+    return told
 
 
 def write(file: Path, result: Result, command: str) -> None:
@@ -75,7 +77,7 @@ def section(result: Result, command: str) -> str:
             f"{judged}Medians (lowest-highest) of {len(result.seconds)} rounds.{_how(result)}"
         ]
         parts += [_markdown(header, ours)]
-    if reasons := [f"- {told}." for told in left_out(result)]:
+    if reasons := [f"- {told}." for told in remarks(result)]:
         parts += ["\n".join(reasons)]
     return "\n\n".join(parts)
 
@@ -191,4 +193,4 @@ def _error(result: Result, row: Row, hyper: str) -> str:
     return "NaN" if math.isnan(error) else f"{error:.1e}"
 
 
-__all__ = ["left_out", "section", "table", "trust_section", "write", "write_section"]
+__all__ = ["remarks", "section", "table", "trust_section", "write", "write_section"]

@@ -28,10 +28,13 @@ _UNDER_ROOT = 1e-30
 
 
 class Answer(NamedTuple):
-    """loss: held-out, after training. slopes: its derivative by hyper, none where refused."""
+    """loss: held-out, after training. slopes: its derivative by hyper, none where refused. how: the
+    steps were done, where there is more than one way.
+    """
 
     loss: float
     slopes: dict[str, float]
+    how: str = ""
 
 
 @dataclass(frozen=True)

@@ -389,13 +389,14 @@ class TestDistrust:
             Replay(compile=True, **GAIT_OF[part])(run, run.start(NAMES), seed=0)
 
     def test_is_not_laid_aside_by_a_run_that_diverged(self, run, monkeypatch):
-        """Whose adjoint was infinite, so that there was nothing to compare."""
+        """So that there was nothing to compare."""
 
         class Infinite(Around):
             factor = float("inf")
 
-            def outer_loss(self, *given):
-                return self.factor * self.problem.outer_loss(*given)
+            def start(self, seed):
+                params, buffers = self.problem.start(seed)
+                return {n: self.factor * x for n, x in params.items()}, buffers
 
         run = training(Infinite(run.problem), grains=GRAINS)
         spoil(monkeypatch, "pull", off(0, 1.5))
@@ -459,23 +460,57 @@ class TestDistrust:
         """While all is done again, or twice the memory would be taken that was allowed."""
         states, alive = [], []
 
-        class Watched(Around):
+        class Uneven(Around):
             def batch(self, step, seed):
-                if step == 0:
-                    alive.append(sum(ref() is not None for ref in states))
-                return self.problem.batch(step, seed)
+                alive.append(sum(ref() is not None for ref in states))
+                batch = self.problem.batch(step, seed)
+                return tuple(x[: 9 if step == STEPS - 1 else None] for x in batch)
 
         def seen(out):
             states.append(weakref.ref(out[0]))
             return out
 
         spoil(monkeypatch, "advance", seen)
-        spoil(monkeypatch, "pull", off(0))
-        run = training(Watched(run.problem), grains=GRAINS)
-        with pytest.warns(UserWarning, match="differs"):
-            Replay(compile=True, **LEAN)(run, run.start(NAMES), seed=0)
-        assert len(states) == STEPS and alive[0] == 0
+        run = training(Uneven(run.problem), grains=GRAINS)
+        found, _ = Replay(compile="auto", expect=1e9, **LEAN)(run, run.start(NAMES), seed=0)
+        assert "by autograd: a batch has shapes" in found.note.how
+        assert max(alive) == STEPS - 1  # All that the traced steps made, before the last of them.
         assert alive[-1] == 0
+
+    @pytest.mark.parametrize("part", GAIT_OF)
+    def test_comes_before_the_first_step(self, run, monkeypatch, part):
+        asked, before = [], []
+
+        class Watched(Around):
+            def batch(self, step, seed):
+                asked.append(step)
+                return self.problem.batch(step, seed)
+
+        def seen(out):
+            before.extend(asked)
+            return off(0)(out)
+
+        spoil(monkeypatch, part, seen)
+        run = training(Watched(run.problem), 20, grains=GRAINS)
+        with pytest.warns(UserWarning, match="differs"):
+            Replay(compile=True, **GAIT_OF[part])(run, run.start(NAMES), seed=0)
+        assert 0 < max(before) < 5 and max(asked) == 19
+
+    def test_is_not_of_the_rounding_at_a_minimum(self, monkeypatch):
+        """Where the gradient of a loss of 0 in single precision has not one digit that is right."""
+        monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
+
+        def mlp():
+            return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+        def noisy(out):
+            floor = torch.finfo(SINGLE).eps
+            return [x + floor * x.abs().mean() * torch.randn_like(x) for x in out]
+
+        run = training(problem(mlp, 5, dtype=SINGLE), 2000)
+        spoil(monkeypatch, "pull", noisy)
+        found, _ = Replay(compile=True, **LEAN)(run, run.start(NAMES), seed=0)
+        assert found.note.how.endswith("compiled")
 
     def test_what_tracing_takes_is_no_price_of_compiling(self, run, tmp_path):
         found, _ = Replay(compile="trace")(run, run.start(NAMES), seed=0)

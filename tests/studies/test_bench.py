@@ -57,6 +57,7 @@ class TestResult:
         for name in (*bench.OURS, HAND):
             assert len(rows[name].ratios) == 2 and min(rows[name].ratios) > 0
             assert rows[name].mib >= 0 and not rows[name].left_out
+            assert ("by autograd" in rows[name].how) is (name != HAND)
             for hyper in ("lr", "momentum"):
                 assert result.error(rows[name], hyper) < 1e-6
         assert "not installed" in rows["absent"].left_out
@@ -76,7 +77,7 @@ class TestResult:
     def test_a_missing_text_leaves_out_the_workload(self, quick):
         (result,) = bench_metagradient([WORKLOADS["w4"]], repeats=1)
         assert "HYPERDESCENT_DATA is not set: put" in result.left_out and not result.rows
-        (told,) = bench_report.left_out(result)
+        (told,) = bench_report.remarks(result)
         assert told.startswith("w4 is left out: tinyshakespeare.txt is needed")
 
     def test_no_rounds_are_refused(self):
@@ -160,6 +161,7 @@ RESULT = Result(
         Row("fast", [2.0, 3.0, 2.5], 100.4, {"lr": 2.0, "beta1": -4.0004}),
         Row("one", [1.0, 1.0, 1.0], 9.96, {"lr": math.nan}),
         Row("two", left_out="it would take 99 GiB"),
+        Row("three", [1.5], how="lean: 3 states kept, by autograd: it is wrong"),
     ],
 )
 
@@ -176,6 +178,8 @@ class TestTables:
             "| two | left out | - | - | - |",
             "| finite differences are sure to |  |  | 1.0e-10 | 1.0e-09 |",
             "- w9, two: it would take 99 GiB.",
+            "| three | 1.50 (1.50-1.50) | - | - | - |",
+            "- w9, three: by autograd: it is wrong.",
             "Errors after 100 steps. Medians (lowest-highest) of 3 rounds.",
         ):
             assert line in text.splitlines(), line
