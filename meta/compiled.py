@@ -25,7 +25,7 @@ from .problem import draws_of
 from .script import scripted
 from .steps import Cotangents, Eager
 from .training import Resolved, State, Training
-from .trust import Distrusted, agrees, directions, early
+from .trust import Distrusted, OnTrial, agrees, directions, early
 
 # Inductor on CPU lays convolutions out anew and then returns wrong derivatives where weights are
 # slices of one vector; and its own random numbers are not the ones that an eager step draws.
@@ -35,17 +35,16 @@ Run = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(eq=False)
-class Machine:
+class Machine(OnTrial):
     """The compiled parts of one step, each made when first asked for.
 
     interpreted: run the traced operations as they are. agreed: the parts that were seen to agree
-    with autograd. refused: how one did not. seconds: spent on making them, tracing included.
+    with autograd. seconds: spent on making them, tracing included.
     """
 
     graph: StepGraph
     interpreted: bool = False
     agreed: set[str] = field(default_factory=set)
-    refused: str = ""
     seconds: float = 0.0
 
     @cached_property
@@ -71,11 +70,11 @@ class Machine:
 
     @cached_property
     def _halves(self) -> tuple[Graph, Graph, int]:
-        try:
-            return self.graph.halves()
-        except CannotTrace as why:
-            self.refused = f"it cannot be compiled: {why}"
-            raise Distrusted(self.refused) from why
+        with self.trial():
+            try:
+                return self.graph.halves()
+            except CannotTrace as why:
+                raise Distrusted(f"it cannot be compiled: {why}") from why
 
     @property
     def how(self) -> str:
@@ -84,16 +83,7 @@ class Machine:
     def _compiled(self, graph: Graph) -> Run:
         if self.interpreted:
             return scripted(graph)
-        run = generate(graph, self._spend)
-
-        def or_refuse(*inputs: Tensor) -> Sequence[Tensor]:
-            try:
-                return run(*inputs)
-            except Distrusted as why:
-                self.refused = str(why)
-                raise
-
-        return or_refuse
+        return generate(graph, self._spend)
 
     def _spend(self, seconds: float) -> None:
         self.seconds += seconds
@@ -180,10 +170,7 @@ def machine_of(
         graph, seconds = made_once(training, "graph", values, learned, make_graph)
         return Machine(graph, interpreted, seconds=seconds)
 
-    machine = made_once(training, f"reverse, {interpreted=}", values, learned, make)
-    if machine.refused:
-        raise Distrusted(machine.refused)
-    return machine
+    return made_once(training, f"reverse, {interpreted=}", values, learned, make)
 
 
 class Compiled:
@@ -224,14 +211,16 @@ class Compiled:
 
     def prepare(self, parts: Sequence[str], start: State) -> None:
         machine, training = self._machine, self._training
-        left = [part for part in parts if part not in machine.agreed]
-        if left:
+        with machine.trial():
+            left = [part for part in parts if part not in machine.agreed]
+            if not left:
+                return
             eager = Eager(training, self._plain, self._seed, self._sums, self._fixed)
             i, state = early(eager.advance, start, training.steps)
-        for part in left:
-            prove = self._prove_after if part in ("advance", "record") else self._prove_before
-            if prove(part, i, state):
-                machine.agreed.add(part)
+            for part in left:
+                prove = self._prove_after if part in ("advance", "record") else self._prove_before
+                if prove(part, i, state):
+                    machine.agreed.add(part)
 
     def advance(self, i: int, state: State) -> State:
         with self._quiet(i):
@@ -338,9 +327,5 @@ class Compiled:
         by_autograd: Callable[[State], list[Tensor]],
         state: State,
     ) -> bool:
-        machine = self._machine
-        try:
-            return agrees(self._training, names, found, by_autograd, state, machine.graph.low)
-        except Distrusted as why:
-            machine.refused = str(why)
-            raise
+        low = self._machine.graph.low
+        return agrees(self._training, names, found, by_autograd, state, low)

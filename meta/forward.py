@@ -8,39 +8,24 @@ arXiv:1703.01785, whose real-time variant (hypers change during one run) is `eve
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
 
 from ..inner.hyper import Tensors
-from .compiled import Run, generate, made_once
+from .compiled import made_once
 from .estimate import Estimate, Note, finished
 from .graph import Form
 from .outcome import Outcome
-from .parts import (
-    Early,
-    Graph,
-    check_alike,
-    computes_low,
-    contiguous,
-    ends,
-    extract,
-    first_line,
-    retraced,
-    split_early,
-    traced,
-)
+from .parts import contiguous, first_line
 from .price import SAVED, not_worth, spend
 from .problem import draws_of
-from .products import narrow_transposed
 from .replay import check_at_least
 from .steps import Cotangents, seed_adjoint
+from .tangents import Machine, slopes_of, step_columns, trace
 from .training import State, Training, finite
 from .trust import agrees, directions, early, or_by_autograd
 
@@ -112,7 +97,7 @@ class _Run:
         self.leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
         resolved = training.resolve(self.leaves)
         self.plain, self.sums = resolved.detach(), Cotangents(resolved)
-        self.slopes = _slopes(training, point)
+        self.slopes = slopes_of(training, point)
         if carry is None or carry.done >= training.steps:
             carry = self._begin(seed)
         self.begun = carry
@@ -221,7 +206,8 @@ class _Run:
             return form.state(out[:many], out[many:-many], state), out[-many:]
 
         if not machine.agreed:
-            machine.agreed = self._proven(advance, machine.low)
+            with machine.trial():
+                machine.agreed = self._proven(advance, machine.low)
         return advance, "compiled"
 
     def _proven(self, advance: Advance, low: bool) -> bool:
@@ -251,7 +237,7 @@ class _Run:
         t = torch.tensor(float(i + 1), dtype=torch.float64)
         batch = self.training.problem.batch(i, seed)
         with torch.no_grad(), draws_of(i, seed, state.p.device):
-            moving, counted, tangents = _columns(
+            moving, counted, tangents = step_columns(
                 self.training, form, state, tangents, self.plain.at(i), slopes, t, batch
             )
         return form.state(moving, counted, state), tangents
@@ -260,10 +246,11 @@ class _Run:
         return " ".join(f"{name}{tuple(table.shape)[:1]}" for name, table in self.slopes.items())
 
     def _traced(self) -> Machine:
-        return _trace(
+        return trace(
             self.training,
             self.form,
-            self.begun,
+            self.begun.state,
+            self.begun.seed,
             self.plain.at(0),
             {name: table[:, 0] for name, table in self.slopes.items()},
             self._first_tangents(self.begun.state),
@@ -271,154 +258,6 @@ class _Run:
 
 
 Advance = Callable[[int, State, list[Tensor]], tuple[State, list[Tensor]]]
-
-
-@cache
-def _load_forward_mode() -> None:
-    """The first use of it makes torch warn of how it is written inside."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
-
-
-def _slopes(training: Training, point: Tensors) -> Tensors:
-    """d value in force at each step / d learned number: (numbers, steps, *value's shape)."""
-    _load_forward_mode()
-    names = list(training.resolve(point).varying | training.resolve(point).constant)
-    rows: dict[str, list[Tensor]] = {name: [] for name in names}
-    for name, value in point.items():
-        for entry in torch.eye(value.numel(), dtype=value.dtype):
-            along = {n: torch.zeros_like(v) for n, v in point.items()} | {
-                name: entry.view(value.shape)
-            }
-
-            def tables(at: Tensors) -> Tensors:
-                resolved = training.resolve(at)
-                return {n: resolved.over(n, training.steps) for n in names}
-
-            slope: Tensors = torch.func.jvp(tables, (dict(point),), (along,))[1]
-            for n in names:
-                rows[n].append(slope[n].detach())
-    stacked = {name: torch.stack(made) for name, made in rows.items()}
-    return {name: table for name, table in stacked.items() if bool(table.any())}
-
-
-def _columns(
-    training: Training,
-    form: Form,
-    state: State,
-    tangents: list[Tensor],
-    values: Tensors,
-    slopes: Tensors,
-    t: Tensor,
-    batch: Any,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """A step of the state and of every column: (moved, counted, tangents after it)."""
-
-    def gradient(
-        loss: Callable[[Tensor], tuple[Tensor, Tensors]], p: Tensor
-    ) -> tuple[Tensor, Tensors]:
-        made: tuple[Tensor, Tensors] = torch.func.grad(loss, has_aux=True)(p)
-        return made
-
-    counted = [state.buffers[n] for n in form.counted]
-
-    def step(moving: list[Tensor], moved: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-        start = form.state(moving, counted, state)
-        after = training.step_on(start, values | moved, t, batch, gradient=gradient)
-        return form.moving(after), [after.buffers[n] for n in form.counted]
-
-    def column(
-        tangent: list[Tensor], slope: Tensors
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        at = form.moving(state), {name: values[name] for name in slope}
-        out, along, aside = cast(Any, torch.func.jvp(step, at, (tangent, slope), has_aux=True))
-        return out, aside, along
-
-    # The state is the same for all columns, so it comes out once.
-    out_dims: Any = (None, None, 0)
-    made: tuple[list[Tensor], list[Tensor], list[Tensor]] = torch.vmap(
-        column, out_dims=out_dims, randomness="same"
-    )(tangents, slopes)
-    return made
-
-
-@dataclass(eq=False)
-class Machine:
-    """A traced step of state and columns. single, several: the learned values of one number and of
-    more, whose slopes it takes.
-    """
-
-    before: Early
-    graph: Graph
-    single: tuple[str, ...]
-    several: tuple[str, ...]
-    low: bool
-    agreed: bool = False
-
-    @cached_property
-    def run(self) -> Run:
-        return generate(self.graph)
-
-
-def _trace(
-    training: Training,
-    form: Form,
-    begun: Reached,
-    values: Tensors,
-    slopes: Tensors,
-    tangents: list[Tensor],
-) -> Machine:
-    form.check()
-    single = tuple(n for n in form.single if n in slopes)
-    several = tuple(n for n in form.several if n in slopes)
-    state = begun.state
-
-    def examples(i: int) -> list[Tensor]:
-        return contiguous(
-            [
-                *form.moving(state),
-                *tangents,
-                *form.rest(state),
-                *(values[n] for n in form.several),
-                *(slopes[n] for n in several),
-                *(values[n] for n in form.single),
-                *(slopes[n] for n in single),
-                torch.tensor(float(i + 1), dtype=torch.float64),
-                *form.leaves(training.problem.batch(i, begun.seed)),
-            ]
-        )
-
-    def whole(*flat: Tensor) -> list[Tensor]:
-        take = iter(flat)
-        moving, along = ([next(take) for _ in form.moved] for _ in range(2))
-        counted = [next(take) for _ in form.counted]
-        still = {n: next(take) for n in form.still}
-        inside = {n: next(take) for n in form.several}
-        sloped = {n: next(take) for n in several}
-        inside |= {n: next(take) for n in form.single}
-        sloped |= {n: next(take) for n in single}
-        t = next(take)
-        batch = tree_unflatten(list(take), form.batch)
-        around = form.state(moving, counted, state._replace(buffers=state.buffers | still))
-        out, aside, tangent = _columns(training, form, around, along, inside, sloped, t, batch)
-        return [*out, *aside, *tangent]
-
-    graph = traced(whole, examples(0), 0)
-    check_alike(graph, traced(whole, examples(1), 1))
-    inputs, outputs = ends(graph)
-    after = len(form.moved) * 2 + len(form.counted) + len(form.still) + len(form.several)
-    after += len(several)
-    numbers = inputs[after : after + len(form.single) + len(single) + 1]
-    before, _ = split_early(graph, numbers, len(tangents[0]))
-    rest = inputs[after + len(numbers) :]
-    body = extract(graph, [*inputs[:after], *(n for _, n in before.rows), *rest], outputs)
-    made = dict(zip(inputs, examples(0), strict=True))
-    rows = before.over([made[n][None] for n in numbers], state.p.device)
-    flat = [*(made[n] for n in inputs[:after]), *(r[0] for r in rows), *(made[n] for n in rest)]
-    body = retraced(body, flat)
-    narrow_transposed(body)
-    return Machine(before, body, single, several, computes_low(body))
 
 
 __all__ = ["Forward", "Reached"]

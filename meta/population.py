@@ -77,10 +77,15 @@ def metagradients(
     _check_counts(points, seeds)
     try:
         return _Many(training, points, seeds, compile).metagradients(memory)
-    except Distrusted:
-        alone = Replay(memory=memory, compile=False)
-        pairs = zip(points, seeds, strict=True)
-        return [alone(training, point, seed=seed)[0] for point, seed in pairs]
+    except Distrusted as why:
+        refused = str(why)
+    # Behind the exception, which held all states.
+    replay, made = Replay(memory=memory, compile=False), []
+    for point, seed in zip(points, seeds, strict=True):
+        alone, _ = replay(training, point, seed=seed)
+        how = f"{alone.note.how}, one after the other: {refused}"
+        made.append(replace(alone, note=replace(alone.note, how=how)))
+    return made
 
 
 def losses(
@@ -248,36 +253,39 @@ class _Many:
     def _prove(self, parts: Sequence[str]) -> None:
         """Raise Distrusted unless generated code does what the traced operations do."""
         machine, form = self.machine, self.form
-        left = [part for part in parts if part not in machine.agreed]
-        if machine.interpreted or not left:
+        if machine.interpreted:
             return
-        advance, pull = machine.graph.advance(), machine.graph.pull()
+        with machine.trial():
+            left = [part for part in parts if part not in machine.agreed]
+            if not left:
+                return
+            advance, pull = machine.graph.advance(), machine.graph.pull()
 
-        def step(i: int, state: State) -> State:
-            return self._after(state, self._call(advance, i, state))
+            def step(i: int, state: State) -> State:
+                return self._after(state, self._call(advance, i, state))
 
-        i, state = early(step, self.start, self.training.steps)
-        adjoint = directions(form.moving(state))
-        for part in left:
-            back = part in ("pull", "rewind")
-            run, bars = (pull, adjoint) if back else (advance, [])
+            i, state = early(step, self.start, self.training.steps)
+            adjoint = directions(form.moving(state))
+            for part in left:
+                back = part in ("pull", "rewind")
+                run, bars = (pull, adjoint) if back else (advance, [])
 
-            def by_operations(
-                state: State, run: Run = run, bars: list[Tensor] = bars
-            ) -> list[Tensor]:
-                return list(self._call(run, i, state, bars))
+                def by_operations(
+                    state: State, run: Run = run, bars: list[Tensor] = bars
+                ) -> list[Tensor]:
+                    return list(self._call(run, i, state, bars))
 
-            if part == "rewind":
-                tape = self._call(machine.record, i, state)[form.after :]
-                with torch.no_grad():
-                    found = machine.rewind(*tape, *adjoint)
-            elif part == "pull":
-                found = self._call(machine.pull, i, state, adjoint)
-            else:
-                found = self._call(getattr(machine, part), i, state)[: form.after]
-            names = [f"output {k} of {part}" for k in range(len(found))]
-            if agrees(self.training, names, found, by_operations, state, machine.graph.low):
-                machine.agreed.add(part)
+                if part == "rewind":
+                    tape = self._call(machine.record, i, state)[form.after :]
+                    with torch.no_grad():
+                        found = machine.rewind(*tape, *adjoint)
+                elif part == "pull":
+                    found = self._call(machine.pull, i, state, adjoint)
+                else:
+                    found = self._call(getattr(machine, part), i, state)[: form.after]
+                names = [f"output {k} of {part}" for k in range(len(found))]
+                if agrees(self.training, names, found, by_operations, state, machine.graph.low):
+                    machine.agreed.add(part)
 
     def _call(
         self, run: Run, i: int, state: State, adjoint: Sequence[Tensor] = ()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -30,6 +32,24 @@ M = TypeVar("M")
 
 class Distrusted(Exception):
     """Why a compiled step is not used: it cannot be made, or it differs from autograd's."""
+
+
+@dataclass(eq=False)
+class OnTrial:
+    """Code that may yet be refused. refused: why it was; empty as long as it was not."""
+
+    refused: str = field(default="", init=False)
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Where it is made and looked at: Distrusted if it was refused once, or is inside."""
+        if self.refused:
+            raise Distrusted(self.refused)
+        try:
+            yield
+        except Distrusted as why:
+            self.refused = str(why)
+            raise
 
 
 def early(

@@ -8,7 +8,7 @@ from torch import nn
 
 from hyperdescent.inner.rules import RULES, find_rule
 from hyperdescent.inner.schedule import find_schedule
-from hyperdescent.meta import forward as module
+from hyperdescent.meta import tangents
 from hyperdescent.meta.forward import Forward
 from hyperdescent.meta.hypergradient import choose_method, hypergradient
 from hyperdescent.meta.outcome import Outcome
@@ -39,7 +39,7 @@ def training(rule="adamw", of=None, **options):
 @pytest.fixture(params=[False, True], ids=["autograd", "traced"])
 def forward(request, monkeypatch):
     """Both ways without a compiler, whose code test_compiled looks at."""
-    monkeypatch.setattr(module, "generate", lambda graph: graph)
+    monkeypatch.setattr(tangents, "generate", lambda graph: graph)
     return Forward(compile=request.param)
 
 
@@ -67,6 +67,34 @@ def test_statistics_and_draws(forward, make):
 def test_convolutions_compile():
     """Forward mode makes zeros in a way of its own, which no compiler knows."""
     assert_same(Forward(compile=True), training(of=problem(cnn)), ["lr", "beta1"])
+
+
+@pytest.mark.parametrize("part", ["p", "slots m", "the tangent of p", "the tangent of slots v"])
+def test_compiled_steps_that_are_wrong_are_not_used(monkeypatch, part):
+    """And are not tried again."""
+    names = ["p", "slots m", "slots v"]
+    names += [f"the tangent of {name}" for name in names]
+    tried = []
+
+    def wrong(graph):
+        def run(*inputs):
+            out = list(graph(*inputs))
+            out[names.index(part)] = 1.001 * out[names.index(part)]
+            tried.append(1)
+            return out
+
+        return run
+
+    monkeypatch.setattr(tangents, "generate", wrong)
+    run = training()
+    point = run.start(["lr", "beta1"])
+    expected, _ = Forward(compile=False)(run, point, seed=3)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"is wrong: {part} differs from autograd's"):
+            found, _ = Forward(compile=True)(run, point, seed=3)
+        assert "by autograd: the compiled step" in found.note.how
+        assert all(torch.equal(found.grad[n], expected.grad[n]) for n in point)
+    assert len(tried) == 1
 
 
 def test_schedules_and_grains(forward):

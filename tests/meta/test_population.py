@@ -10,6 +10,7 @@ from torch import nn
 
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
+from hyperdescent.meta.compiled import Machine
 from hyperdescent.meta.data import mix
 from hyperdescent.meta.differences import held_out_loss
 from hyperdescent.meta.outcome import Outcome
@@ -120,6 +121,34 @@ def test_steps_that_cannot_be_traced_are_done_one_by_one():
     for estimate, point, seed in zip(found, points, SEEDS, strict=True):
         alone, _ = Replay(compile=False)(run, point, seed=seed)
         assert torch.equal(estimate.grad["lr"], alone.grad["lr"])
+        assert "by autograd, one after the other: adamw on" in estimate.note.how
+
+
+@pytest.mark.parametrize("memory", [None, 5000], ids=["graphs", "states"])
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+def test_compiled_steps_are_used_if_they_are_right(monkeypatch, memory, right):
+    """Of traced operations, with one result of the way back changed."""
+
+    def compiled(machine, graph):
+        def run(*inputs):
+            out = list(graph(*inputs))
+            if len(out) == 4 and not right:  # The adjoint of p, m, v, and what numbers get.
+                out[-1] = 1.001 * out[-1]
+            return out
+
+        return run
+
+    monkeypatch.setattr(Machine, "_compiled", compiled)
+    run = training()
+    points = points_of(run, ["lr", "beta1"])
+    for estimate, point, seed in zip(
+        metagradients(run, points, SEEDS, memory=memory), points, SEEDS, strict=True
+    ):
+        alone, _ = Replay(compile=False)(run, point, seed=seed)
+        assert ("at once, compiled" in estimate.note.how) is right
+        assert ("after the other: the compiled step" in estimate.note.how) is not right
+        for name, value in alone.grad.items():
+            torch.testing.assert_close(estimate.grad[name], value, rtol=1e-9, atol=1e-13)
 
 
 def test_draws_differ_between_trainings():
