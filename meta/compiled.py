@@ -137,14 +137,16 @@ def made_once(
     Steps, schedules, values and seeds play no part in it. Raises Distrusted if it cannot be.
     """
     rule = training.rule
-    shapes = tuple((name, value.shape) for name, value in values.items())
+    shapes = tuple((name, value.shape, value.dtype) for name, value in values.items())
     key = (kind, rule.update, tuple(rule.options().items()), shapes, tuple(learned))
     made = kept_for(training.problem)
     if key not in made:
         try:
             made[key] = make()
         except CannotTrace as why:
-            made[key] = why
+            made[key] = CannotTrace(
+                str(why)
+            )  # Without what it was raised from, and all its frames.
     found = made[key]
     if isinstance(found, CannotTrace):
         raise Distrusted(f"{training.label} cannot be compiled: {found}")
@@ -193,7 +195,7 @@ class Compiled:
         form, steps = self._form, training.steps
         t = torch.arange(1, steps + 1, dtype=torch.float64)
         self._numbers = [plain.over(n, steps) for n in form.single] + [t]
-        device = machine.graph.examples[0].device
+        device = machine.graph.takes[0].device
         self._rows = machine.graph.before.over(self._numbers, device)
         width = machine.graph.numbers_back
         self._back = torch.full((steps, width), float("nan"), dtype=torch.float64, device=device)

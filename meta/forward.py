@@ -7,9 +7,10 @@ arXiv:1703.01785, whose real-time variant (hypers change during one run) is `eve
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,15 +22,13 @@ from .estimate import Estimate, Note, finished
 from .graph import Form
 from .outcome import Outcome
 from .parts import contiguous, first_line
-from .price import SAVED, not_worth, spend
+from .price import FORWARD, not_worth, remember, spend
 from .problem import draws_of
 from .replay import check_at_least
 from .steps import Cotangents, seed_adjoint
 from .tangents import Machine, slopes_of, step_columns, trace
-from .training import State, Training, finite
+from .training import State, Training
 from .trust import agrees, directions, early, or_by_autograd
-
-_CHECK_EVERY = 50
 
 
 class Reached(NamedTuple):
@@ -73,6 +72,10 @@ class Forward:
             return or_by_autograd(training.problem, self.compile, attempt)
         except RuntimeError as error:
             low = getattr(training.problem, "autocast", None)
+            if low is None and re.search("forward (mode )?AD", str(error)):
+                reason = f'{first_line(error)}; use method="replay"'
+                note = Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
+                return Estimate(float("nan"), {}, note), None
             if low is None:
                 raise
             raise RuntimeError(
@@ -100,6 +103,12 @@ class _Run:
         self.slopes = slopes_of(training, point)
         if carry is None or carry.done >= training.steps:
             carry = self._begin(seed)
+        columns = sum(value.numel() for value in point.values())
+        if carry.tangents and len(carry.tangents[0]) != columns:
+            raise ValueError(
+                f"{columns} learned numbers go on from tangents in {len(carry.tangents[0])}; learn "
+                "the same ones until a run of every= is done, or begin a new one with carry=None"
+            )
         self.begun = carry
         self.form = Form.of(training, carry.state, self.plain.at(0), self.sums.names, 0, carry.seed)
 
@@ -108,25 +117,32 @@ class _Run:
         state, tangents = begun.state, begun.tangents
         tangents = tangents or self._first_tangents(state)
         last = min(training.steps, begun.done + (every or training.steps))
-        advance, how = self._choose()
+        choice, how = self._choose()
+        done = begun.done
+
+        def advance(_: int, state: State) -> State:
+            nonlocal tangents, done
+            state, tangents = choice(done, state, tangents)
+            done += 1
+            return state
+
         began = time.monotonic()
-        for i in range(begun.done, last):
-            state, tangents = advance(i, state, tangents)
-            if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not finite(state):
-                break
-        if not finite(state):
-            reason = f"the weights stopped being finite by step {i + 1}"
-            return Estimate.diverged(i + 1, reason), None
+        part = training if every is None else replace(training, steps=last - done)
+        reached = part.run(self.plain, begun.seed, start=state, advance=advance)
+        if reached is None:
+            reason = f"the weights stopped being finite by step {done}"
+            return Estimate.diverged(done, reason), None
+        state = reached
         if how != "compiled":
             spend(training, time.monotonic() - began)
         loss, adjoint = seed_adjoint(training, self.plain, state, begun.fixed, self.sums)
-        steps = last - begun.done
+        steps = done - begun.done
         if adjoint is None:
             reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
             note = Note(Outcome.NOT_DIFFERENTIABLE, reason, steps)
             return Estimate(float(loss), {}, note), None
         note = Note(steps=steps, how=f"forward: {len(tangents[0])} columns, {how}")
-        carry = begun._replace(state=state, tangents=tangents, done=last) if every else None
+        carry = begun._replace(state=state, tangents=tangents, done=done) if every else None
         return finished(loss, self._gradient(tangents, adjoint), note), carry
 
     def _gradient(self, tangents: list[Tensor], adjoint: list[Tensor]) -> Tensors:
@@ -174,7 +190,7 @@ class _Run:
         if want == "auto":
             at = self.begun.state, self.plain.at(0)
             expect = self.forward.expect
-            why = not_worth(training, self.sums.names, *at, self.begun.seed, expect, SAVED)
+            why = not_worth(training, self.sums.names, *at, self.begun.seed, expect, FORWARD)
             if why:
                 return self._eager, f"by autograd: {why}"
         machine = made_once(
@@ -208,6 +224,7 @@ class _Run:
         if not machine.agreed:
             with machine.trial():
                 machine.agreed = self._proven(advance, machine.low)
+            remember(training, self.sums.names, self.begun.state, machine.seconds, FORWARD)
         return advance, "compiled"
 
     def _proven(self, advance: Advance, low: bool) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -105,6 +105,15 @@ class Form:
         """How many tensors a step replaces, those that move and those that are counted."""
         return len(self.moved) + len(self.counted)
 
+    def check_still(self, before: State, after: State) -> None:
+        """Raise ValueError if a step replaces a buffer that the first one did not."""
+        for name in self.still:
+            if after.buffers[name] is not before.buffers[name]:
+                raise ValueError(
+                    f"buffer {name!r} is first replaced after step 1, where forward mode looked "
+                    'for what moves; replace it at every step, or use method="replay"'
+                )
+
     def moving(self, state: State) -> list[Tensor]:
         return [state.p if part == "p" else getattr(state, part)[n] for part, n in self.moved]
 
@@ -134,6 +143,22 @@ class Form:
         return leaves
 
 
+class Like(NamedTuple):
+    """What is to be known of a tensor to trace or to compile for it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Tensor) -> Like:
+        return Like(x.shape, x.dtype, x.device)
+
+    def zeros(self, *more: int) -> Tensor:
+        """One like it, with more dimensions before its own."""
+        return torch.zeros((*more, *self.shape), dtype=self.dtype, device=self.device)
+
+
 @dataclass(frozen=True)
 class StepGraph:
     """A traced step in three parts.
@@ -142,6 +167,7 @@ class StepGraph:
     *adjoint) -> (*moving after, *counted after, *adjoint before, *cotangents of several, one
     vector: the norm of the weights' adjoint and cotangents of numbers). behind(*single, t,
     cotangents of numbers) -> cotangents of the single hypers learned. random: whether it draws.
+    takes: what the inputs of joint are like.
     """
 
     form: Form
@@ -149,7 +175,7 @@ class StepGraph:
     joint: Graph
     behind: Graph
     random: bool
-    examples: tuple[Tensor, ...]
+    takes: tuple[Like, ...]
 
     @property
     def low(self) -> bool:
@@ -170,7 +196,7 @@ class StepGraph:
 
     @property
     def _primals(self) -> int:
-        return len(self.examples) - len(self.form.moved)
+        return len(self.takes) - len(self.form.moved)
 
     def advance(self) -> Graph:
         """The step alone: (*moving, *rest, *several, *rows, *batch) -> (*moving, *counted)."""
@@ -187,11 +213,13 @@ class StepGraph:
 
         Their random draws are apart from each other, and not those of each by itself.
         """
-        flat = [x.expand(count, *x.shape).contiguous() for x in self.examples]
+        flat = [x.zeros(count) for x in self.takes]
         joint = retraced(torch.vmap(without_views(self.joint), randomness="different"), flat)
         form = self.form
         shapes = tuple((torch.Size([count, *shape]), dtype) for shape, dtype in form.shapes)
-        return replace(self, form=replace(form, shapes=shapes), joint=joint, examples=tuple(flat))
+        return replace(
+            self, form=replace(form, shapes=shapes), joint=joint, takes=tuple(map(Like.of, flat))
+        )
 
     def halves(self) -> tuple[Graph, Graph, int]:
         """(record, rewind, bytes): record is advance with what rewind needs behind its outputs;
@@ -320,7 +348,7 @@ def _divide(form: Form, whole: Graph, examples: list[Tensor]) -> StepGraph:
     joint = retraced(joint, flat)
     narrow_transposed(joint)
     draws = any(map(is_random, joint.graph.nodes))
-    return StepGraph(form, before, joint, behind, draws, tuple(flat))
+    return StepGraph(form, before, joint, behind, draws, tuple(map(Like.of, flat)))
 
 
 def _late(

@@ -18,6 +18,7 @@ from .estimate import Estimate, Estimator
 from .forward import Forward
 from .implicit import Implicit
 from .memory import comfortable, state_bytes
+from .outcome import Outcome
 from .population import Population
 from .problem import Problem
 from .replay import Replay
@@ -105,6 +106,9 @@ def hypergradient(
 def _cheaper(training: Training, point: Tensors, seed: int) -> Estimate:
     method, reason = choose_method(training, point)
     estimate, _ = method(training, point, None, seed=seed)
+    if estimate.note.outcome is Outcome.NOT_DIFFERENTIABLE and isinstance(method, Forward):
+        reason = estimate.note.reason
+        estimate, _ = Replay()(training, point, None, seed=seed)
     return replace(estimate, note=replace(estimate.note, how=f"{estimate.note.how} ({reason})"))
 
 

@@ -14,7 +14,7 @@ from .training import State
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 # What is taken unasked: this share of what is free, and on a CPU no more than this.
-_SHARE, _MOST = 4, 2 * 2**30
+SHARE, _MOST = 4, 2 * 2**30
 _MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -39,8 +39,8 @@ def comfortable(device: torch.device) -> int:
     """Bytes that a metagradient may take unasked."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free) // _SHARE
-    return min(available() // _SHARE, _MOST)
+        return int(free) // SHARE
+    return min(available() // SHARE, _MOST)
 
 
 def available() -> int:

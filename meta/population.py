@@ -18,13 +18,14 @@ from .checkpoint import Checkpoints, Plan, find_store, keep_all, revolve
 from .compiled import Machine, Run, machine_of, made_once
 from .data import mix
 from .estimate import Estimate, Note, finished
+from .graph import Uneven
 from .memory import bytes_of, comfortable, state_bytes
 from .outcome import Outcome
 from .parts import contiguous
 from .problem import draws_of
 from .replay import Replay
 from .steps import Cotangents, pull_back_start, seed_adjoint
-from .training import State, Training
+from .training import State, Training, finite
 from .trust import Distrusted, agrees, directions, early
 
 
@@ -77,7 +78,7 @@ def metagradients(
     _check_counts(points, seeds)
     try:
         return _Many(training, points, seeds, compile).metagradients(memory)
-    except Distrusted as why:
+    except (Distrusted, Uneven) as why:
         refused = str(why)
     # Behind the exception, which held all states.
     replay, made = Replay(memory=memory, compile=False), []
@@ -159,11 +160,13 @@ class _Many:
         for i in range(self.training.steps):
             state = self._advance(i, state)
         with torch.no_grad():
-            ends = [
-                self.training.outer_loss(self._one(state, k), plain.at(self.training.steps - 1))
-                for k, plain in enumerate(self.plain)
-            ]
-        return [float(x) if bool(x.isfinite()) else float("inf") for x in ends]
+            return [self._loss(self._one(state, k), k) for k in range(self.count)]
+
+    def _loss(self, state: State, k: int) -> float:
+        if not finite(state):  # The model may refuse it.
+            return float("inf")
+        loss = self.training.outer_loss(state, self.plain[k].at(self.training.steps - 1))
+        return float(loss) if bool(loss.isfinite()) else float("inf")
 
     def metagradients(self, memory: str | float | None) -> list[Estimate]:
         steps = self.training.steps
@@ -179,7 +182,9 @@ class _Many:
                 kept.offer(i, state)
                 state = self._advance(i, state)
         ends = [self._end(state, k) for k in range(self.count)]
-        adjoint = [torch.stack(bars) for bars in zip(*(bars for _, bars in ends), strict=True)]
+        none = [torch.zeros_like(x) for x in self.form.moving(self._one(state, 0))]
+        bars = [none if bars is None else bars for _, bars in ends]
+        adjoint = [torch.stack(each) for each in zip(*bars, strict=True)]
         final = adjoint[0].norm(dim=-1)
         while tapes:
             with torch.no_grad():
@@ -189,7 +194,7 @@ class _Many:
             for i, before in kept.backwards(steps, self._advance):
                 adjoint = self._pull(i, before, adjoint)
         return [
-            self._estimate(k, ends[k][0], final[k], [bar[k] for bar in adjoint], said)
+            self._estimate(k, ends[k], final[k], [bar[k] for bar in adjoint], said)
             for k in range(self.count)
         ]
 
@@ -204,18 +209,29 @@ class _Many:
             return False, keep_all(), f"lean: all {steps} states kept"
         return False, revolve(slots), f"lean: {slots} of {steps} states kept by revolve"
 
-    def _end(self, state: State, k: int) -> tuple[Tensor, list[Tensor]]:
-        """The held-out loss of one training and its adjoint, zero if there is no graph to it."""
+    def _end(self, state: State, k: int) -> tuple[Tensor, list[Tensor] | None]:
+        """The held-out loss of one training, NaN if it diverged, and its adjoint, if any."""
         one = self._one(state, k)
+        if not finite(one):  # The model may refuse it.
+            return torch.tensor(float("nan")), None
         fixed = {n: one.buffers[n] for n in self.form.still}
-        loss, adjoint = seed_adjoint(self.training, self.plain[k], one, fixed, self.sums[k])
-        return loss, adjoint or [torch.zeros_like(x) for x in self.form.moving(one)]
+        return seed_adjoint(self.training, self.plain[k], one, fixed, self.sums[k])
 
     def _estimate(
-        self, k: int, loss: Tensor, final: Tensor, adjoint: list[Tensor], said: str
+        self,
+        k: int,
+        end: tuple[Tensor, list[Tensor] | None],
+        final: Tensor,
+        adjoint: list[Tensor],
+        said: str,
     ) -> Estimate:
         training, sums, graph = self.training, self.sums[k], self.machine.graph
-        if not bool(final):
+        loss, seeded = end
+        if not bool(loss.isfinite()):
+            return Estimate.diverged(
+                training.steps, "the weights or the held-out loss are not finite"
+            )
+        if seeded is None:
             reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
             note = Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
             return Estimate(float(loss), {}, note)

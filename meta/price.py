@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,10 +22,18 @@ from ..inner.hyper import Tensors
 from .kept import kept_for
 from .training import State, Training
 
-# The share of eager seconds that compiled steps save where tracing, which is cheap, has saved its
-# own, and where there is no tracing; a price never seen, in seconds; what is left of it once
-# inductor's cache on disk holds the code; plain steps in one step of a metagradient.
-SAVED_OF_TRACED, SAVED = 0.15, 0.5
+
+class Kind(NamedTuple):
+    """A kind of compiled step. saved: the share of seconds without a compiler that it saves."""
+
+    name: str
+    saved: float
+
+
+# Reverse steps are traced where they are not compiled, and tracing, which is cheap, has saved most.
+REVERSE, FORWARD = Kind("reverse", 0.15), Kind("forward", 0.5)
+# A price never seen, in seconds; what is left of it once inductor's cache on disk holds the code;
+# plain steps in one step of a metagradient.
 _NEW, _AGAIN, _STEPS = 20.0, 0.3, 3.5
 # Tracing takes a few seconds and saves the Python of autograd's steps, about 2 ms each.
 _TRACE_STEPS = 1000
@@ -37,18 +46,18 @@ def not_worth(
     values: Tensors,
     seed: int,
     expect: float | None,
-    saved: float = SAVED_OF_TRACED,
+    kind: Kind = REVERSE,
 ) -> str:
     """Why compiling would not pay, or is not wanted; empty if it is worth it.
 
     expect: seconds of metagradients still to come, if known; at the least the one that is about to
-    be made, for which a few steps are timed. saved: the share of them that compiling saves.
+    be made, for which a few steps are timed.
     """
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1 is set"
     ahead = _ahead(training, state, values, seed, expect) * _step(training, state, values, seed)
-    price = _remembered().get(_key(training, learned, state), _NEW / _AGAIN) * _AGAIN
-    if saved * ahead >= price:
+    price = _remembered().get(_key(training, learned, state, kind), _NEW / _AGAIN) * _AGAIN
+    if kind.saved * ahead >= price:
         return ""
     return f"{ahead:.2g} s of steps are too few to pay for about {price:.2g} s of compiling"
 
@@ -75,12 +84,14 @@ def spend(training: Training, seconds: float) -> None:
     kept["seconds spent"] = kept.get("seconds spent", 0.0) + seconds
 
 
-def remember(training: Training, learned: Sequence[str], state: State, seconds: float) -> None:
+def remember(
+    training: Training, learned: Sequence[str], state: State, seconds: float, kind: Kind = REVERSE
+) -> None:
     """Keep the price of a training's compiled steps, beside the code itself.
 
     The highest seen: later ones were paid with that code at hand.
     """
-    key, prices = _key(training, learned, state), _remembered()
+    key, prices = _key(training, learned, state, kind), _remembered()
     prices[key] = max(seconds, prices.get(key, 0.0))
     with suppress(OSError):  # A cache that cannot be written is no reason to stop.
         _file().parent.mkdir(parents=True, exist_ok=True)
@@ -101,11 +112,11 @@ def _file() -> Path:
     return Path(cache_dir()) / "hyperdescent.json"
 
 
-def _key(training: Training, learned: Sequence[str], state: State) -> str:
+def _key(training: Training, learned: Sequence[str], state: State, kind: Kind) -> str:
     shapes = [tuple(shape) for shape in training.layout.shapes]
     options = sorted(training.rule.options().items())
     where = state.p.dtype, state.p.device.type, torch.__version__
-    said = repr((training.label, options, shapes, tuple(learned), where))
+    said = repr((kind.name, training.label, options, shapes, tuple(learned), where))
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -115,10 +126,10 @@ def _step(training: Training, state: State, values: Tensors, seed: int) -> float
     if "seconds of a step" not in kept:
         # The first step pays for what is loaded and allocated once. The same step every time: what
         # follows may diverge.
-        training.step(state, values, 0, seed)
+        float(training.step(state, values, 0, seed).p[0])  # A GPU has only queued it by now.
         began = time.monotonic()
         for _ in range(2):
             after = training.step(state, values, 0, seed)
-        float(after.p[0])  # A GPU has only queued them by now.
+        float(after.p[0])
         kept["seconds of a step"] = (time.monotonic() - began) / 2
     return kept["seconds of a step"]  # type: ignore[no-any-return]  # kept holds anything

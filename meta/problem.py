@@ -180,7 +180,7 @@ class ModuleProblem:
         weights = None
         if self.data_weights:
             index, inputs = inputs[-1], tuple(inputs[:-1])
-            weights = hypers[_WEIGHTS][index]
+            weights = hypers[_WEIGHTS].to(index.device)[index]
             hypers = {n: value for n, value in hypers.items() if n != _WEIGHTS}
         # Copies, because a module may update its buffers in place; frozen weights stay put.
         carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
@@ -260,7 +260,8 @@ def problem_from_module(
     returns a scalar; if hypers declares the loss's own hyperparameters it is called with hypers=
     and params= as well, and outer_loss_fn(output, target) must say what the held-out loss is.
     BatchNorm statistics are differentiated; buffers that other modules update outside autograd are
-    carried, not differentiated.
+    carried, not differentiated. Attention is done by products and a softmax and recurrent layers
+    without cuDNN, in plain training too: the fused kernels of both have no second derivative.
 
     accumulate: a step's batch is so many equal parts, done one after the other, and the training
     loss is the mean of theirs; where steps are not compiled, the graph of one part is held at a

@@ -27,6 +27,7 @@ from .memory import bytes_of, comfortable, state_bytes
 from .outcome import Outcome
 from .price import not_worth, remember, spend, worth_tracing
 from .steps import Cotangents, Eager, Steps, pull_back_start, seed_adjoint, why_only_once
+from .store import room_in
 from .training import Resolved, State, Training
 from .trust import or_by_autograd
 
@@ -36,11 +37,12 @@ class Replay:
     """Exact in every hyperparameter of rule, schedule and loss, for any number of them.
 
     memory: for graphs and states, such as "2GiB" or bytes; by default a quarter of what is free,
-    on a CPU at most 2 GiB. gait: "fast" keeps the graph of every step, "lean" none, "auto" all if
-    they fit. checkpoints: the states that the lean gait keeps: "all", "every:K", "revolve:S",
-    "online:S" or the number S; "auto" as many as fit, all or by revolve. store: where they are
-    kept, "device", "cpu", "disk" or a folder. All of these give the same bits; compiled, the two
-    gaits differ from each other by rounding.
+    on a CPU at most 2 GiB, and for states a quarter of what is free where the store is. gait:
+    "fast" keeps the graph of every step, "lean" none, "auto" all if they fit. checkpoints: the
+    states that the lean gait keeps: "all", "every:K", "revolve:S", "online:S" or the number S;
+    "auto" as many as fit, all or by revolve. store: where they are kept, "device", "cpu", "disk"
+    or a folder. All of these give the same bits; compiled, the two gaits differ from each other by
+    rounding.
 
     compile: True and "auto" run generated code, "auto" where that pays for the time to make it;
     "trace" runs the traced operations as they are, on small models in half of autograd's time, for
@@ -225,15 +227,20 @@ class _Run:
         if replay.checkpoints != "auto":
             return 0, find_plan(replay.checkpoints), f"lean: checkpoints {replay.checkpoints}, "
         state = max(state_bytes(self.start), 1)
-        device = self.start.p.device
-        room = comfortable(device) if replay.memory is None else bytes_of(replay.memory)
-        slots = max(1, room // state)
+        device, together = self.start.p.device, True
+        room = for_states = bytes_of(replay.memory or 0)
+        if replay.memory is None:
+            room, for_states = comfortable(device), room_in(replay.store, device)
+            together = replay.store in ("device", device.type)
+        slots = max(1, for_states // state)
         if slots < count:
             return 0, revolve(slots), f"lean: {slots} of {count} states kept by revolve, "
         graphs = 0
         if replay.gait == "auto":
-            more = max(self.steps.graph_bytes(self.start) - state, 1.0)
-            graphs = int(min(count, (room - count * state) // more))
+            # A step that keeps its graph keeps no state.
+            beside = state if together else 0
+            more = max(self.steps.graph_bytes(self.start) - beside, 1.0)
+            graphs = int(min(count, max(0, room - count * beside) // more))
         if graphs == count:
             return count, keep_all(), f"fast: all {count} graphs kept, "
         return graphs, keep_all(), f"lean: {graphs} graphs and {count - graphs} states kept, "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..inner.rule import unknown
+from .memory import SHARE, comfortable
 from .training import State
 
 S = TypeVar("S")
@@ -47,6 +48,14 @@ def find_store(spec: str | Path) -> Store[State]:
         return Host(Files())
     message = unknown("there is no store", str(spec), ("device", "cpu", "disk"))
     raise ValueError(f"store={spec!r}: {message}; a directory is given as a pathlib.Path")
+
+
+def room_in(spec: str | Path, device: torch.device) -> int:
+    """Bytes that may be taken unasked where a store keeps states; device: of the training."""
+    if isinstance(spec, str) and spec != "disk":
+        return comfortable(device if spec == "device" else torch.device("cpu"))
+    free = shutil.disk_usage(tempfile.gettempdir() if spec == "disk" else spec).free
+    return free // SHARE
 
 
 class InPlace(Generic[S]):

@@ -43,7 +43,9 @@ def _load_forward_mode() -> None:
 def slopes_of(training: Training, point: Tensors) -> Tensors:
     """d value in force at each step / d learned number: (numbers, steps, *value's shape)."""
     _load_forward_mode()
-    names = list(training.resolve(point).varying | training.resolve(point).constant)
+    resolved = training.resolve({n: v.detach().requires_grad_() for n, v in point.items()})
+    everything = resolved.varying | resolved.constant
+    names = [n for n, value in everything.items() if value.requires_grad]
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for name, value in point.items():
         for entry in torch.eye(value.numel(), dtype=value.dtype):
@@ -85,6 +87,7 @@ def step_columns(
     def step(moving: list[Tensor], moved: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         start = form.state(moving, counted, state)
         after = training.step_on(start, values | moved, t, batch, gradient=gradient)
+        form.check_still(state, after)
         return form.moving(after), [after.buffers[n] for n in form.counted]
 
     def column(
@@ -105,7 +108,7 @@ def step_columns(
 @dataclass(eq=False)
 class Machine(OnTrial):
     """A traced step of state and columns. single, several: the learned values of one number and of
-    more, whose slopes it takes.
+    more, whose slopes it takes. seconds: spent on making it, but for tracing.
     """
 
     before: Early
@@ -114,10 +117,14 @@ class Machine(OnTrial):
     several: tuple[str, ...]
     low: bool
     agreed: bool = False
+    seconds: float = 0.0
 
     @cached_property
     def run(self) -> Run:
-        return generate(self.graph)
+        return generate(self.graph, self._spend)
+
+    def _spend(self, seconds: float) -> None:
+        self.seconds += seconds
 
 
 def trace(

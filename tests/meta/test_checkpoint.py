@@ -68,7 +68,7 @@ def state_at(i):
     return 7 * i * i + 3
 
 
-def reverse(plan, steps, told=None):
+def assert_reversed(plan, steps, told=None):
     """The tape of a chain gone through there and back, its store; every state is checked."""
     store, redone = Counted(), []
     tape = Checkpoints(plan, store, steps if told is None and plan.foresight else told)
@@ -90,7 +90,7 @@ def reverse(plan, steps, told=None):
 
 def forward_steps(plan, steps):
     """Both sweeps, but for the last step there."""
-    return reverse(plan, steps)[0].recomputed + steps - 1
+    return assert_reversed(plan, steps)[0].recomputed + steps - 1
 
 
 class TestEveryPlan:
@@ -98,15 +98,15 @@ class TestEveryPlan:
     @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 40])
     @pytest.mark.parametrize("make", [every, revolve, online])
     def test_it_yields_every_state_backwards(self, make, size, steps):
-        reverse(make(size), steps)
+        assert_reversed(make(size), steps)
 
     @pytest.mark.parametrize("plan", [keep_all(), every(100), revolve(25), revolve(3), online(12)])
     def test_ten_thousand_steps(self, plan):
-        reverse(plan, 10_000)
+        assert_reversed(plan, 10_000)
 
     @pytest.mark.parametrize("plan", [keep_all(), every(3), online(2), revolve(2)])
     def test_no_steps_at_all(self, plan):
-        assert reverse(plan, 0)[0].peak == 0
+        assert assert_reversed(plan, 0)[0].peak == 0
 
     @given(st.data())
     def test_gaps_are_reversed_in_fewest_steps_whatever_was_kept(self, data):
@@ -119,33 +119,33 @@ class TestEveryPlan:
         plan = Plan(slots, lambda _, hand, __: None if hand in kept else hand)
         gaps = [b - a for a, b in pairwise([*kept, steps - 1])]
         best = sum(fewest(gap, slots - j) for j, gap in enumerate(gaps))
-        assert reverse(plan, steps)[0].recomputed == best
+        assert assert_reversed(plan, steps)[0].recomputed == best
 
 
 class TestSegments:
     @pytest.mark.parametrize("steps", LENGTHS)
     def test_all_are_kept(self, steps):
-        tape, redone = reverse(keep_all(), steps)
+        tape, redone = assert_reversed(keep_all(), steps)
         assert not redone
         assert tape.peak == steps
 
     @pytest.mark.parametrize("steps", LENGTHS)
     @pytest.mark.parametrize("k", [1, 2, 3, 7, 50])
     def test_each_state_between_is_made_again_once(self, steps, k):
-        tape, redone = reverse(every(k), steps)
+        tape, redone = assert_reversed(every(k), steps)
         # Step i makes state i + 1; the last state is at hand.
         assert sorted(i + 1 for i in redone) == [i for i in range(steps - 1) if i % k]
         assert tape.peak <= ceil(steps / k) + k
 
     def test_the_square_root_scheme(self):
-        assert reverse(every(100), 10_000)[0].peak <= 200
+        assert assert_reversed(every(100), 10_000)[0].peak <= 200
 
 
 class TestRevolve:
     @pytest.mark.parametrize("slots", [1, 2, 3, 4, 5, 8, 13])
     def test_it_needs_the_fewest_steps(self, slots):
         for steps in range(1, 60):
-            tape, _ = reverse(revolve(slots), steps)
+            tape, _ = assert_reversed(revolve(slots), steps)
             made = tape.recomputed + steps - 1
             assert made == revolve_steps(steps, slots) == fewest(steps, slots)
             assert tape.peak == min(slots, steps)
@@ -154,7 +154,7 @@ class TestRevolve:
     @pytest.mark.parametrize("sweeps", [1, 2, 3])
     def test_no_step_is_done_more_often_than_the_binomial_says(self, slots, sweeps):
         steps = comb(slots + sweeps, slots)
-        tape, redone = reverse(revolve(slots), steps)
+        tape, redone = assert_reversed(revolve(slots), steps)
         # The sweep there is the first, for all but the last step.
         assert max((redone.count(i) + 1 for i in range(steps - 1)), default=0) == sweeps
         assert tape.recomputed + steps - 1 == sweeps * steps - comb(slots + sweeps, sweeps - 1)
@@ -169,7 +169,7 @@ class TestRevolve:
         assert forward_steps(revolve(10**6), 50) == 49
 
     def test_fewer_steps_than_were_announced(self):
-        reverse(revolve(3), 17, told=40)
+        assert_reversed(revolve(3), 17, told=40)
 
 
 class TestOnline:
@@ -187,12 +187,12 @@ class TestOnline:
     @given(st.integers(1, 400), st.integers(1, 30))
     @settings(max_examples=50, deadline=None)
     def test_it_may_end_anywhere(self, steps, slots):
-        tape, _ = reverse(online(slots), steps)
+        tape, _ = assert_reversed(online(slots), steps)
         assert tape.peak == min(slots, steps)
         assert tape.recomputed + steps - 1 <= SLACK.get(slots, 1.07) * revolve_steps(steps, slots)
 
     def test_knowing_the_number_changes_nothing(self):
-        assert reverse(online(4), 77)[1] == reverse(online(4), 77, told=77)[1]
+        assert assert_reversed(online(4), 77)[1] == assert_reversed(online(4), 77, told=77)[1]
 
 
 # Steps as multiples of T, most states, and the optimum in as many: the shared spec's section 1.3.
@@ -246,7 +246,7 @@ class TestFindPlan:
         ],
     )
     def test_it_keeps_as_its_maker_says(self, spec, plan):
-        assert reverse(find_plan(spec), 30)[1] == reverse(plan, 30)[1]
+        assert assert_reversed(find_plan(spec), 30)[1] == assert_reversed(plan, 30)[1]
 
     @pytest.mark.parametrize("spec", ["some", "every", "every:", "all:3", "revolv:3", "", "3.5"])
     def test_what_is_no_plan(self, spec):

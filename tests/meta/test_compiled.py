@@ -191,6 +191,24 @@ def test_single_precision(only_back):
     assert_agrees(training(problem(mlp, 5, dtype=SINGLE)), 1e-4, **LEAN)
 
 
+def mixed():
+    def mlp():
+        return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    return training(problem(mlp, 5, dtype=SINGLE, autocast=torch.bfloat16))
+
+
+def test_mixed_precision(only_back):
+    """Within a few units of bfloat16; the norm of the difference."""
+    run = mixed()
+    point = run.start(NAMES)
+    expected, _ = Replay(compile=False)(run, point, seed=0)
+    found, _ = Replay(compile=True, **LEAN)(run, point, seed=0)
+    assert found.note.how.endswith("compiled")
+    for name, value in expected.grad.items():
+        assert float(found.grad[name]) == pytest.approx(float(value), rel=0.05), name
+
+
 def test_running_statistics(only_back):
     def cnn():
         layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()
@@ -493,6 +511,18 @@ class TestDistrust:
         with pytest.warns(UserWarning, match="differs"):
             Replay(compile=True, **GAIT_OF[part])(run, run.start(NAMES), seed=0)
         assert 0 < max(before) < 5 and max(asked) == 19
+
+    @pytest.mark.parametrize("factor", [-1.0, 0.0, 1.5])
+    @pytest.mark.parametrize("part", GAIT_OF)
+    def test_of_an_error_beyond_that_of_bfloat16(self, monkeypatch, part, factor):
+        monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
+        run = mixed()
+        replay = Replay(compile=True, **GAIT_OF[part])
+        assert replay(run, run.start(NAMES), seed=0)[0].note.how.endswith("compiled")
+        run = mixed()
+        spoil(monkeypatch, part, off(0, factor))
+        with pytest.warns(UserWarning, match="differs from autograd's"):
+            replay(run, run.start(NAMES), seed=0)
 
     def test_is_not_of_the_rounding_at_a_minimum(self, monkeypatch):
         """Where the gradient of a loss of 0 in single precision has not one digit that is right."""

@@ -1,5 +1,7 @@
 """Forward mode against replayed reverse mode, in float64, by autograd and by traced operations."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import nn
 
 from hyperdescent.inner.rules import RULES, find_rule
 from hyperdescent.inner.schedule import find_schedule
+from hyperdescent.meta import forward as forward_module
 from hyperdescent.meta import tangents
 from hyperdescent.meta.forward import Forward
 from hyperdescent.meta.hypergradient import choose_method, hypergradient
@@ -39,7 +42,7 @@ def training(rule="adamw", of=None, **options):
 @pytest.fixture(params=[False, True], ids=["autograd", "traced"])
 def forward(request, monkeypatch):
     """Both ways without a compiler, whose code test_compiled looks at."""
-    monkeypatch.setattr(tangents, "generate", lambda graph: graph)
+    monkeypatch.setattr(tangents, "generate", lambda graph, spent: graph)
     return Forward(compile=request.param)
 
 
@@ -76,7 +79,7 @@ def test_compiled_steps_that_are_wrong_are_not_used(monkeypatch, part):
     names += [f"the tangent of {name}" for name in names]
     tried = []
 
-    def wrong(graph):
+    def wrong(graph, spent):
         def run(*inputs):
             out = list(graph(*inputs))
             out[names.index(part)] = 1.001 * out[names.index(part)]
@@ -115,6 +118,145 @@ def test_in_real_time_with_hypers_at_rest_it_is_the_whole_run(every):
     assert all(torch.allclose(estimate.grad[n], whole.grad[n], rtol=1e-10) for n in point)
     _, carry = Forward(compile=False, every=every)(run, point, carry, seed=9)
     assert carry.done == every and carry.seed == 9
+
+
+def test_in_real_time_what_is_learned_may_not_change():
+    run = training()
+    _, carry = Forward(compile=False, every=2)(run, run.start(["lr"]), seed=0)
+    with pytest.raises(ValueError, match="2 learned numbers go on from tangents in 1; learn the"):
+        Forward(compile=False, every=2)(run, run.start(["lr", "beta1"]), carry, seed=0)
+
+
+def test_memory_does_not_grow_with_the_number_of_steps(forward, monkeypatch):
+    """Of all states and tangents no more than those of two steps are alive at once."""
+    made, alive = [], []
+
+    class Watched:
+        def __init__(self, problem):
+            self.problem = problem
+
+        def __getattr__(self, name):
+            return getattr(self.problem, name)
+
+        def batch(self, step, seed):
+            alive.append(sum(ref() is not None for ref in made))
+            return self.problem.batch(step, seed)
+
+    choose = forward_module._Run._choose
+
+    def watched(run):
+        advance, how = choose(run)
+
+        def noted(i, state, tangents):
+            after, along = advance(i, state, tangents)
+            made.extend(weakref.ref(x) for x in (after.p, *along))
+            return after, along
+
+        return noted, how
+
+    monkeypatch.setattr(forward_module._Run, "_choose", watched)
+    run = training(of=Watched(problem()))
+    forward(run, run.start(["lr", "beta1"]), seed=0)
+    assert len(made) == 4 * STEPS and 0 < max(alive) <= 4
+
+
+def test_values_that_are_not_learned_have_no_tangents():
+    """A weight for every example would be one for every example, step and column."""
+    data = examples(40, 5)
+    of = problem_from_module(
+        mlp,
+        lambda output, target: F.cross_entropy(output, target, reduction="none"),
+        data,
+        data,
+        batch_size=10,
+        data_weights=True,
+    )
+    run = training(of=of)
+    assert set(tangents.slopes_of(run, run.start(["lr"]))) == {"lr"}
+    assert_same(Forward(compile=False), run, ["lr", "data_weights"])
+
+
+def test_a_buffer_that_first_changes_late_is_named():
+    class Late:
+        def __init__(self, problem):
+            self.problem = problem
+
+        def __getattr__(self, name):
+            return getattr(self.problem, name)
+
+        def start(self, seed):
+            return self.problem.start(seed)[0], {"mean": torch.zeros(3, dtype=torch.float64)}
+
+        def batch(self, step, seed):
+            return torch.tensor(step), self.problem.batch(step, seed)
+
+        def inner_loss(self, params, buffers, hypers, batch):
+            step, batch = batch
+            loss, _ = self.problem.inner_loss(params, {}, hypers, batch)
+            if step == 5:
+                buffers = {"mean": buffers["mean"] + params["2.bias"]}
+            return loss + buffers["mean"].sum(), buffers
+
+        def outer_loss(self, params, buffers, hypers):
+            return self.problem.outer_loss(params, {}, hypers) + buffers["mean"].sum()
+
+    run = training(of=Late(problem()))
+    with pytest.raises(ValueError, match="buffer 'mean' is first replaced after step 1"):
+        Forward(compile=False)(run, run.start(["lr"]), seed=0)
+
+
+def test_a_model_that_refuses_what_is_not_finite_has_diverged(forward):
+    class Refusing(nn.Linear):
+        def __init__(self):
+            super().__init__(5, 3, dtype=torch.float64)
+
+        def forward(self, x):
+            if not torch.compiler.is_compiling() and not self.weight.isfinite().all():
+                raise ArithmeticError("bad weights")
+            return super().forward(x)
+
+    def far(output, target):
+        return F.cross_entropy(output, target) * 1e300
+
+    of = problem_from_module(Refusing, far, examples(40, 5), examples(30, 5), batch_size=10)
+    run = Training(of, find_rule("sgd"), STEPS, given={"lr": 1e30})
+    found, _ = Forward(compile=False)(run, run.start(["lr"]), seed=0)
+    assert found.note.outcome is Outcome.DIVERGED and found.grad == {}
+
+
+class Backwards(torch.autograd.Function):
+    """tanh, with no forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y)
+
+
+class OnlyBack(nn.Module):
+    def forward(self, x):
+        return Backwards.apply(x)
+
+
+def only_back():
+    return nn.Sequential(nn.Linear(5, 6), OnlyBack(), nn.Linear(6, 3)).double()
+
+
+def test_an_operation_without_forward_mode_is_an_outcome():
+    run = training(of=problem(only_back))
+    found, _ = Forward(compile=False)(run, run.start(["lr"]), seed=0)
+    assert found.note.outcome is Outcome.NOT_DIFFERENTIABLE
+    assert 'use method="replay"' in found.note.reason
 
 
 def test_in_real_time_hypers_may_change():

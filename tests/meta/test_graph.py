@@ -344,13 +344,15 @@ class TestWhatIsInside:
         # The last is the row of numbers that go back, and is double for their sake.
         assert {*vectors[:-1]} == {torch.float32} and vectors[-1] == DOUBLE
         # So are the numbers that come in, so that no generated code computes in double.
-        assert {x.dtype for x in graph.examples} == {torch.float32, torch.int64}
+        assert {x.dtype for x in graph.takes} == {torch.float32, torch.int64}
 
     @pytest.mark.parametrize(("of", "draws"), [("batch_norm", 0), ("noisy", 3)])
     def test_every_part_does_what_the_whole_does(self, of, draws):
         """And draws what the net draws, from the same place of the stream."""
         graph = step_graph(training(of=NETS[of]()), ["lr", "beta1"])
-        (record, rewind, size), inputs = graph.halves(), graph.examples
+        record, rewind, size = graph.halves()
+        inputs = [x.zeros() for x in graph.takes]
+        inputs = [x + torch.rand_like(x) if x.is_floating_point() else x for x in inputs]
         assert graph.random == bool(draws)
         for part in (graph.joint, graph.advance(), graph.pull(), record):
             assert len(random_nodes(part)) == draws
@@ -418,6 +420,30 @@ class TestTracesBehind:
         del run
         gc.collect()
         assert ref() is None
+
+    def test_nor_is_one_that_cannot_be_traced(self):
+        run = training(of=problem(loss_fn=branching))
+        found, _ = Replay(compile="trace")(run, run.start(["lr"]), seed=0)
+        assert "cannot be compiled" in found.note.how
+        ref = weakref.ref(run.problem)
+        del run
+        gc.collect()
+        assert ref() is None
+
+    def test_no_state_is_kept_with_a_graph(self):
+        run, states = training(), []
+        begin = type(run).begin
+
+        def watched(self, values, seed):
+            state = begin(self, values, seed)
+            states.extend(map(weakref.ref, (state.p, *state.slots.values())))
+            return state
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(run), "begin", watched)
+            Replay(compile=True)(run, run.start(["lr"]), seed=0)
+        gc.collect()
+        assert states and not any(ref() is not None for ref in states)
 
     @pytest.mark.parametrize("of", ["noisy", "augmented"])
     def test_the_global_generators_are_left_alone(self, of):

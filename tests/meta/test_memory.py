@@ -1,6 +1,8 @@
 """Sizes of memory: as a user says them, as the machine has them, as a state takes them."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +181,19 @@ class TestWhatReplayTakes:
     def test_the_fast_gait_beside_a_budget_is_refused(self, other):
         with pytest.raises(ValueError, match="gait='fast' keeps every graph, whatever memory="):
             Replay(gait="fast", **other)
+
+    @pytest.mark.parametrize("store", ["disk", "folder"])
+    def test_unasked_as_many_states_as_the_disk_takes(self, run, monkeypatch, tmp_path, store):
+        """And of graphs, which are not there, what is comfortable where they are."""
+        free = [10**9]
+        usage = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=free[0]))
+        monkeypatch.setattr(shutil, "disk_usage", usage.disk_usage)
+        monkeypatch.setattr(memory, "available", lambda: 4 * 3 * self.state_bytes(run))
+        where = tmp_path if store == "folder" else store
+        note = self.note(run, store=where)
+        assert note.states + note.graphs == self.STEPS and note.recomputed == 0
+        free[0] = 4 * 2 * self.state_bytes(run)
+        assert self.note(run, store=where).states == 2
 
     def test_unasked_what_is_comfortable(self, run, monkeypatch):
         assert self.note(run).graphs == self.STEPS

@@ -124,6 +124,51 @@ def test_steps_that_cannot_be_traced_are_done_one_by_one():
         assert "by autograd, one after the other: adamw on" in estimate.note.how
 
 
+def test_batches_of_several_shapes_are_done_one_by_one():
+    data = torch.utils.data.TensorDataset(*examples(35, 5))
+    loader = torch.utils.data.DataLoader(data, batch_size=10)
+    of = problem_from_module(mlp, F.cross_entropy, loader, examples(30, 5, seed=1))
+    run = training(of=of)
+    points = points_of(run, ["lr"])
+    for estimate in metagradients(run, points, SEEDS, compile=False):
+        assert estimate.ok and "one after the other: a batch has shapes" in estimate.note.how
+
+
+def test_one_that_diverges_may_refuse_to_be_evaluated():
+    class Refusing(nn.Linear):
+        def __init__(self):
+            super().__init__(5, 3, dtype=torch.float64)
+
+        def forward(self, x):
+            # Traced, where weights have no values, it does not look at them.
+            if type(self.weight) is torch.Tensor and not self.weight.isfinite().all():
+                raise ArithmeticError("bad weights")
+            return super().forward(x)
+
+    def squares(output, target):
+        return (output - F.one_hot(target, 3)).square().mean()
+
+    run = Training(problem(Refusing, squares), find_rule("sgd"), 60)
+    points = [{"lr": torch.tensor(x, dtype=torch.float64)} for x in (0.1, 1e9)]
+    good, bad = metagradients(run, points, (0, 0), compile=False)
+    assert good.ok and "at once" in good.note.how
+    assert bad.note.outcome is Outcome.DIVERGED and bad.grad == {}
+    fine, lost = losses(run, points, (0, 0), compile=False)
+    assert fine == pytest.approx(good.loss) and lost == float("inf")
+
+
+def test_an_adjoint_of_zeros_is_no_missing_graph():
+    def flat(output, target):
+        return 0 * output.sum()
+
+    of = problem_from_module(
+        mlp, F.cross_entropy, examples(40, 5), examples(30, 5), batch_size=10, outer_loss_fn=flat
+    )
+    run = training(of=of)
+    for estimate in metagradients(run, points_of(run, ["lr"]), SEEDS, compile=False):
+        assert estimate.ok and float(estimate.grad["lr"]) == 0
+
+
 @pytest.mark.parametrize("memory", [None, 5000], ids=["graphs", "states"])
 @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
 def test_compiled_steps_are_used_if_they_are_right(monkeypatch, memory, right):

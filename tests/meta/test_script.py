@@ -119,6 +119,43 @@ class TestPrice:
             price.remember(None, ["lr"], None, seconds)
         assert price._remembered() == {"one": 30.0}
 
+    @pytest.fixture
+    def asked(self, tmp_path, monkeypatch):
+        """Why compiling would not pay for a training of 100 steps of 10 ms; options of it."""
+        monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+        monkeypatch.setattr(price, "_file", lambda: tmp_path / "prices")
+        monkeypatch.setattr(price, "_step", lambda *given: 0.01)
+        data = torch.randn(20, 3), torch.randint(2, (20,))
+        of = problem_from_module(lambda: nn.Linear(3, 2), F.cross_entropy, data, data, batch_size=5)
+        run = Training(of, find_rule("sgd"), 100)
+        state = run.begin(run.resolve({}).at(0), 0)
+
+        def ask(expect=None, kind=price.REVERSE):
+            return price.not_worth(run, ["lr"], state, {}, 0, expect, kind)
+
+        return ask, run, state
+
+    def test_is_weighed_against_what_is_expected(self, asked):
+        ask, _, _ = asked
+        # 3.5 plain steps for a step, there and back; 0.15 of 20 s / 0.15, then half of 20 s / 0.5.
+        assert "3.5 s of steps are too few to pay for about 20 s of compiling" in ask()
+        assert ask(133) and not ask(134)
+        assert ask(39, price.FORWARD) and not ask(41, price.FORWARD)
+
+    def test_is_weighed_against_what_was_spent(self, asked):
+        ask, run, _ = asked
+        price.spend(run, 129)
+        assert ask()
+        price.spend(run, 2)
+        assert not ask()
+
+    def test_is_less_where_the_code_is_on_disk(self, asked):
+        ask, run, state = asked
+        price.remember(run, ["lr"], state, 5.0)  # Of which 1.5 are left.
+        assert ask(9) and not ask(11)
+        assert "about 20 s" in ask(1, price.FORWARD)
+        assert "about 1.5 s" in ask(1)
+
     def test_of_tracing_is_paid_where_many_steps_are_ahead(self):
         data = torch.randn(20, 3), torch.randint(2, (20,))
         of = problem_from_module(lambda: nn.Linear(3, 2), F.cross_entropy, data, data, batch_size=5)
