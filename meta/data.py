@@ -150,8 +150,8 @@ def sent(batch: Batch, device: torch.device | None) -> Batch:
 
 def _sent(x: Tensor, device: torch.device | None) -> Tensor:
     if device is not None and device.type == "cuda" and x.device.type == "cpu":
-        # Only a copy from pinned memory is queued, so that the next batch is made and sent while the
-        # GPU is still at this one's step. The allocator keeps the memory until it is done.
+        # Only a copy from pinned memory is queued, so that the next batch is made and sent while
+        # the GPU is still at this step. The allocator keeps the memory until it is done.
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
