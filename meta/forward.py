@@ -20,6 +20,7 @@ from ..inner.hyper import Tensors
 from .compiled import made_once
 from .estimate import Estimate, Note, finished
 from .graph import Form
+from .kept import kept_for
 from .outcome import Outcome
 from .parts import contiguous, first_line
 from .price import FORWARD, not_worth, remember, spend
@@ -28,7 +29,7 @@ from .replay import check_at_least
 from .steps import Cotangents, seed_adjoint
 from .tangents import Machine, slopes_of, step_columns, trace
 from .training import State, Training
-from .trust import agrees, directions, early, or_by_autograd
+from .trust import Distrusted, agrees, directions, early, or_by_autograd
 
 
 class Reached(NamedTuple):
@@ -114,6 +115,9 @@ class _Run:
 
     def estimate(self) -> tuple[Estimate, Reached | None]:
         training, begun, every = self.training, self.begun, self.forward.every
+        if departs := self._departs():
+            note = Note(Outcome.NOT_DIFFERENTIABLE, departs, training.steps)
+            return Estimate(float("nan"), {}, note), None
         state, tangents = begun.state, begun.tangents
         tangents = tangents or self._first_tangents(state)
         last = min(training.steps, begun.done + (every or training.steps))
@@ -144,6 +148,30 @@ class _Run:
         note = Note(steps=steps, how=f"forward: {len(tangents[0])} columns, {how}")
         carry = begun._replace(state=state, tangents=tangents, done=done) if every else None
         return finished(loss, self._gradient(tangents, adjoint), note), carry
+
+    def _departs(self) -> str:
+        """Why a step in forward mode is not the training's step; empty if it is."""
+        training, begun, form = self.training, self.begun, self.form
+        kept, i = kept_for(training.problem), begun.done
+        if "forward departs" not in kept:
+
+            def plain(state: State) -> list[Tensor]:
+                return form.moving(training.step(state, self.plain.at(i), i, begun.seed))
+
+            tangents = begun.tangents or self._first_tangents(begun.state)
+            found = form.moving(self._eager(i, begun.state, tangents)[0])
+            names = [f"{kind} {name}".strip() for kind, name in form.moved]
+            low = getattr(training.problem, "autocast", None) is not None
+            kept["forward departs"] = ""
+            try:
+                agrees(training, names, found, plain, begun.state, low)
+            except Distrusted:
+                kept["forward departs"] = (
+                    f"forward mode of {training.label} is of another training: its steps draw "
+                    "other numbers, as dropout of a transposed tensor does under torch.func; use "
+                    'method="replay"'
+                )
+        return str(kept["forward departs"])
 
     def _gradient(self, tangents: list[Tensor], adjoint: list[Tensor]) -> Tensors:
         along = torch.stack(

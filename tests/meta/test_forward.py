@@ -11,6 +11,7 @@ from torch import nn
 from hyperdescent.inner.rules import RULES, find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta import forward as forward_module
+from hyperdescent.meta import hypergradient as hypergradient_module
 from hyperdescent.meta import tangents
 from hyperdescent.meta.forward import Forward
 from hyperdescent.meta.hypergradient import choose_method, hypergradient
@@ -307,6 +308,12 @@ class TestAuto:
         run = training(schedules={"lr": find_schedule("free")}, grains={"lr": "tensor"})
         method, why = choose_method(run, run.start(["lr"]), memory=1)
         assert isinstance(method, Replay) and "cost more than" in why
+
+    def test_is_replay_where_forward_mode_cannot(self, monkeypatch):
+        forward = Forward(compile=False), "less"
+        monkeypatch.setattr(hypergradient_module, "choose_method", lambda *given: forward)
+        found = hypergradient(problem(only_back), "adamw", learn="lr", steps=STEPS)
+        assert found.ok and 'use method="replay"' in found.note.how
 
     def test_says_what_it_picked(self):
         estimate = hypergradient(problem(), "adamw", learn="lr", steps=5)

@@ -16,7 +16,9 @@ from hyperdescent.inner.hyper import positive
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta.differences import directional_difference, held_out_loss
+from hyperdescent.meta.forward import Forward
 from hyperdescent.meta.implicit import Implicit
+from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.problem import problem_from_module
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
@@ -197,6 +199,21 @@ MODELS = {
 @pytest.mark.parametrize(("make", "examples"), MODELS.values(), ids=MODELS)
 def test_exact(make, examples, rule):
     assert_exact(training(problem(make, examples), rule), NAMES[rule])
+
+
+@pytest.mark.parametrize(("make", "examples"), MODELS.values(), ids=MODELS)
+def test_forward_mode_is_exact(make, examples):
+    run = training(problem(make, examples, accumulate=2))
+    point = run.start(NAMES["adamw"])
+    expected, _ = BY_AUTOGRAD(run, point, seed=0)
+    found, _ = Forward(compile=False)(run, point, seed=0)
+    if make is Encoder:  # Its dropout is of a transposed tensor.
+        assert found.note.outcome is Outcome.NOT_DIFFERENTIABLE
+        assert "draw other numbers" in found.note.reason
+        return
+    assert found.loss == pytest.approx(expected.loss, rel=1e-13)
+    for name, value in expected.grad.items():
+        assert float(found.grad[name]) == pytest.approx(float(value), rel=1e-9), name
 
 
 def test_tied_weights_are_one_parameter():
