@@ -30,9 +30,36 @@ def traced(function: Callable[..., Any], examples: Sequence[Tensor], seed: int) 
     with numbered(seed), seeded(seed, examples[0].device):
         try:
             made = retraced(function, examples)
-            return retraced(torch.func.functionalize(made, remove="mutations"), examples)
+            made = retraced(torch.func.functionalize(made, remove="mutations"), examples)
+            return retraced(made, examples) if _draw_in_place(made) else made
         except Exception as error:  # Whatever a model does that tensors without values cannot.
             raise CannotTrace(first_line(error)) from error
+
+
+def _draw_in_place(graph: Graph) -> bool:
+    """Let masks be drawn in the order of memory, as they are in place; whether any was not.
+
+    Out of place, which is all that a graph may do, torch lays a mask out anew: dropout of a
+    transposed tensor would have another mask than it has in an eager step.
+    """
+    changed = False
+    for n in graph.graph.find_nodes(op="call_function", target=aten.bernoulli.p):
+        like = n.args[0]
+        strides = like.meta["val"].stride()
+        order = sorted(range(len(strides)), key=lambda d: -strides[d])
+        if order != list(range(len(strides))):
+            with graph.graph.inserting_after(n):
+                back = graph.graph.call_function(
+                    aten.permute.default, (n, [order.index(d) for d in range(len(order))])
+                )
+            n.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+            with graph.graph.inserting_before(n):
+                there = graph.graph.call_function(aten.permute.default, (like, order))
+            n.replace_input_with(like, there)
+            changed = True
+    if changed:
+        graph.recompile()
+    return changed
 
 
 def retraced(function: Callable[..., Any], examples: Sequence[Tensor]) -> Graph:

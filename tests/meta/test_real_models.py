@@ -216,6 +216,19 @@ def test_forward_mode_is_exact(make, examples):
         assert float(found.grad[name]) == pytest.approx(float(value), rel=1e-9), name
 
 
+@pytest.mark.parametrize("name", ["RMSNorm", "encoder"])
+def test_traced_steps_are_the_same(name):
+    """Dropout included, of transposed tensors too."""
+    run = training(problem(*MODELS[name]))
+    point = run.start(NAMES["adamw"])
+    expected, _ = BY_AUTOGRAD(run, point, seed=0)
+    found, _ = Replay(compile="trace")(run, point, seed=0)
+    assert found.note.how.endswith("traced")
+    assert found.loss == pytest.approx(expected.loss, rel=1e-13)
+    for name, value in expected.grad.items():
+        assert float(found.grad[name]) == pytest.approx(float(value), rel=1e-9), name
+
+
 def test_tied_weights_are_one_parameter():
     names = training(problem(GPT, tokens)).layout.names
     assert "embedding.weight" in names and "head.weight" not in names
