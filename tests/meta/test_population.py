@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from nets import cnn, examples, mlp
 from torch import nn
+from torch._dynamo.utils import counters
 
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
@@ -204,6 +205,21 @@ def test_draws_differ_between_trainings():
     point = run.start(["lr"])
     first, second = metagradients(run, [point] * 2, (0, 0), compile=False)
     assert first.loss != second.loss
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_generated_code():
+    """Made once for all points and seeds."""
+    run = Training(problem(), find_rule("sgd"), STEPS)
+    before = counters["aot_autograd"]["total"]
+    for factor in (1.0, 0.8):
+        points = [{"lr": factor * point["lr"]} for point in points_of(run, ["lr"])]
+        found = metagradients(run, points, SEEDS)
+        for estimate, point, seed in zip(found, points, SEEDS, strict=True):
+            assert "3 trainings at once, compiled" in estimate.note.how
+            alone, _ = Replay(compile=False)(run, point, seed=seed)
+            torch.testing.assert_close(estimate.grad["lr"], alone.grad["lr"], rtol=1e-9, atol=0)
+    assert counters["aot_autograd"]["total"] == before + 2  # record, rewind
 
 
 @pytest.mark.parametrize("seeds", [(), (1,)])
