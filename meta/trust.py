@@ -23,7 +23,7 @@ from .training import State, Training
 
 # How far a compiled vector may be from autograd's: units of its norm in the last place, and times
 # what one such unit in the weights changes in it; in bfloat16, where a unit is 1/128, fewer.
-_UNITS, _SPREADS = 1e3, 50.0
+_UNITS, _SPREADS = 200.0, 20.0
 _LOW_UNITS, _LOW_SPREADS = 20.0, 5.0
 # Steps that are done before the one that is looked at: what a rule remembers is no longer 0.
 _STEPS = 2
