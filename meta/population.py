@@ -34,7 +34,7 @@ class Population:
     """The mean metagradient of one point over several training seeds, all trained at once.
 
     memory, compile: as for Replay, but compile=False runs the traced step as it is. Trainings whose
-    step cannot be traced are done one after the other.
+    step cannot be traced are done one after the other. note.adjoint: the largest of theirs.
     """
 
     seeds: int = 4
@@ -59,7 +59,9 @@ class Population:
         grad = {name: torch.stack([each.grad[name] for each in trusted]).mean(0) for name in point}
         note = trusted[0].note
         how = f"mean of {len(trusted)} of {self.seeds} seeds: {note.how}"
-        return Estimate(loss, grad, replace(note, how=how)), None
+        norms = [each.note.adjoint for each in trusted if each.note.adjoint is not None]
+        worst = torch.stack(norms).amax(0)
+        return Estimate(loss, grad, replace(note, how=how, adjoint=worst)), None
 
 
 def metagradients(

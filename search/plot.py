@@ -125,7 +125,8 @@ def _color(label: str, among: Mapping[str, Any]) -> str:
 def _dress(ax: Axes, title: str, across: str, *, log: bool) -> None:
     ax.set(title=title, xlabel=across)
     heights = [y for line in ax.lines for y in np.asarray(line.get_ydata(), dtype=float)]
-    if log and heights and 0 < min(heights) < max(heights):
+    # Not for values that rounding alone tells apart, which no log scale can hold.
+    if log and heights and 0 < (1 + 1e-9) * min(heights) < max(heights):
         ax.set_yscale("log")
     if ax.lines:
         ax.legend()

@@ -263,7 +263,7 @@ class TestFilesAreGone:
 
     def test_at_steps_that_are_not_trusted(self, places, monkeypatch):
         def off(self, graph):
-            back = len(self.graph.examples) == sum(n.op == "placeholder" for n in graph.graph.nodes)
+            back = len(self.graph.takes) == sum(n.op == "placeholder" for n in graph.graph.nodes)
             return lambda *inputs: [x * (2 if back else 1) for x in graph(*inputs)]
 
         monkeypatch.setattr(Machine, "_compiled", off)

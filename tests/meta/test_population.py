@@ -109,6 +109,8 @@ def test_an_estimate_is_the_mean_over_its_seeds():
     for name, value in mean.grad.items():
         assert float(value) == pytest.approx(sum(float(e.grad[name]) for e in each) / 3, rel=1e-9)
     assert mean.note.how.startswith("mean of 3 of 3 seeds")
+    largest = torch.stack([e.note.adjoint for e in each]).amax(0)
+    torch.testing.assert_close(mean.note.adjoint, largest, rtol=1e-9, atol=0)
 
 
 def test_steps_that_cannot_be_traced_are_done_one_by_one():

@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import torch
 from matplotlib import image
 
-from hyperdescent.search.plot import compare, drawing_of
+from hyperdescent.search.plot import Drawing, compare, drawing_of
 from hyperdescent.search.tune import tune
 
 
@@ -42,6 +43,17 @@ def test_a_result_with_and_without_curves(tuned, tmp_path, rule, more):
     plain, curves = (drawn(tmp_path / f"{name}.png") for name in ("plain", "curves"))
     assert plain.shape == curves.shape
     assert (plain != curves).any()
+
+
+def test_values_that_are_equal_but_for_rounding(tmp_path):
+    """As where nothing better than the default was found: it comes back from its logarithm."""
+    for value in (0.001, 0.01, 0.9):
+        default = torch.full((20, 1), value, dtype=torch.float64)
+        learned = default.nextafter(torch.ones_like(default))
+        picture = tmp_path / f"{value}.png"
+        lines = {"default": default, "learned": learned}
+        Drawing(title="", schedules={"lr": lines}, log=frozenset(["lr"])).save(picture)
+        drawn(picture)
 
 
 def test_every_scheduled_hyper_has_a_panel(tuned):
