@@ -39,13 +39,12 @@ class Machine(OnTrial):
     """The compiled parts of one step, each made when first asked for.
 
     interpreted: run the traced operations as they are. agreed: the parts that were seen to agree
-    with autograd. seconds: spent on making them, tracing included.
+    with autograd.
     """
 
     graph: StepGraph
     interpreted: bool = False
     agreed: set[str] = field(default_factory=set)
-    seconds: float = 0.0
 
     @cached_property
     def advance(self) -> Run:
@@ -83,10 +82,7 @@ class Machine(OnTrial):
     def _compiled(self, graph: Graph) -> Run:
         if self.interpreted:
             return scripted(graph)
-        return generate(graph, self._spend)
-
-    def _spend(self, seconds: float) -> None:
-        self.seconds += seconds
+        return generate(graph, self.spend)
 
 
 @contextmanager
@@ -144,9 +140,8 @@ def made_once(
         try:
             made[key] = make()
         except CannotTrace as why:
-            made[key] = CannotTrace(
-                str(why)
-            )  # Without what it was raised from, and all its frames.
+            # Another one, without the frames of that, which hold the problem.
+            made[key] = CannotTrace(str(why))
     found = made[key]
     if isinstance(found, CannotTrace):
         raise Distrusted(f"{training.label} cannot be compiled: {found}")
@@ -290,8 +285,7 @@ class Compiled:
         def step(state: State) -> list[Tensor]:
             return replaced(self._training.step(state, self._plain.at(i), i, self._seed))
 
-        names = [f"{kind} {name}".strip() for kind, name in form.moved]
-        names += [f"buffers {name}" for name in form.counted]
+        names = [*form.names, *(f"buffers {name}" for name in form.counted)]
         with self._quiet(i):
             out = getattr(self._machine, part)(*self._inputs(i, state))
         return self._agrees(names, out[: form.after], step, state)
@@ -315,8 +309,8 @@ class Compiled:
         back = machine.graph.numbers_behind(numbers, out[-1][None, 1:].double().cpu())
         hypers = [*back, *self._several]
         # Buffers of the start are constants for autograd.
-        moved = [at for at in form.moved if i or at[0] != "buffers"]
-        names = [f"the adjoint of {kind} {name}".strip() for kind, name in moved]
+        moved = [n for n in form.names if i or not n.startswith("buffers ")]
+        names = [f"the adjoint of {name}" for name in moved]
         names += [f"the cotangent of {name}" for name in hypers]
         others = out[len(form.moved) : -1]
         found = [*out[: len(moved)], *(x[0] for x in back.values()), *others]

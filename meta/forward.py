@@ -160,11 +160,10 @@ class _Run:
 
             tangents = begun.tangents or self._first_tangents(begun.state)
             found = form.moving(self._eager(i, begun.state, tangents)[0])
-            names = [f"{kind} {name}".strip() for kind, name in form.moved]
             low = getattr(training.problem, "autocast", None) is not None
             kept["forward departs"] = ""
             try:
-                agrees(training, names, found, plain, begun.state, low)
+                agrees(training, form.names, found, plain, begun.state, low)
             except Distrusted:
                 kept["forward departs"] = (
                     f"forward mode of {training.label} is of another training: its steps draw "
@@ -272,8 +271,7 @@ class _Run:
         def by_autograd(state: State) -> list[Tensor]:
             return flat(self._eager, state)
 
-        names = [f"{kind} {name}".strip() for kind, name in form.moved]
-        names += [f"the tangent of {name}" for name in names]
+        names = [*form.names, *(f"the tangent of {name}" for name in form.names)]
         return agrees(training, names, flat(advance, state), by_autograd, state, low)
 
     def _eager(self, i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:

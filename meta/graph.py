@@ -101,6 +101,11 @@ class Form:
             raise CannotTrace(f"a batch of it holds {self.odd}, not tensors alone")
 
     @property
+    def names(self) -> list[str]:
+        """What moves, in words: "p", "slots m", "buffers mean"."""
+        return [f"{part} {name}".strip() for part, name in self.moved]
+
+    @property
     def after(self) -> int:
         """How many tensors a step replaces, those that move and those that are counted."""
         return len(self.moved) + len(self.counted)

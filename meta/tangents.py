@@ -108,7 +108,7 @@ def step_columns(
 @dataclass(eq=False)
 class Machine(OnTrial):
     """A traced step of state and columns. single, several: the learned values of one number and of
-    more, whose slopes it takes. seconds: spent on making it, but for tracing.
+    more, whose slopes it takes.
     """
 
     before: Early
@@ -117,14 +117,10 @@ class Machine(OnTrial):
     several: tuple[str, ...]
     low: bool
     agreed: bool = False
-    seconds: float = 0.0
 
     @cached_property
     def run(self) -> Run:
-        return generate(self.graph, self._spend)
-
-    def _spend(self, seconds: float) -> None:
-        self.seconds += seconds
+        return generate(self.graph, self.spend)
 
 
 def trace(

@@ -37,9 +37,15 @@ class Distrusted(Exception):
 
 @dataclass(eq=False)
 class OnTrial:
-    """Code that may yet be refused. refused: why it was; empty as long as it was not."""
+    """Code that may yet be refused. refused: why it was; empty as long as it was not. seconds:
+    spent on making it.
+    """
 
     refused: str = field(default="", init=False)
+    seconds: float = field(default=0.0, kw_only=True)
+
+    def spend(self, seconds: float) -> None:
+        self.seconds += seconds
 
     @contextmanager
     def trial(self) -> Iterator[None]:

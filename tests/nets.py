@@ -34,3 +34,33 @@ def cnn():
     """For inputs of shape (1, 6, 6)."""
     layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)
     return nn.Sequential(*layers).double()
+
+
+class Around:
+    """A problem that is another one but for what a subclass changes."""
+
+    def __init__(self, problem):
+        self.problem = problem
+
+    def __getattr__(self, name):
+        return getattr(self.problem, name)
+
+
+class Late(Around):
+    """A buffer that only step 7 replaces. For mlp."""
+
+    def start(self, seed):
+        return self.problem.start(seed)[0], {"mean": torch.zeros(3, dtype=torch.float64)}
+
+    def batch(self, step, seed):
+        return step, self.problem.batch(step, seed)
+
+    def inner_loss(self, params, buffers, hypers, batch):
+        step, batch = batch
+        loss, _ = self.problem.inner_loss(params, {}, hypers, batch)
+        if step == 7:
+            buffers = {"mean": buffers["mean"] + params["2.bias"]}
+        return loss + buffers["mean"].sum() * params["2.bias"].sum(), buffers
+
+    def outer_loss(self, params, buffers, hypers):
+        return self.problem.outer_loss(params, {}, hypers) + buffers["mean"].square().sum()

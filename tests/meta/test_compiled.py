@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import Around
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -70,16 +71,6 @@ def assert_agrees(run, tolerance, *, names=NAMES, seed=0, point=None, **options)
         # One that is 0 by cancellation, as of beta1 at the first step, is 0 by rounding here.
         assert error <= tolerance * (size or 1.0), (name, found, value)
     return estimate
-
-
-class Around:
-    """A problem that is another one but for what a subclass changes."""
-
-    def __init__(self, problem):
-        self.problem = problem
-
-    def __getattr__(self, name):
-        return getattr(self.problem, name)
 
 
 class Strided(Around):

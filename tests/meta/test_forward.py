@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import VALUES, cnn, examples, mlp
+from nets import VALUES, Around, Late, cnn, examples, mlp
 from torch import nn
 
 from hyperdescent.inner.rules import RULES, find_rule
@@ -132,13 +132,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(forward, monkeypatch):
     """Of all states and tangents no more than those of two steps are alive at once."""
     made, alive = [], []
 
-    class Watched:
-        def __init__(self, problem):
-            self.problem = problem
-
-        def __getattr__(self, name):
-            return getattr(self.problem, name)
-
+    class Watched(Around):
         def batch(self, step, seed):
             alive.append(sum(ref() is not None for ref in made))
             return self.problem.batch(step, seed)
@@ -178,29 +172,6 @@ def test_values_that_are_not_learned_have_no_tangents():
 
 
 def test_a_buffer_that_first_changes_late_is_named():
-    class Late:
-        def __init__(self, problem):
-            self.problem = problem
-
-        def __getattr__(self, name):
-            return getattr(self.problem, name)
-
-        def start(self, seed):
-            return self.problem.start(seed)[0], {"mean": torch.zeros(3, dtype=torch.float64)}
-
-        def batch(self, step, seed):
-            return torch.tensor(step), self.problem.batch(step, seed)
-
-        def inner_loss(self, params, buffers, hypers, batch):
-            step, batch = batch
-            loss, _ = self.problem.inner_loss(params, {}, hypers, batch)
-            if step == 5:
-                buffers = {"mean": buffers["mean"] + params["2.bias"]}
-            return loss + buffers["mean"].sum(), buffers
-
-        def outer_loss(self, params, buffers, hypers):
-            return self.problem.outer_loss(params, {}, hypers) + buffers["mean"].sum()
-
     run = training(of=Late(problem()))
     with pytest.raises(ValueError, match="buffer 'mean' is first replaced after step 1"):
         Forward(compile=False)(run, run.start(["lr"]), seed=0)

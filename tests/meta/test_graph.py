@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import VALUES, examples
+from nets import VALUES, Around, examples
 from torch import nn
 
 from hyperdescent.inner.hyper import fraction, positive
@@ -249,16 +249,6 @@ def shifted(output, target, *, hypers, params):
 def penalized(make=mlp, loss_fn=smoothed):
     hypers = {"smoothing": fraction(0.1), "l2": positive(1e-2, search=(1e-6, 1.0))}
     return problem(make, loss_fn, hypers=hypers, outer_loss_fn=F.cross_entropy)
-
-
-class Around:
-    """A problem that is another one but for what a subclass changes."""
-
-    def __init__(self, problem):
-        self.problem = problem
-
-    def __getattr__(self, name):
-        return getattr(self.problem, name)
 
 
 class HeldOutToo(Around):

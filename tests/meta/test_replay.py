@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import VALUES, mlp
+from nets import VALUES, Late, mlp
 from torch import nn
 
 from hyperdescent.inner.hyper import fraction, positive
@@ -564,29 +564,6 @@ class TestParameters:
 
     def test_a_buffer_that_first_changes_late_is_followed_from_there(self):
         """Nothing a step has replaced may be taken for a constant."""
-
-        class Late:
-            def __init__(self, problem):
-                self.problem = problem
-
-            def __getattr__(self, name):
-                return getattr(self.problem, name)
-
-            def start(self, seed):
-                return self.problem.start(seed)[0], {"mean": torch.zeros(3, dtype=DOUBLE)}
-
-            def batch(self, step, seed):
-                return step, self.problem.batch(step, seed)
-
-            def inner_loss(self, params, buffers, hypers, batch):
-                step, batch = batch
-                loss, _ = self.problem.inner_loss(params, {}, hypers, batch)
-                if step == 7:
-                    buffers = {"mean": buffers["mean"] + params["2.bias"]}
-                return loss + buffers["mean"].sum() * params["2.bias"].sum(), buffers
-
-            def outer_loss(self, params, buffers, hypers):
-                return self.problem.outer_loss(params, {}, hypers) + buffers["mean"].square().sum()
 
         assert_exact(training(of=Late(problem())), ["lr", "beta1"])
 

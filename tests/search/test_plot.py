@@ -53,7 +53,7 @@ def test_values_that_are_equal_but_for_rounding(tmp_path):
         picture = tmp_path / f"{value}.png"
         lines = {"default": default, "learned": learned}
         Drawing(title="", schedules={"lr": lines}, log=frozenset(["lr"])).save(picture)
-        drawn(picture)
+        assert drawn(picture).any()
 
 
 def test_every_scheduled_hyper_has_a_panel(tuned):
