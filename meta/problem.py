@@ -135,6 +135,16 @@ class ModuleProblem:
                 )
             self.hypers = {**self.hypers, _WEIGHTS: _weight_per_example(len(self.train))}
         self._mutable = {n for n, _ in self._model.named_buffers()}
+        self._fixed = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Steps that were compiled for a problem are used for as long as it lives.
+        if hasattr(self, "_fixed"):
+            raise AttributeError(
+                f"{name} of {self.name} cannot be changed: its steps may be compiled already; make "
+                f"another problem, for example dataclasses.replace(problem, {name}=...)"
+            )
+        super().__setattr__(name, value)
 
     @property
     def splits(self) -> Mapping[Split, Whole]:
@@ -173,24 +183,36 @@ class ModuleProblem:
     ) -> tuple[Tensor, Tensors]:
         return mean_loss(self._loss, params, buffers, hypers, batch, self.accumulate)
 
+    def output(self, params: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
+        """What the model makes of a training batch."""
+        return self._output(params, buffers, batch)[0]
+
+    def _output(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
+        inputs = batch[0]
+        if self.data_weights:
+            inputs = tuple(inputs[:-1])
+        # Copies, because a module may update its buffers in place; frozen weights stay put.
+        carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
+        return self._forward(params, carried, inputs, training=True)
+
+    def loss_of(self, output: Tensor, params: Tensors, hypers: Tensors, batch: Batch) -> Tensor:
+        """The training loss of what the model made of a batch."""
+        inputs, target = batch
+        own = {n: value for n, value in hypers.items() if n != _WEIGHTS}
+        extra = {"hypers": own, "params": params} if own else {}
+        if not self.data_weights:
+            return self._scalar(self.loss_fn, output, target, **extra)
+        index = inputs[-1]
+        weights = hypers[_WEIGHTS].to(index.device)[index]
+        with lowered(self._device, self.autocast):
+            losses = self.loss_fn(output, target, **extra)
+        return _weighted(self.loss_fn, losses, weights)
+
     def _loss(
         self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
     ) -> tuple[Tensor, Tensors]:
-        inputs, target = batch
-        weights = None
-        if self.data_weights:
-            index, inputs = inputs[-1], tuple(inputs[:-1])
-            weights = hypers[_WEIGHTS].to(index.device)[index]
-            hypers = {n: value for n, value in hypers.items() if n != _WEIGHTS}
-        # Copies, because a module may update its buffers in place; frozen weights stay put.
-        carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
-        output, carried = self._forward(params, carried, inputs, training=True)
-        extra = {"hypers": hypers, "params": params} if hypers else {}
-        if weights is None:
-            return self._scalar(self.loss_fn, output, target, **extra), carried
-        with lowered(self._device, self.autocast):
-            losses = self.loss_fn(output, target, **extra)
-        return _weighted(self.loss_fn, losses, weights), carried
+        output, carried = self._output(params, buffers, batch)
+        return self.loss_of(output, params, hypers, batch), carried
 
     def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
         output, target = self._evaluate(params, buffers, "valid")
@@ -291,9 +313,9 @@ def problem_from_module(
         batch_size=batch_size,
         accumulate=accumulate,
         autocast=autocast,
-        hypers=hypers,
-        metrics=metrics,
-        choices=choices,
+        hypers=dict(hypers),
+        metrics=dict(metrics),
+        choices=dict(choices),
         data_weights=data_weights,
     )
 

@@ -1,6 +1,7 @@
 """What a problem is made from, what it refuses, and that it is a pure function."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,6 +178,17 @@ class TestTrainingRefusals:
 
 
 class TestPurity:
+    def test_a_problem_cannot_be_changed_once_made(self):
+        # Compiled steps are kept for the object: a loss put in later would not be trained on.
+        problem = build()
+        with pytest.raises(AttributeError, match=r"loss_fn of net cannot be changed.*replace"):
+            problem.loss_fn = F.mse_loss
+        other = replace(problem, loss_fn=F.multi_margin_loss)
+        params, buffers = problem.start(0)
+        one, two = (loss_at(p, params, buffers, {}, 0, 0)[0] for p in (problem, other))
+        assert float(one) != float(two)
+        assert copy.deepcopy(problem).loss_fn is problem.loss_fn
+
     def test_is_a_problem(self):
         assert isinstance(build(), Problem)
 
