@@ -25,7 +25,9 @@ from .inner.rule import Rule, filled, root, rule, shared, zeros
 from .inner.rules import RULES as rules
 from .inner.schedule import SCHEDULES as schedules
 from .inner.schedule import Schedule
+from .meta import linear
 from .meta.descent import MetaOptimizer
+from .meta.fixed_point import FixedPoint, OnePass
 from .meta.forward import Forward
 from .meta.hypergradient import hypergradient, train
 from .meta.implicit import Implicit
@@ -33,6 +35,7 @@ from .meta.outcome import Outcome
 from .meta.population import Population
 from .meta.problem import Problem, problem_from_module
 from .meta.replay import Replay
+from .meta.sama import Sama
 from .meta.training import Training
 from .search.result import Result
 from .search.tune import tune
@@ -46,17 +49,20 @@ _STUDIES = {"Study": "study", "read_study": "study", "run": "run"}
 
 __all__ = [
     "Choice",
+    "FixedPoint",
     "Forward",
     "Hyper",
     "Implicit",
     "Integer",
     "MetaOptimizer",
+    "OnePass",
     "Outcome",
     "Population",
     "Problem",
     "Replay",
     "Result",
     "Rule",
+    "Sama",
     "Schedule",
     "Study",
     "Training",
@@ -65,6 +71,7 @@ __all__ = [
     "fraction",
     "hypergradient",
     "learning_rate",
+    "linear",
     "optim",
     "positive",
     "problem",

@@ -19,7 +19,8 @@ class Note:
 
     steps: inner steps trained. adjoint: norm of d loss / d parameters before each step, shape
     (steps + 1,), for methods that have one. residual: relative residual of a linear solve.
-    inner_gradient: norm of the training loss's gradient where an implicit method assumes 0.
+    inner_gradient: norm of the training loss's gradient where an implicit method assumes 0. gap:
+    what the held-out loss would change by if training went on to the end, to first order.
     graphs: steps whose graph was kept, so that they were not done again on the way back. states:
     the most that were kept at once. recomputed: steps done again to reach those that were not.
     how: in words, what was kept and whether steps were compiled.
@@ -31,6 +32,7 @@ class Note:
     adjoint: Tensor | None = None
     residual: float | None = None
     inner_gradient: float | None = None
+    gap: float | None = None
     graphs: int = 0
     states: int = 0
     recomputed: int = 0

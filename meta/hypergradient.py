@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,20 +17,33 @@ from ..inner.schedule import Schedule, find_schedule
 from .checkpoint import revolve_steps
 from .data import Split
 from .estimate import Estimate, Estimator
+from .fixed_point import FixedPoint, OnePass
 from .forward import Forward
 from .implicit import Implicit
+from .linear import dense, neumann, normal_conjugate_gradient, nystrom
 from .memory import comfortable, state_bytes
 from .outcome import Outcome
 from .population import Population
 from .problem import Problem
 from .replay import Replay
+from .sama import Sama
 from .training import Grain, Training
 
 METHODS: dict[str, Callable[[], Estimator]] = {
     "replay": Replay,
+    "truncated": partial(Replay, window=10),
     "forward": Forward,
     "population": Population,
     "implicit": Implicit,
+    "gauss-newton": partial(Implicit, curvature="gauss-newton"),
+    "normal-equations": partial(Implicit, solve=normal_conjugate_gradient()),
+    "neumann": partial(Implicit, solve=neumann()),
+    "nystrom": partial(Implicit, solve=nystrom(), tolerance=math.inf),
+    "dense": partial(Implicit, solve=dense()),
+    "identity": partial(Implicit, solve=neumann(1.0, steps=0), tolerance=math.inf),
+    "fixed-point": FixedPoint,
+    "one-pass": OnePass,
+    "sama": Sama,
 }
 
 

@@ -8,13 +8,16 @@ of f. Larsen et al. 1996; Bengio 2000, doi:10.1162/089976600300015187; Lorraine,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..inner.hyper import Tensors
+from ..inner.rule import unknown
+from .curvature import Curvature, Parted, gradient_and_product, vjp
 from .estimate import Estimate, Note, finished
 from .linear import Solve, conjugate_gradient
 from .outcome import Outcome
@@ -28,17 +31,29 @@ class Reached(NamedTuple):
     steps: int
 
 
+class Unconverged(UserWarning):
+    """The inner training has not come to where an implicit method takes it to be."""
+
+
+# The share of the held-out loss that going on to the optimum may change before a warning says so.
+_FAR = 0.1
+
+
 @dataclass(frozen=True)
 class Implicit:
     """The gradient of the held-out loss at the optimum that training leads to.
 
     Only hypers of the training loss move that optimum; others in the point raise ValueError. The
     answer is that of the optimum and not of `training.steps` steps: its error is of the order of
-    note.inner_gradient, the gradient's norm where 0 is assumed. Memory does not grow with steps.
+    note.inner_gradient, the gradient's norm where 0 is assumed; note.gap is what reaching the
+    optimum would change in the held-out loss, to first order, and a warning says so where that is
+    much. Memory does not grow with steps.
 
-    batches: the Hessian is that of the mean loss over so many batches, those that training would
-    draw next. tolerance: a larger residual of the solve is NOISY, not used. warm_start: go on from
-    where the last call ended, its optimizer state included, so that few steps follow small moves.
+    curvature: "gauss-newton" for the Hessian without the model's own curvature, which is positive
+    where the Hessian may not be; the limit of training has the Hessian's. batches: the curvature is
+    that of the mean loss over so many batches, those that training would draw next. tolerance: a
+    larger residual of the solve is NOISY, not used; inf takes any. warm_start: go on from where the
+    last call ended, its optimizer state included, so that few steps follow small moves.
     Buffers are constants here: the path through batch norm's running statistics is left out.
     """
 
@@ -46,62 +61,97 @@ class Implicit:
     batches: int = 1
     warm_start: bool = False
     tolerance: float = 0.1
+    curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
         if self.batches < 1:
             raise ValueError(f"batches={self.batches} leaves no loss to differentiate; give >= 1")
+        if self.curvature not in ("hessian", "gauss-newton"):
+            known = ["hessian", "gauss-newton"]
+            raise ValueError(unknown("there is no curvature", self.curvature, known))
 
     def __call__(
         self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
     ) -> tuple[Estimate, Reached | None]:
-        _check_point(training, point)
+        check_moves_optimum(training, point)
+        if self.curvature == "gauss-newton" and not isinstance(training.problem, Parted):
+            raise TypeError(
+                f"curvature='gauss-newton' has to see the output of the model, and "
+                f"{training.problem.name} has no output() and loss_of(); give curvature='hessian'"
+            )
         resolved = training.resolve({name: value.detach() for name, value in point.items()})
-        done = carry.steps if carry else 0
-        state = training.run(resolved, seed, start=carry.state if carry else None, done=done)
-        done += training.steps
-        if state is None:
-            reason = f"the weights stopped being finite within {done} steps"
-            return Estimate.diverged(training.steps, reason), None
-        carry = Reached(state, done) if self.warm_start else None
-        return self._at(training, resolved, state, list(point), done, seed), carry
+        reached = go_on(training, resolved, carry, seed)
+        if isinstance(reached, Estimate):
+            return reached, None
+        estimate = self._at(training, resolved, reached, list(point), seed)
+        if not self.warm_start:
+            warn_if_far(training, estimate)
+        return estimate, reached if self.warm_start else None
 
     def _at(
         self,
         training: Training,
         resolved: Resolved,
-        state: State,
+        reached: Reached,
         names: list[str],
-        done: int,
         seed: int,
     ) -> Estimate:
         values = resolved.at(training.steps - 1)
         leaves = {name: values[name].clone().requires_grad_() for name in names}
-        weights = state.p.detach().requires_grad_()
-        state, values = state._replace(p=weights), values | leaves
+        weights = reached.state.p.detach().requires_grad_()
+        state, values = reached.state._replace(p=weights), values | leaves
 
         loss = training.outer_loss(state, values)
         if not loss.requires_grad:
-            reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
-            return Estimate(
-                float(loss), {}, Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
-            )
-        v, *direct = _grad(loss, [weights, *leaves.values()])
-        ahead = range(done, done + self.batches)
-        inner = torch.stack([training.inner_loss(state, values, i, seed)[0] for i in ahead]).mean()
-        (g,) = torch.autograd.grad(inner, weights, create_graph=True)
-        solved = self.solve(lambda x: _grad(g, [weights], x)[0], v)
+            return no_graph(training, loss)
+        v, *direct = vjp([loss], [weights, *leaves.values()], [None])
+        ahead = range(reached.steps, reached.steps + self.batches)
+        g, product = gradient_and_product(training, state, values, ahead, seed, self.curvature)
+        solved = self.solve(product, v)
+        flat = g.detach()
         note = Note(
-            steps=training.steps, residual=solved.residual, inner_gradient=float(g.detach().norm())
+            steps=training.steps,
+            residual=solved.residual,
+            inner_gradient=float(flat.norm()),
+            gap=-float(flat @ solved.x),
         )
         if not solved.residual <= self.tolerance:
-            return Estimate(float(loss.detach()), {}, _unsolved(note, self.tolerance))
-        mixed = _grad(g, list(leaves.values()), solved.x)
-        grad = {n: d - m for n, d, m in zip(names, direct, mixed, strict=True)}
-        return finished(loss.detach(), grad, note)
+            return Estimate(float(loss.detach()), {}, unsolved(note, self.tolerance))
+        mixed = vjp([g], list(leaves.values()), [solved.x])
+        slopes = {n: d - m for n, d, m in zip(names, direct, mixed, strict=True)}
+        return finished(loss.detach(), slopes, note)
 
 
-def _check_point(training: Training, point: Tensors) -> None:
-    learnable = [name for name in training.problem.hypers if name not in training.schedules]
+def go_on(
+    training: Training, resolved: Resolved, carry: Reached | None, seed: int
+) -> Reached | Estimate:
+    """Where `training.steps` more steps lead from carry, or from fresh weights."""
+    done = carry.steps if carry else 0
+    state = training.run(resolved, seed, start=carry.state if carry else None, done=done)
+    done += training.steps
+    if state is None:
+        return Estimate.diverged(
+            training.steps, f"the weights stopped being finite within {done} steps"
+        )
+    return Reached(state, done)
+
+
+def no_graph(training: Training, loss: Tensor) -> Estimate:
+    """What to answer where the held-out loss cannot be differentiated."""
+    reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
+    return Estimate(float(loss), {}, Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps))
+
+
+def check_moves_optimum(training: Training, point: Tensors, also: Iterable[str] = ()) -> None:
+    """Raise ValueError for a name in point that does not move where training leads to.
+
+    also: hypers of the rule that do.
+    """
+    learnable = [
+        name
+        for name in (*training.problem.hypers, *also)
+        if name in training.declared and name not in training.schedules
+    ]
     for name in point:
         base = name.partition(".")[0]
         if base in learnable and name == base:
@@ -118,24 +168,28 @@ def _check_point(training: Training, point: Tensors) -> None:
         )
 
 
-def _grad(output: Tensor, inputs: list[Tensor], weight: Tensor | None = None) -> list[Tensor]:
-    if not output.requires_grad:  # Constant in all inputs, which autograd calls an error.
-        return [torch.zeros_like(x) for x in inputs]
-    return list(
-        torch.autograd.grad(
-            output, inputs, weight, retain_graph=True, allow_unused=True, materialize_grads=True
+def warn_if_far(training: Training, estimate: Estimate) -> None:
+    """Warn where training has not come near what an implicit method takes it for."""
+    gap, loss = estimate.note.gap, estimate.loss
+    if gap is not None and estimate.ok and abs(gap) > _FAR * abs(loss):
+        warnings.warn(
+            f"{training.label} has not converged after {training.steps} steps: going on would "
+            f"change the held-out loss of {loss:.3g} by about {gap:.2g}, so that its implicit "
+            "gradient is not that of this training; give more steps, or use method='replay'",
+            Unconverged,
+            stacklevel=4,
         )
-    )
 
 
-def _unsolved(note: Note, tolerance: float) -> Note:
+def unsolved(note: Note, tolerance: float) -> Note:
+    """A note made NOISY because of its residual."""
     reason = (
-        f"the Hessian's linear solve ended at residual {note.residual:.3g}, above {tolerance:g}"
+        f"the linear solve ended at residual {note.residual:.3g}, above {tolerance:g}"
         if note.residual != float("inf")
         else "the linear solve failed (residual inf): the Hessian of the training loss is not "
         "positive definite there, or the solver's step size is too large"
     )
-    return Note(Outcome.NOISY, reason, note.steps, None, note.residual, note.inner_gradient)
+    return replace(note, outcome=Outcome.NOISY, reason=reason)
 
 
-__all__ = ["Implicit", "Reached"]
+__all__ = ["Implicit", "Reached", "Unconverged"]

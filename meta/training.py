@@ -248,7 +248,7 @@ class Training:
 
         def loss(p: Tensor) -> tuple[Tensor, Tensors]:
             params = self.layout.unflatten(p)
-            return self.problem.inner_loss(params, state.buffers, self._of_loss(values), batch)
+            return self.problem.inner_loss(params, state.buffers, self.of_loss(values), batch)
 
         if gradient:
             g, buffers = gradient(loss, state.p)
@@ -262,7 +262,8 @@ class Training:
             )
         return State(p, slots, buffers)
 
-    def _of_loss(self, values: Tensors) -> Tensors:
+    def of_loss(self, values: Tensors) -> Tensors:
+        """The values that the training loss is a function of."""
         return {name: values[name] for name in self.problem.hypers}
 
     def _of_rule(self, values: Tensors) -> Tensors:
@@ -311,12 +312,12 @@ class Training:
     ) -> tuple[Tensor, Tensors]:
         """The training loss of a state at step i, and the buffers after it."""
         params = self.layout.unflatten(state.p)
-        return loss_at(self.problem, params, state.buffers, self._of_loss(values), i, seed)
+        return loss_at(self.problem, params, state.buffers, self.of_loss(values), i, seed)
 
     def outer_loss(self, state: State, values: Tensors) -> Tensor:
         """The held-out loss of a state, with a graph to whatever requires grad."""
         params = self.layout.unflatten(state.p)
-        return self.problem.outer_loss(params, state.buffers, self._of_loss(values))
+        return self.problem.outer_loss(params, state.buffers, self.of_loss(values))
 
     def measure(self, state: State, split: Split) -> dict[str, float]:
         return self.problem.measure(self.layout.unflatten(state.p), state.buffers, split)

@@ -1,5 +1,7 @@
 """Implicit hypergradients against closed forms and dense Hessians, in float64."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,9 @@ from torch import nn
 from hyperdescent.inner.hyper import positive
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
+from hyperdescent.meta import linear
 from hyperdescent.meta.differences import directional_difference
-from hyperdescent.meta.implicit import Implicit
+from hyperdescent.meta.implicit import Implicit, Unconverged
 from hyperdescent.meta.linear import conjugate_gradient, neumann
 from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.problem import loss_at, problem_from_module
@@ -114,6 +117,7 @@ class TestRidge:
         expected = ridge_closed_form(0.1)[1] + 2 * 0.1
         assert float(estimate.grad["l2"]) == pytest.approx(expected, rel=1e-8)
 
+    @pytest.mark.filterwarnings("ignore:.*has not converged")
     def test_far_from_the_optimum_the_inner_gradient_says_so(self):
         point = {"l2": torch.tensor(0.1, dtype=DOUBLE)}
         early, _ = Implicit()(ridge(steps=2), point, seed=0)
@@ -184,6 +188,7 @@ class TestPerFeatureLogistic:
         assert exact == pytest.approx(expected, rel=1e-7)
 
     @pytest.mark.parametrize("batches", [1, 3, 5])
+    @pytest.mark.filterwarnings("ignore:.*has not converged")
     def test_the_hessian_of_several_batches(self, batches):
         run = logistic(steps=30, batch_size=20)
         point = {"l2": torch.full((10,), 0.1, dtype=DOUBLE)}
@@ -198,6 +203,7 @@ class TestPerFeatureLogistic:
         (mean,) = torch.autograd.grad(sum(losses) / batches, w)
         assert estimate.note.inner_gradient == pytest.approx(float(mean.norm()))
 
+    @pytest.mark.filterwarnings("ignore:.*has not converged")
     def test_a_seed_repeats_bit_for_bit(self):
         run = logistic(steps=30, batch_size=20)
         point = {"l2": torch.full((10,), 0.1, dtype=DOUBLE)}
@@ -283,6 +289,113 @@ class TestOutcomes:
         estimate, _ = Implicit()(ridge(outer_loss_fn=errors), self.point, seed=0)
         assert estimate.note.outcome is Outcome.NOT_DIFFERENTIABLE
         assert "no graph" in estimate.note.reason
+
+
+class TestConvergence:
+    point = {"l2": torch.tensor(0.1, dtype=DOUBLE)}  # noqa: RUF012  # never changed
+
+    def test_the_gap_is_what_is_left_of_the_loss(self):
+        early, _ = Implicit(solve=TIGHT)(ridge(steps=40), self.point, seed=0)
+        far = ridge_closed_form(0.1)[0]
+        state = (run := ridge(steps=40)).run(run.resolve(self.point), 0)
+        outer = 2 * X_VALID.T @ (X_VALID @ state.p[:, None] - Y_VALID) / len(X_VALID)
+        expected = float(outer.T @ (far - state.p[:, None]))
+        assert early.note.gap == pytest.approx(expected, rel=1e-6)
+
+    def test_a_training_far_from_its_optimum_warns(self):
+        with pytest.warns(Unconverged, match=r"sgd on ridge has not converged after 2 steps"):
+            Implicit()(ridge(steps=2), self.point, seed=0)
+
+    def test_a_converged_one_does_not(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Implicit()(ridge(), self.point, seed=0)
+
+
+def small_net(activation=nn.Tanh):
+    return nn.Sequential(nn.Linear(3, 4), activation(), nn.Linear(4, 2)).double()
+
+
+class TestGaussNewton:
+    def run(self, steps=30, batch_size=20, **options):
+        x, y = gaussian(20, 3, seed=30), torch.arange(20) % 2
+
+        def loss(output, target, *, hypers, params):
+            penalty = sum((w * w).sum() for w in params.values())
+            return F.cross_entropy(output, target) + hypers["l2"] / 2 * penalty
+
+        problem = problem_from_module(
+            small_net,
+            loss,
+            (x, y),
+            (gaussian(20, 3, seed=31), y),
+            batch_size=batch_size,
+            hypers={"l2": L2},
+            outer_loss_fn=F.cross_entropy,
+            **options,
+        )
+        return Training(problem, find_rule("sgd"), steps, given={"lr": 0.5})
+
+    @pytest.mark.parametrize("batch_size", [20, 7])
+    @pytest.mark.filterwarnings("ignore:.*has not converged")
+    def test_is_the_dense_formula(self, batch_size):
+        """J' (d2 loss / d output2) J + l2 I, J by torch.func, over one batch."""
+        run, point = self.run(batch_size=batch_size), {"l2": torch.tensor(0.05, dtype=DOUBLE)}
+        solver = linear.dense()
+        found = Implicit(solve=solver, curvature="gauss-newton")(run, point, seed=0)[0]
+
+        state = run.run(run.resolve(point), 0)
+        inputs, target = run.problem.batch(run.steps, 0)
+        net = small_net()
+
+        def outputs(p):
+            return torch.func.functional_call(net, run.layout.unflatten(p), (inputs,))
+
+        z, jac = (
+            outputs(state.p),
+            torch.autograd.functional.jacobian(outputs, state.p).flatten(0, 1),
+        )
+        curved = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, target), z)
+        curved = curved.reshape(z.numel(), z.numel())
+        matrix = jac.T @ curved @ jac + 0.05 * torch.eye(len(state.p), dtype=DOUBLE)
+
+        w = state.p.clone().requires_grad_()
+        outer = run.problem.outer_loss(run.layout.unflatten(w), {}, {})
+        (v,) = torch.autograd.grad(outer, w)
+        expected = -torch.linalg.solve(matrix, v) @ state.p
+        assert float(found.grad["l2"]) == pytest.approx(float(expected), rel=1e-9)
+
+    def test_is_positive_where_the_hessian_is_not(self):
+        run, point = self.run(steps=3), {"l2": torch.tensor(1e-3, dtype=DOUBLE)}
+        solver = linear.dense()
+        assert Implicit(solve=solver)(run, point, seed=0)[0].note.residual == float("inf")
+        with pytest.warns(Unconverged):
+            curved, _ = Implicit(solve=solver, curvature="gauss-newton")(run, point, seed=0)
+        assert curved.ok and curved.note.residual < 1e-9
+
+    def test_is_the_hessian_of_a_linear_model(self):
+        point = {"l2": torch.tensor(0.1, dtype=DOUBLE)}
+        one, other = (
+            Implicit(solve=TIGHT, curvature=c)(ridge(), point, seed=0)[0]
+            for c in ("hessian", "gauss-newton")
+        )
+        torch.testing.assert_close(one.grad["l2"], other.grad["l2"], rtol=1e-12, atol=0)
+
+    def test_needs_the_output_of_the_model(self):
+        class Closed:
+            def __init__(self, problem):
+                for name in ("name", "hypers", "choices", "chosen", "start", "batch"):
+                    setattr(self, name, getattr(problem, name))
+
+        run = Training(Closed(ridge().problem), find_rule("sgd"), 3)
+        with pytest.raises(TypeError, match=r"has no output\(\) and loss_of\(\)"):
+            Implicit(curvature="gauss-newton")(
+                run, {"l2": L2.starting_value(torch.ones(()))}, seed=0
+            )
+
+    def test_an_unknown_curvature(self):
+        with pytest.raises(ValueError, match="there is no curvature 'fisher'"):
+            Implicit(curvature="fisher")
 
 
 class TestRefusals:

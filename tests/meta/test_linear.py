@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from hyperdescent.meta.linear import conjugate_gradient, neumann
+from hyperdescent.meta.linear import (
+    conjugate_gradient,
+    dense,
+    largest_eigenvalue,
+    neumann,
+    normal_conjugate_gradient,
+    nystrom,
+)
 
 DOUBLE = torch.float64
 
@@ -153,3 +160,128 @@ class TestNeumann:
             neumann(0.0)
         with pytest.raises(ValueError, match="steps=-2 is negative"):
             neumann(0.1, steps=-2)
+
+    def test_without_a_step_size_it_finds_one(self):
+        a, b = system(10, size=20)
+        solved = solve(neumann(steps=200), a, b)
+        assert solved.residual < 1e-6 and solved.steps == 210
+        top = largest_eigenvalue(lambda x: a @ x, b, 10)
+        assert 0.8 < top <= 1 + 1e-12
+        torch.testing.assert_close(solved.x, solve(neumann(1 / (1.1 * top), steps=200), a, b).x)
+
+
+class TestNormalConjugateGradient:
+    def test_exact_after_as_many_steps_as_unknowns(self):
+        # At condition 3, whose square counts here: as for conjugate gradients, rounding.
+        a, b = system(3, size=12)
+        solved = solve(normal_conjugate_gradient(steps=12, tol=0.0), a, b)
+        assert solved.steps == 25
+        assert error(solved, a, b) < 1e-13
+        assert error(solve(normal_conjugate_gradient(steps=11, tol=0.0), a, b), a, b) > 1e-6
+
+    def test_needs_no_positive_curvature(self):
+        a, b = system(10, size=20)
+        shifted = a - 0.3 * torch.eye(20, dtype=DOUBLE)
+        assert torch.linalg.eigvalsh(shifted)[0] < 0
+        solved = solve(normal_conjugate_gradient(steps=60, tol=1e-14), shifted, b)
+        assert error(solved, shifted, b) < 1e-8 and solved.residual < 1e-8
+
+    def test_a_matrix_that_is_not_symmetric(self):
+        a, b = system(10, size=20)
+        skew = a + torch.triu(torch.full((20, 20), 0.05, dtype=DOUBLE))
+        solver = normal_conjugate_gradient(steps=60, tol=1e-14)
+        solved = solver(lambda x: skew @ x, b, transposed=lambda x: skew.T @ x)
+        assert error(solved, skew, b) < 1e-9
+        assert error(solver(lambda x: skew @ x, b), skew, b) > 1e-2
+
+    @pytest.mark.parametrize("steps", [0, 1, 7])
+    def test_the_residual_is_that_of_the_answer(self, steps):
+        a, b = system(100)
+        solved = solve(normal_conjugate_gradient(steps=steps, tol=0.0), a, b)
+        assert solved.residual == pytest.approx(true_residual(solved, a, b), rel=1e-9)
+
+    def test_what_has_no_answer_is_reported(self):
+        a, b = system(10, size=20)
+        assert solve(normal_conjugate_gradient(), a * math.nan, b).residual == math.inf
+        assert solve(normal_conjugate_gradient(), 0 * a, b).residual == 1
+        assert solve(normal_conjugate_gradient(), a, 0 * b).residual == 0
+
+    def test_rejects_what_cannot_be_meant(self):
+        with pytest.raises(ValueError, match="steps=-1 is negative"):
+            normal_conjugate_gradient(steps=-1)
+        with pytest.raises(ValueError, match="tol=-1 must not be negative"):
+            normal_conjugate_gradient(tol=-1)
+
+
+def low_rank(size=200, large=10, small=1e-4, seed=0):
+    """Ten large eigenvalues and many tiny ones, and b."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=DOUBLE, generator=generator))[0]
+    spectrum = torch.full((size,), small, dtype=DOUBLE)
+    spectrum[:large] = torch.linspace(1, 10, large, dtype=DOUBLE)
+    b = torch.randn(size, dtype=DOUBLE, generator=generator)
+    return basis @ torch.diag(spectrum) @ basis.T, b
+
+
+class TestNystrom:
+    def test_all_columns_give_the_damped_inverse(self):
+        a, b = system(100, size=30)
+        solved = solve(nystrom(rank=30, damping=0.05), a, b)
+        assert error(solved, a + 0.05 * torch.eye(30, dtype=DOUBLE), b) < 1e-8
+        assert solved.steps == 30
+        assert solved.residual == pytest.approx(true_residual(solved, a, b))
+
+    def test_more_columns_than_there_are_only_takes_all(self):
+        a, b = system(10, size=8)
+        assert solve(nystrom(rank=50), a, b).steps == 8
+
+    @pytest.mark.parametrize(("rank", "cosine"), [(10, 0.9999), (20, 0.9999), (50, 0.9999)])
+    def test_as_many_columns_as_large_eigenvalues_are_enough_and_more_do_no_harm(
+        self, rank, cosine
+    ):
+        # The textbook form loses digits there: cosine .994 for 20 columns, .977 for 50.
+        a, b = low_rank()
+        x = solve(nystrom(rank=rank, damping=0.01), a, b).x
+        exact = torch.linalg.solve(a + 0.01 * torch.eye(len(b), dtype=DOUBLE), b)
+        assert float(x @ exact / (x.norm() * exact.norm())) > cosine
+
+    def test_single_precision(self):
+        a, b = (x.float() for x in low_rank(small=0.0))
+        x = solve(nystrom(rank=50, damping=0.1), a, b).x
+        assert x.dtype == torch.float32
+        exact = torch.linalg.solve(a + 0.1 * torch.eye(len(b)), b)
+        assert float((x - exact).norm() / exact.norm()) < 1e-3
+
+    def test_columns_are_a_function_of_the_seed(self):
+        a, b = system(10, size=20)
+        one, again, other = (solve(nystrom(5, seed=s), a, b).x for s in (0, 0, 1))
+        assert torch.equal(one, again) and not torch.equal(one, other)
+
+    def test_an_indefinite_matrix_is_reported(self):
+        a, b = system(10, size=20)
+        shifted = a - 0.5 * torch.eye(20, dtype=DOUBLE)
+        assert solve(nystrom(rank=20), shifted, b).residual == math.inf
+        assert solve(nystrom(), a * math.nan, b).residual == math.inf
+
+    def test_rejects_what_cannot_be_meant(self):
+        with pytest.raises(ValueError, match="rank=0 asks for no column"):
+            nystrom(rank=0)
+        with pytest.raises(ValueError, match="damping=0 must be positive"):
+            nystrom(damping=0.0)
+
+
+class TestDense:
+    def test_is_the_inverse(self):
+        a, b = system(1000, size=50)
+        solved = solve(dense(), a, b)
+        assert error(solved, a, b) < 1e-12 and solved.steps == 50
+        assert solved.residual == pytest.approx(true_residual(solved, a, b), abs=1e-14)
+
+    def test_an_indefinite_matrix_is_reported(self):
+        a, b = system(10, size=20)
+        assert solve(dense(), a - 0.3 * torch.eye(20, dtype=DOUBLE), b).residual == math.inf
+        assert solve(dense(), a * math.nan, b).residual == math.inf
+
+    def test_refuses_what_does_not_fit(self):
+        with pytest.raises(ValueError, match=r"5,000 by 5,000, and stops at 4,096.*conjugate"):
+            dense()(lambda x: x, torch.ones(5000))

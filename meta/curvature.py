@@ -1,0 +1,103 @@
+"""Products with the second derivative of the training loss in the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..inner.hyper import Tensors
+from .linear import Matvec
+from .problem import draws_of
+from .training import State, Training
+
+Curvature = Literal["hessian", "gauss-newton"]
+
+
+@runtime_checkable
+class Parted(Protocol):
+    """A problem whose training loss is a function of the model's output and of the weights."""
+
+    def output(self, params: Tensors, buffers: Tensors, batch: object) -> Tensor:
+        """What the model makes of a batch in training."""
+        ...
+
+    def loss_of(self, output: Tensor, params: Tensors, hypers: Tensors, batch: object) -> Tensor:
+        """The scalar training loss of an output."""
+        ...
+
+
+def gradient_and_product(
+    training: Training,
+    state: State,
+    values: Tensors,
+    steps: Sequence[int],
+    seed: int,
+    curvature: Curvature,
+) -> tuple[Tensor, Matvec]:
+    """(the gradient of the mean training loss over the batches of some steps in state.p, with a
+    graph to it and to the values; products of a vector with that loss's curvature in state.p).
+
+    "gauss-newton" is the Hessian with the model replaced by its tangent at state.p: positive
+    semi-definite where the loss is convex in the output. A product costs one more pass back than
+    the Hessian's. Schraudolph 2002, doi:10.1162/08997660260028683.
+    """
+    losses = [training.inner_loss(state, values, i, seed)[0] for i in steps]
+    (g,) = torch.autograd.grad(torch.stack(losses).mean(), state.p, create_graph=True)
+    if curvature == "hessian":
+        return g, lambda v: vjp([g], [state.p], [v])[0]
+    each = [_gauss_newton(training, state, values, i, seed) for i in steps]
+    return g, lambda v: torch.stack([product(v) for product in each]).mean(0)
+
+
+def _gauss_newton(training: Training, state: State, values: Tensors, i: int, seed: int) -> Matvec:
+    """Products for the batch of step i: J' (d2 loss / d output2) J and what the weights do to the
+    loss beside the output.
+    """
+    problem = cast(Parted, training.problem)
+    batch, hypers = training.problem.batch(i, seed), training.of_loss(values)
+    with draws_of(i, seed, state.p.device):
+        z = problem.output(training.layout.unflatten(state.p), state.buffers, batch)
+    # J v is the derivative in u of J' u, which is linear in u (Townsend 2017).
+    u = torch.zeros_like(z, requires_grad=True)
+    (back,) = vjp([z], [state.p], [u], graph=True)
+    top, weights = z.detach().requires_grad_(), state.p.detach().requires_grad_()
+    loss = problem.loss_of(top, training.layout.unflatten(weights), hypers, batch)
+    slopes = vjp([loss], [top, weights], [None], graph=True)
+
+    def product(v: Tensor) -> Tensor:
+        (forward,) = vjp([back], [u], [v])
+        curved, beside = vjp(slopes, [top, weights], [forward, v])
+        return vjp([z], [state.p], [curved])[0] + beside
+
+    return product
+
+
+def vjp(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    along: Sequence[Tensor | None],
+    *,
+    graph: bool = False,
+) -> list[Tensor]:
+    """The gradient of sum <output, along> in the inputs, 0 where there is no path to one; None
+    stands for 1. The graph stays for the next product.
+    """
+    # Outputs that are constant in all inputs, which autograd calls an error.
+    live = [(x, bar) for x, bar in zip(outputs, along, strict=True) if x.requires_grad]
+    if not live:
+        return [torch.zeros_like(x) for x in inputs]
+    ends, bars = zip(*live, strict=True)
+    return list(
+        torch.autograd.grad(
+            ends,
+            list(inputs),
+            bars,
+            retain_graph=True,
+            create_graph=graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
