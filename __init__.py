@@ -26,16 +26,20 @@ from .inner.rules import RULES as rules
 from .inner.schedule import SCHEDULES as schedules
 from .inner.schedule import Schedule
 from .meta import linear
+from .meta.bamm import BAMM
+from .meta.bda import BDA
 from .meta.descent import MetaOptimizer
 from .meta.fixed_point import FixedPoint, OnePass
 from .meta.forward import Forward
 from .meta.hypergradient import hypergradient, train
 from .meta.implicit import Implicit
+from .meta.meha import MEHA
 from .meta.outcome import Outcome
+from .meta.penalty import Penalty
 from .meta.population import Population
 from .meta.problem import Problem, problem_from_module
 from .meta.replay import Replay
-from .meta.sama import Sama
+from .meta.sama import SAMA
 from .meta.training import Training
 from .search.result import Result
 from .search.tune import tune
@@ -48,6 +52,10 @@ sys.modules[f"{__name__}.optim"] = optim
 _STUDIES = {"Study": "study", "read_study": "study", "run": "run"}
 
 __all__ = [
+    "BAMM",
+    "BDA",
+    "MEHA",
+    "SAMA",
     "Choice",
     "FixedPoint",
     "Forward",
@@ -57,12 +65,12 @@ __all__ = [
     "MetaOptimizer",
     "OnePass",
     "Outcome",
+    "Penalty",
     "Population",
     "Problem",
     "Replay",
     "Result",
     "Rule",
-    "Sama",
     "Schedule",
     "Study",
     "Training",

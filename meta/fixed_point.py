@@ -15,14 +15,8 @@ from torch import Tensor
 from ..inner.hyper import Tensors
 from .curvature import vjp
 from .estimate import Estimate, Note, finished
-from .implicit import (
-    Reached,
-    check_moves_optimum,
-    go_on,
-    no_graph,
-    unsolved,
-    warn_if_far,
-)
+from .implicit import unsolved, warn_if_far
+from .reach import Reached, check_moves_optimum, go_on, no_graph
 from .steps import Cotangents, leaf_values, leaves, moved
 from .training import Resolved, Training
 

@@ -14,6 +14,8 @@ from ..inner.hyper import Tensors
 from ..inner.rule import Rule, unknown
 from ..inner.rules import find_rule
 from ..inner.schedule import Schedule, find_schedule
+from .bamm import BAMM
+from .bda import BDA
 from .checkpoint import revolve_steps
 from .data import Split
 from .estimate import Estimate, Estimator
@@ -21,12 +23,14 @@ from .fixed_point import FixedPoint, OnePass
 from .forward import Forward
 from .implicit import Implicit
 from .linear import dense, neumann, normal_conjugate_gradient, nystrom
+from .meha import MEHA
 from .memory import comfortable, state_bytes
 from .outcome import Outcome
+from .penalty import Penalty
 from .population import Population
 from .problem import Problem
 from .replay import Replay
-from .sama import Sama
+from .sama import SAMA
 from .training import Grain, Training
 
 METHODS: dict[str, Callable[[], Estimator]] = {
@@ -43,7 +47,12 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "identity": partial(Implicit, solve=neumann(1.0, steps=0), tolerance=math.inf),
     "fixed-point": FixedPoint,
     "one-pass": OnePass,
-    "sama": Sama,
+    "sama": SAMA,
+    "bda": BDA,
+    "f2sa": Penalty,
+    "v-pbgd": partial(Penalty, 0.0, growth=0.1, limit=10.0, warm_start=True),
+    "bamm": BAMM,
+    "meha": MEHA,
 }
 
 

@@ -9,11 +9,7 @@ of f. Larsen et al. 1996; Bengio 2000, doi:10.1162/089976600300015187; Lorraine,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
-
-from torch import Tensor
 
 from ..inner.hyper import Tensors
 from ..inner.rule import unknown
@@ -21,14 +17,8 @@ from .curvature import Curvature, Parted, gradient_and_product, vjp
 from .estimate import Estimate, Note, finished
 from .linear import Solve, conjugate_gradient
 from .outcome import Outcome
-from .training import Resolved, State, Training
-
-
-class Reached(NamedTuple):
-    """Where a training ended, for the next one to go on from. steps: done since the start."""
-
-    state: State
-    steps: int
+from .reach import Reached, check_moves_optimum, go_on, no_graph
+from .training import Resolved, Training
 
 
 class Unconverged(UserWarning):
@@ -122,52 +112,6 @@ class Implicit:
         return finished(loss.detach(), slopes, note)
 
 
-def go_on(
-    training: Training, resolved: Resolved, carry: Reached | None, seed: int
-) -> Reached | Estimate:
-    """Where `training.steps` more steps lead from carry, or from fresh weights."""
-    done = carry.steps if carry else 0
-    state = training.run(resolved, seed, start=carry.state if carry else None, done=done)
-    done += training.steps
-    if state is None:
-        return Estimate.diverged(
-            training.steps, f"the weights stopped being finite within {done} steps"
-        )
-    return Reached(state, done)
-
-
-def no_graph(training: Training, loss: Tensor) -> Estimate:
-    """What to answer where the held-out loss cannot be differentiated."""
-    reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
-    return Estimate(float(loss), {}, Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps))
-
-
-def check_moves_optimum(training: Training, point: Tensors, also: Iterable[str] = ()) -> None:
-    """Raise ValueError for a name in point that does not move where training leads to.
-
-    also: hypers of the rule that do.
-    """
-    learnable = [
-        name
-        for name in (*training.problem.hypers, *also)
-        if name in training.declared and name not in training.schedules
-    ]
-    for name in point:
-        base = name.partition(".")[0]
-        if base in learnable and name == base:
-            continue
-        whose = (
-            f"a knob of the schedule of {base}"
-            if base in training.schedules
-            else f"a hyperparameter of {training.rule.name}"
-        )
-        raise ValueError(
-            f"{name} is {whose}: it does not move the optimum of the training loss, so implicit "
-            "differentiation cannot see it; differentiate training itself with Replay "
-            f"(method='replay'), or learn only {', '.join(learnable) or 'hypers of the loss'}"
-        )
-
-
 def warn_if_far(training: Training, estimate: Estimate) -> None:
     """Warn where training has not come near what an implicit method takes it for."""
     gap, loss = estimate.note.gap, estimate.loss
@@ -192,4 +136,4 @@ def unsolved(note: Note, tolerance: float) -> Note:
     return replace(note, outcome=Outcome.NOISY, reason=reason)
 
 
-__all__ = ["Implicit", "Reached", "Unconverged"]
+__all__ = ["Implicit", "Unconverged"]

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..inner.flat import flat_step
 from ..inner.hyper import Tensors
 from .curvature import vjp
 from .estimate import Estimate, Note, finished
-from .implicit import Reached, check_moves_optimum, go_on, no_graph
+from .reach import Reached, check_moves_optimum, go_on, held_out, in_hypers, no_graph
 from .training import Training
 
 
 @dataclass(frozen=True)
-class Sama:
+class SAMA:
     """The gradient of the held-out loss with the inverse Hessian taken for what the rule itself
     makes of a gradient, and the mixed derivative for a difference.
 
@@ -48,28 +47,23 @@ class Sama:
         if isinstance(reached, Estimate):
             return reached, None
         values = resolved.at(training.steps - 1)
-        leaves = {name: values[name].clone().requires_grad_() for name in point}
-        weights = reached.state.p.detach().requires_grad_()
-        state, values = reached.state._replace(p=weights), values | leaves
-
-        loss = training.outer_loss(state, values)
-        if not loss.requires_grad:
-            return no_graph(training, loss), reached if self.warm_start else None
-        slope, *direct = vjp([loss], [weights, *leaves.values()], [None])
-
-        def in_hypers(p: Tensor) -> list[Tensor]:
-            f, _ = training.inner_loss(state._replace(p=p), values, reached.steps, seed)
-            return vjp([f], list(leaves.values()), [None])
+        state, names = reached.state, list(point)
+        loss, slope, direct = held_out(training, state, values, names)
+        if slope is None:
+            return no_graph(training, loss), None
 
         v = _preconditioned(training, reached, values, slope, seed)
         h = self.radius / float(v.norm().clamp(min=torch.finfo(v.dtype).tiny))
-        above, below = in_hypers(weights.detach() + h * v), in_hypers(weights.detach() - h * v)
+        above, below = (
+            in_hypers(training, state._replace(p=p), values, names, reached.steps, seed)
+            for p in (state.p + h * v, state.p - h * v)
+        )
         slopes = {
             name: d - (x - y) / (2 * h)
-            for name, d, x, y in zip(point, direct, above, below, strict=True)
+            for name, d, x, y in zip(names, direct, above, below, strict=True)
         }
         note = Note(steps=training.steps, how="a direction: the inverse Hessian is the rule's own")
-        return finished(loss.detach(), slopes, note), reached if self.warm_start else None
+        return finished(loss, slopes, note), reached if self.warm_start else None
 
 
 def _preconditioned(
@@ -84,9 +78,8 @@ def _preconditioned(
     (g,) = torch.autograd.grad(f, p)
     g.requires_grad_()
     t = torch.tensor(float(reached.steps + 1), dtype=torch.float64)
-    own = {name: values[name].detach() for name in training.rule.hypers}
-    after, _ = flat_step(training.rule, training.layout, state.p, g, state.slots, t, own)
-    return -vjp([after], [g], [slope])[0]
+    after = training.apply(state, g, {n: x.detach() for n, x in values.items()}, t, {})
+    return -vjp([after.p], [g], [slope])[0]
 
 
-__all__ = ["Sama"]
+__all__ = ["SAMA"]

@@ -257,9 +257,13 @@ class Training:
                 value, buffers = loss(state.p)
                 (g,) = torch.autograd.grad(value, state.p, create_graph=graph)
         with torch.set_grad_enabled(graph):
-            p, slots = flat_step(
-                self.rule, self.layout, state.p, g, state.slots, t, self._of_rule(values)
-            )
+            return self.apply(state, g, values, t, buffers)
+
+    def apply(self, state: State, g: Tensor, values: Tensors, t: Tensor, buffers: Tensors) -> State:
+        """What the rule makes of a gradient after t - 1 other steps."""
+        p, slots = flat_step(
+            self.rule, self.layout, state.p, g, state.slots, t, self._of_rule(values)
+        )
         return State(p, slots, buffers)
 
     def of_loss(self, values: Tensors) -> Tensors:

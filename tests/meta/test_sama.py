@@ -6,7 +6,7 @@ import torch
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.sama import Sama
+from hyperdescent.meta.sama import SAMA
 from hyperdescent.meta.training import Training
 from tests.toys import DOUBLE, Toy, vector
 
@@ -26,7 +26,7 @@ def toy():
 def test_is_the_formula(rule):
     """dF/dx - d2 inner / dx dw' D dF/dw, D from the change of a step by that of its gradient."""
     run = Training(toy(), find_rule(rule), 7, given={"lr": 0.05})
-    estimate, carry = Sama(radius=1e-4, warm_start=True)(run, {"x": X}, seed=0)
+    estimate, carry = SAMA(radius=1e-4, warm_start=True)(run, {"x": X}, seed=0)
     w, values = carry.state.p, run.resolve({"x": X}).constant
     g = torch.sinh(w) - X * torch.cosh(w)
     own = {name: values[name] for name in run.rule.hypers} | run.rule.options()
@@ -44,7 +44,7 @@ def test_is_the_formula(rule):
 def test_a_difference_of_second_order():
     run = Training(toy(), find_rule("sgd"), 7, given={"lr": 0.05})
     fine, coarse, half = (
-        Sama(radius=r)(run, {"x": X}, seed=0)[0].grad["x"] for r in (1e-4, 0.4, 0.2)
+        SAMA(radius=r)(run, {"x": X}, seed=0)[0].grad["x"] for r in (1e-4, 0.4, 0.2)
     )
     ratio = float((coarse - fine).norm() / (half - fine).norm())
     assert ratio == pytest.approx(4, rel=0.02)
@@ -58,10 +58,10 @@ def test_by_name_and_only_for_hypers_of_the_loss():
 
 def test_divergence_is_an_outcome():
     run = Training(toy(), find_rule("sgd"), 500, given={"lr": 1e3})
-    assert Sama()(run, {"x": X}, seed=0)[0].note.outcome is Outcome.DIVERGED
+    assert SAMA()(run, {"x": X}, seed=0)[0].note.outcome is Outcome.DIVERGED
 
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_radius_that_is_none(radius):
     with pytest.raises(ValueError, match="must be positive"):
-        Sama(radius=radius)
+        SAMA(radius=radius)

@@ -1,0 +1,154 @@
+"""Where training leads, on its own loss or on both: where implicit and bilevel methods begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..inner.hyper import Tensors
+from .curvature import vjp
+from .estimate import Estimate, Note
+from .outcome import Outcome
+from .training import Resolved, State, Training
+
+
+class Reached(NamedTuple):
+    """Where a training ended, for the next one to go on from. steps: done since the start."""
+
+    state: State
+    steps: int
+
+
+def go_on(
+    training: Training,
+    resolved: Resolved,
+    carry: Reached | None,
+    seed: int,
+    *,
+    inner: float = 1.0,
+    outer: float = 0.0,
+) -> Reached | Estimate:
+    """Where `training.steps` more steps lead from carry, or from fresh weights, on inner * f +
+    outer * F, f the training loss and F the held-out one.
+    """
+    done = carry.steps if carry else 0
+
+    def advance(i: int, state: State) -> State:
+        values = resolved.at(i)
+        return step_along(training, state, values, done + i, seed, inner=inner, outer=outer)
+
+    start = carry.state if carry else None
+    blended = (inner, outer) != (1.0, 0.0)
+    state = training.run(
+        resolved, seed, start=start, done=done, advance=advance if blended else None
+    )
+    done += training.steps
+    if state is None:
+        return Estimate.diverged(
+            training.steps, f"the weights stopped being finite within {done} steps"
+        )
+    return Reached(state, done)
+
+
+def step_along(
+    training: Training,
+    state: State,
+    values: Tensors,
+    i: int,
+    seed: int,
+    *,
+    inner: float = 1.0,
+    outer: float = 0.0,
+    pull: Tensor | None = None,
+) -> State:
+    """Step i of the rule, without a graph, on inner * f + outer * F, f the training loss and F the
+    held-out one; pull is added to the gradient.
+    """
+
+    p = state.p.detach().requires_grad_()
+    f, buffers = training.inner_loss(state._replace(p=p), values, i, seed)
+    total = inner * f
+    if outer:
+        total = total + outer * training.outer_loss(state._replace(p=p), values)
+    (g,) = torch.autograd.grad(total, p)
+    return moved_by(training, state, values, i, g if pull is None else g + pull, buffers)
+
+
+def moved_by(
+    training: Training, state: State, values: Tensors, i: int, g: Tensor, buffers: Tensors
+) -> State:
+    """The state after step i on a gradient at hand, without a graph."""
+    t = torch.tensor(float(i + 1), dtype=torch.float64)
+    same = state.buffers
+    buffers = {n: b if b is same.get(n) else b.detach() for n, b in buffers.items()}
+    with torch.no_grad():
+        return training.apply(state, g.detach(), values, t, buffers)
+
+
+def in_hypers(
+    training: Training, state: State, values: Tensors, names: Sequence[str], i: int, seed: int
+) -> list[Tensor]:
+    """The partial derivatives of the training loss at step i in hypers of it."""
+    leaves = {name: values[name].detach().requires_grad_() for name in names}
+    f, _ = training.inner_loss(state, values | leaves, i, seed)
+    return vjp([f], list(leaves.values()), [None])
+
+
+def held_out(
+    training: Training, state: State, values: Tensors, names: Sequence[str]
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """(the held-out loss, its gradient in the weights, its partial derivatives in hypers); without
+    a gradient where the loss has no graph to the weights.
+    """
+    leaves = {name: values[name].detach().requires_grad_() for name in names}
+    weights = state.p.detach().requires_grad_()
+    loss = training.outer_loss(state._replace(p=weights), values | leaves)
+    slope, *direct = vjp([loss], [weights, *leaves.values()], [None])
+    return loss.detach(), slope if loss.requires_grad else None, direct
+
+
+def no_graph(training: Training, loss: Tensor) -> Estimate:
+    """What to answer where the held-out loss cannot be differentiated."""
+    reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
+    return Estimate(float(loss), {}, Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps))
+
+
+def check_moves_optimum(training: Training, point: Tensors, also: Iterable[str] = ()) -> None:
+    """Raise ValueError for a name in point that does not move where training leads to.
+
+    also: hypers of the rule that do.
+    """
+    learnable = [
+        name
+        for name in (*training.problem.hypers, *also)
+        if name in training.declared and name not in training.schedules
+    ]
+    for name in point:
+        base = name.partition(".")[0]
+        if base in learnable and name == base:
+            continue
+        whose = (
+            f"a knob of the schedule of {base}"
+            if base in training.schedules
+            else f"a hyperparameter of {training.rule.name}"
+        )
+        raise ValueError(
+            f"{name} is {whose}: it does not move the optimum of the training loss, so implicit "
+            "differentiation cannot see it; differentiate training itself with Replay "
+            f"(method='replay'), or learn only {', '.join(learnable) or 'hypers of the loss'}"
+        )
+
+
+__all__ = [
+    "Reached",
+    "check_moves_optimum",
+    "go_on",
+    "held_out",
+    "in_hypers",
+    "moved_by",
+    "no_graph",
+    "step_along",
+]
