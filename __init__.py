@@ -29,6 +29,7 @@ from .meta import linear
 from .meta.bamm import BAMM
 from .meta.bda import BDA
 from .meta.descent import MetaOptimizer
+from .meta.evolution import ES, PES
 from .meta.fixed_point import FixedPoint, OnePass
 from .meta.forward import Forward
 from .meta.hypergradient import hypergradient, train
@@ -54,7 +55,9 @@ _STUDIES = {"Study": "study", "read_study": "study", "run": "run"}
 __all__ = [
     "BAMM",
     "BDA",
+    "ES",
     "MEHA",
+    "PES",
     "SAMA",
     "Choice",
     "FixedPoint",

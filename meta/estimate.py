@@ -21,6 +21,7 @@ class Note:
     (steps + 1,), for methods that have one. residual: relative residual of a linear solve.
     inner_gradient: norm of the training loss's gradient where an implicit method assumes 0. gap:
     what the held-out loss would change by if training went on to the end, to first order.
+    stderr: standard error of every number of the gradient, where it was sampled.
     graphs: steps whose graph was kept, so that they were not done again on the way back. states:
     the most that were kept at once. recomputed: steps done again to reach those that were not.
     how: in words, what was kept and whether steps were compiled.
@@ -33,6 +34,7 @@ class Note:
     residual: float | None = None
     inner_gradient: float | None = None
     gap: float | None = None
+    stderr: Tensors | None = None
     graphs: int = 0
     states: int = 0
     recomputed: int = 0

@@ -19,6 +19,7 @@ from .bda import BDA
 from .checkpoint import revolve_steps
 from .data import Split
 from .estimate import Estimate, Estimator
+from .evolution import ES, PES
 from .fixed_point import FixedPoint, OnePass
 from .forward import Forward
 from .implicit import Implicit
@@ -53,6 +54,10 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "v-pbgd": partial(Penalty, 0.0, growth=0.1, limit=10.0, warm_start=True),
     "bamm": BAMM,
     "meha": MEHA,
+    "es": ES,
+    "guided-es": partial(ES, guide=Replay(window=10)),
+    "pes": PES,
+    "es-single": partial(PES, kind="single"),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def metagradients(
     """
     _check_counts(points, seeds)
     try:
-        return _Many(training, points, seeds, compile).metagradients(memory)
+        return Many(training, points, seeds, compile).metagradients(memory)
     except (Distrusted, Uneven) as why:
         refused = str(why)
     # Behind the exception, which held all states.
@@ -103,7 +104,8 @@ def losses(
     Raises Distrusted if the steps cannot be traced.
     """
     _check_counts(points, seeds)
-    return _Many(training, points, seeds, compile).losses()
+    many = Many(training, points, seeds, compile)
+    return many.losses(many.run(many.start, 0, training.steps))
 
 
 def _check_counts(points: Sequence[Tensors], seeds: Sequence[int]) -> None:
@@ -114,8 +116,11 @@ def _check_counts(points: Sequence[Tensors], seeds: Sequence[int]) -> None:
         )
 
 
-class _Many:
-    """Trainings side by side: a State whose tensors have one more dimension, the first."""
+class Many:
+    """Trainings side by side: a State whose tensors have one more dimension, the first.
+
+    Raises Distrusted if their step cannot be traced.
+    """
 
     def __init__(
         self, training: Training, points: Sequence[Tensors], seeds: Sequence[int], compile: bool
@@ -129,12 +134,9 @@ class _Many:
         self.plain = [each.detach() for each in resolved]
         self.sums = [Cotangents(each) for each in resolved]
         with torch.no_grad():
-            starts = [
-                training.begin(plain.at(0), seed)
-                for plain, seed in zip(self.plain, self.seeds, strict=True)
-            ]
+            first = training.begin(self.plain[0].at(0), self.seeds[0])
         names = self.sums[0].names
-        one = machine_of(training, starts[0], self.plain[0].at(0), names, self.seeds[0])
+        one = machine_of(training, first, self.plain[0].at(0), names, self.seeds[0])
         self.machine = made_once(
             training,
             f"{self.count} at once, compile={compile}",
@@ -143,24 +145,36 @@ class _Many:
             lambda: Machine(one.graph.many(self.count), interpreted=not compile),
         )
         self.form = self.machine.graph.form
-        self.start = self._stacked(starts)
-        graph, steps = self.machine.graph, training.steps
+        graph, steps, device = self.machine.graph, training.steps, first.p.device
         t = torch.arange(1, steps + 1, dtype=torch.float64)
         self.numbers = [
             [*(plain.over(n, steps) for n in self.form.single), t] for plain in self.plain
         ]
-        device = self.start.p.device
         rows = [graph.before.over(numbers, device) for numbers in self.numbers]
         self.rows = [torch.stack(row, 1) for row in zip(*rows, strict=True)]
         self.several = [n for n in self.form.learned if n in self.form.several]
         width = graph.numbers_back
         self.back = torch.zeros(steps, self.count, width, dtype=torch.float64, device=device)
 
-    def losses(self) -> list[float]:
+    @cached_property
+    def start(self) -> State:
+        with torch.no_grad():
+            return self._stacked(
+                [
+                    self.training.begin(plain.at(0), seed)
+                    for plain, seed in zip(self.plain, self.seeds, strict=True)
+                ]
+            )
+
+    def run(self, state: State, first: int, last: int) -> State:
+        """Steps first to last - 1 of all, without a graph; no check whether they are finite."""
         self._prove(["advance"])
-        state = self.start
-        for i in range(self.training.steps):
+        for i in range(first, last):
             state = self._advance(i, state)
+        return state
+
+    def losses(self, state: State) -> list[float]:
+        """The held-out loss of each in a state; inf where it is not finite."""
         with torch.no_grad():
             return [self._loss(self._one(state, k), k) for k in range(self.count)]
 
@@ -344,4 +358,4 @@ class _Many:
         )
 
 
-__all__ = ["Population", "losses", "metagradients"]
+__all__ = ["Many", "Population", "losses", "metagradients"]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from toys import DOUBLE, Toy, descent, vector
 
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.bamm import BAMM
@@ -16,7 +17,6 @@ from hyperdescent.meta.penalty import Penalty
 from hyperdescent.meta.reach import step_along
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
-from tests.toys import DOUBLE, Toy, descent, vector
 
 
 def flat(start=0.0):

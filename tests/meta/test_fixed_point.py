@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from toys import Toy, descent, following, vector
 
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
@@ -11,7 +12,6 @@ from hyperdescent.meta.implicit import Unconverged
 from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
-from tests.toys import Toy, descent, following, vector
 
 SCALE, RATE = vector(1.0, 0.5), 0.1
 AIM, X = vector(3.0, -1.0), vector(1.0, 2.0)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from toys import DOUBLE, Toy, vector
 
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.sama import SAMA
 from hyperdescent.meta.training import Training
-from tests.toys import DOUBLE, Toy, vector
 
 AIM, X = vector(3.0, -1.0, 0.5), vector(1.0, 2.0, -0.3)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from toys import Toy, descent, following, vector
 
 from hyperdescent.meta.hypergradient import METHODS, hypergradient
 from hyperdescent.meta.replay import Replay
-from tests.toys import Toy, descent, following, vector
 
 SCALE, RATE, STEPS = vector(1.0, 0.5), 0.1, 100
 AIM = vector(3.0, -1.0)
