@@ -133,14 +133,12 @@ def _series(
     found = vjp(ends, [*starts, *hypers], total)
     again, shares = found[: len(starts)], found[len(starts) :]
     left = [b + y - x for x, y, b in zip(total, again, first, strict=True)]
-    note = Note(
-        steps=training.steps,
-        residual=_norm(left) / max(_norm(first), 1e-300),
-        gap=sum(
-            float((x * (y - z).detach()).sum()) for x, y, z in zip(total, ends, starts, strict=True)
-        ),
-        how=f"{terms} terms through a step of {training.rule.name}",
+    residual = _norm(left) / max(_norm(first), 1e-300)
+    gap = sum(
+        float((x * (y - z).detach()).sum()) for x, y, z in zip(total, ends, starts, strict=True)
     )
+    how = f"{terms} terms through a step of {training.rule.name}, residual {residual:.1e}"
+    note = Note(steps=training.steps, residual=residual, gap=gap, how=how)
     sums.add(last, [x + y for x, y in zip(direct, shares, strict=True)], sums.names)
     return finished(loss.detach(), sums.through(knobs), note)
 

@@ -99,11 +99,13 @@ class Implicit:
         g, product = gradient_and_product(training, state, values, ahead, seed, self.curvature)
         solved = self.solve(product, v)
         flat = g.detach()
+        gap = -float(flat @ solved.x)
         note = Note(
             steps=training.steps,
             residual=solved.residual,
             inner_gradient=float(flat.norm()),
-            gap=-float(flat @ solved.x),
+            gap=gap,
+            how=f"{solved.steps} products, residual {solved.residual:.1e}, gap {gap:.1g}",
         )
         if not solved.residual <= self.tolerance:
             return Estimate(float(loss.detach()), {}, unsolved(note, self.tolerance))
@@ -128,7 +130,8 @@ def warn_if_far(training: Training, estimate: Estimate) -> None:
 def unsolved(note: Note, tolerance: float) -> Note:
     """A note made NOISY because of its residual."""
     reason = (
-        f"the linear solve ended at residual {note.residual:.3g}, above {tolerance:g}"
+        f"the linear solve ended at residual {note.residual:.3g}, above {tolerance:g}; give it "
+        "more steps or terms, or a larger tolerance"
         if note.residual != float("inf")
         else "the linear solve failed (residual inf): the Hessian of the training loss is not "
         "positive definite there, or the solver's step size is too large"

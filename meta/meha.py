@@ -89,7 +89,7 @@ class MEHA:
             name: d + c * (a - b)
             for name, d, a, b in zip(names, direct, at_y, at_theta, strict=True)
         }
-        note = Note(steps=2 * training.steps, how=f"penalty {c:g}")
+        note = Note(steps=2 * training.steps, how=f"penalty {c:.3g}")
         return finished(loss, grad, note), Near(y, theta, done)
 
     def _c(self, step: int) -> float:

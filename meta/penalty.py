@@ -94,7 +94,7 @@ class Penalty:
             )
             for name, (x, y) in zip(names, pairs, strict=True):
                 grad[name] = grad[name] + factor / self.batches * (x - y)
-        note = Note(steps=2 * training.steps, how=f"penalty {penalty:g}")
+        note = Note(steps=2 * training.steps, how=f"penalty {penalty:.3g}")
         carry = Pair(above, below, calls + 1) if self.warm_start else None
         return finished(loss, grad, note), carry
 

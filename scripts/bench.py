@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from rich.console import Console
 
 from ..meta.hypergradient import split_names
 from ..studies.bench import bench_metagradient
 from ..studies.bench_report import remarks, table, trust_section, write, write_section
 from ..studies.low import bench_bfloat16
 from ..studies.workloads import find_workloads
-from .show import console
+from .show import console, telling
 
 
 def run_metagradient(only: str, repeats: int, out: Path | None) -> None:
     """Measure the workloads named in only, all if none is."""
     screen = console()
     workloads = find_workloads(split_names(only))
-    with _progress(screen) as say:
+    with telling(screen) as say:
         for result in bench_metagradient(workloads, repeats=repeats, say=say):
             if not result.left_out:
                 screen.print(table(result))
@@ -37,7 +33,7 @@ def run_bfloat16(only: str, seeds: int, out: Path | None) -> None:
     screen = console()
     workloads = find_workloads(split_names(only))
     measured = []
-    with _progress(screen) as say:
+    with telling(screen) as say:
         for trust in bench_bfloat16(workloads, seeds=seeds, say=say):
             measured.append(trust)
     command = f"hyperdescent bench bfloat16 --only {','.join(w.name for w in workloads)}"
@@ -46,16 +42,6 @@ def run_bfloat16(only: str, seeds: int, out: Path | None) -> None:
     if out is not None:
         write_section(out, text, "bfloat16")
         screen.print(f"kept in {out}", markup=False)
-
-
-@contextmanager
-def _progress(screen: Console) -> Iterator[Callable[[str], object]]:
-    """What is being done: in place on a terminal, a line each elsewhere."""
-    if screen.is_terminal:
-        with screen.status("") as status:
-            yield status.update
-    else:
-        yield lambda told: screen.print(told, style="dim", markup=False)
 
 
 __all__ = ["run_bfloat16", "run_metagradient"]

@@ -7,9 +7,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..inner.rule import Rule
+    from ..meta.problem import Problem
 
 TRACEBACK = "HYPERDESCENT_TRACEBACK"
 
@@ -27,60 +31,66 @@ benchmarks = typer.Typer(
 app.add_typer(benchmarks, name="bench")
 
 
+# What several commands take.
+OfProblem = Annotated[
+    str,
+    typer.Option(
+        help="A built-in problem (see `hyperdescent problems`), or package.module:function of your "
+        "own."
+    ),
+]
+OfRule = Annotated[str, typer.Option(help="An update rule; see `hyperdescent rules`.")]
+Steps = Annotated[int, typer.Option(help="Training steps.")]
+Schedules = Annotated[
+    list[str] | None, typer.Option(metavar="HYPER=SCHEDULE", help="Such as lr=piecewise:16.")
+]
+Grains = Annotated[
+    list[str] | None, typer.Option(metavar="HYPER=GRAIN", help="Such as alpha=tensor.")
+]
+Start = Annotated[
+    list[str] | None, typer.Option(metavar="HYPER=VALUE", help="Start at or keep a value.")
+]
+Options = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Such as nesterov=true.")
+]
+Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+Threads = Annotated[int, typer.Option(help="Of torch; small models are fastest with one.")]
+
+
 @app.command()
 def tune(
-    problem: Annotated[
-        str,
-        typer.Option(
-            help="A built-in problem (see `hyperdescent problems`), or package.module:function of "
-            "your own."
-        ),
-    ],
-    rule: Annotated[str, typer.Option(help="An update rule; see `hyperdescent rules`.")] = "adamw",
+    problem: OfProblem,
+    rule: OfRule = "adamw",
     learn: Annotated[str, typer.Option(help="Hypers to learn, such as lr,beta1.")] = "lr",
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
+    steps: Steps = 200,
     budget: Annotated[str, typer.Option(help="Time to spend, such as 60s, 5m, 1.5h.")] = "60s",
-    schedule: Annotated[
-        list[str] | None, typer.Option(metavar="HYPER=SCHEDULE", help="Such as lr=piecewise:16.")
-    ] = None,
-    grain: Annotated[
-        list[str] | None, typer.Option(metavar="HYPER=GRAIN", help="Such as alpha=tensor.")
-    ] = None,
-    start: Annotated[
-        list[str] | None, typer.Option(metavar="HYPER=VALUE", help="Start at or keep a value.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Such as nesterov=true.")
-    ] = None,
+    schedule: Schedules = None,
+    grain: Grains = None,
+    start: Start = None,
+    option: Options = None,
     route: Annotated[str, typer.Option(help="auto, gradient or search.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the run; the same call resumes it.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Of torch; small models are fastest with one.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Tune a rule's hyperparameters on a problem."""
     import torch
 
-    from ..inner.rules import find_rule
     from ..search.tune import tune as run
-    from ..studies.problems import find_problem
     from .show import show_result
 
     torch.set_num_threads(threads)
-    given = {name: _number("--start", name, text) for name, text in _pairs("--start", start)}
-    options = {name: _option(text) for name, text in _pairs("--option", option)}
-    found_rule = find_rule(rule)
-    of_rule = {name: value for name, value in options.items() if name in found_rule.choices}
-    of_problem = {name: value for name, value in options.items() if name not in of_rule}
+    found, found_rule = _problem_and_rule(problem, rule, option)
     result = run(
-        find_problem(problem, **of_problem),
-        found_rule.choose(**of_rule),
+        found,
+        found_rule,
         learn=learn,
         steps=steps,
         schedules=dict(_pairs("--schedule", schedule)),
         grains=dict(_pairs("--grain", grain)),  # type: ignore[arg-type]  # checked by Training
-        given=given,
+        given=_values("--start", start),
         budget=budget,
         seed=seed,
         route=route,
@@ -89,6 +99,47 @@ def tune(
     show_result(result, out)
     if result.interrupted:
         raise typer.Exit(130)
+
+
+@app.command()
+def compare(
+    problem: OfProblem,
+    rule: OfRule = "sgd",
+    learn: Annotated[str, typer.Option(help="Hypers to differentiate in.")] = "lr",
+    method: Annotated[
+        str, typer.Option(help="By name, such as replay,implicit,neumann; all without.")
+    ] = "",
+    steps: Steps = 200,
+    reference: Annotated[str, typer.Option(help="replay or differences.")] = "replay",
+    schedule: Schedules = None,
+    grain: Grains = None,
+    start: Start = None,
+    option: Options = None,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="A picture, such as methods.png.")] = None,
+    threads: Threads = 1,
+) -> None:
+    """Ways to a hypergradient side by side: error against an exact one, and cost."""
+    import torch
+
+    from .compare import run_compare
+
+    torch.set_num_threads(threads)
+    found, found_rule = _problem_and_rule(problem, rule, option)
+    schedules, grains = dict(_pairs("--schedule", schedule)), dict(_pairs("--grain", grain))
+    run_compare(
+        found,
+        found_rule,
+        learn=learn,
+        steps=steps,
+        schedules=schedules,
+        grains=grains,
+        given=_values("--start", start),
+        methods=method,
+        reference=reference,
+        seed=seed,
+        out=out,
+    )
 
 
 @app.command()
@@ -143,7 +194,7 @@ def metagradient(
     out: Annotated[
         Path | None, typer.Option(help="A Markdown file; its section of that name is replaced.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Of torch, for time and error.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Time, memory and error of one exact metagradient, here and by other libraries."""
     import torch
@@ -169,6 +220,22 @@ def bfloat16(
 
     torch.set_num_threads(1)
     run_bfloat16(only, seeds, out)
+
+
+def _problem_and_rule(problem: str, rule: str, given: list[str] | None) -> tuple[Problem, Rule]:
+    """Both by name, each with the options that are its own."""
+    from ..inner.rules import find_rule
+    from ..studies.problems import find_problem
+
+    options = {name: _option(text) for name, text in _pairs("--option", given)}
+    found = find_rule(rule)
+    of_rule = {name: value for name, value in options.items() if name in found.choices}
+    of_problem = {name: value for name, value in options.items() if name not in of_rule}
+    return find_problem(problem, **of_problem), found.choose(**of_rule)
+
+
+def _values(flag: str, given: list[str] | None) -> dict[str, float]:
+    return {name: _number(flag, name, text) for name, text in _pairs(flag, given)}
 
 
 def _pairs(flag: str, given: list[str] | None) -> list[tuple[str, str]]:

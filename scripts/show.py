@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,16 @@ _SHOWN = 4
 def console() -> Console:
     """The terminal, or plain lines of 100 columns where there is none."""
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+
+
+@contextmanager
+def telling(screen: Console) -> Iterator[Callable[[str], object]]:
+    """What is being done: in place on a terminal, a line each elsewhere."""
+    if screen.is_terminal:
+        with screen.status("") as status:
+            yield status.update
+    else:
+        yield lambda told: screen.print(told, style="dim", markup=False)
 
 
 def show_result(result: Result, out: Path | None) -> None:

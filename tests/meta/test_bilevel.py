@@ -9,9 +9,10 @@ from toys import DOUBLE, Toy, descent, vector
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.bamm import BAMM
 from hyperdescent.meta.bda import BDA
-from hyperdescent.meta.hypergradient import METHODS, hypergradient
+from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.implicit import Implicit
 from hyperdescent.meta.meha import MEHA
+from hyperdescent.meta.methods import METHODS
 from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.penalty import Penalty
 from hyperdescent.meta.reach import step_along

@@ -10,11 +10,12 @@ from torch import nn
 
 from hyperdescent.inner.rules import RULES, find_rule
 from hyperdescent.inner.schedule import find_schedule
+from hyperdescent.meta import auto as auto_module
 from hyperdescent.meta import forward as forward_module
-from hyperdescent.meta import hypergradient as hypergradient_module
 from hyperdescent.meta import tangents
+from hyperdescent.meta.auto import choose_method
 from hyperdescent.meta.forward import Forward
-from hyperdescent.meta.hypergradient import choose_method, hypergradient
+from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.problem import problem_from_module
 from hyperdescent.meta.replay import Replay
@@ -282,7 +283,7 @@ class TestAuto:
 
     def test_is_replay_where_forward_mode_cannot(self, monkeypatch):
         forward = Forward(compile=False), "less"
-        monkeypatch.setattr(hypergradient_module, "choose_method", lambda *given: forward)
+        monkeypatch.setattr(auto_module, "choose_method", lambda *given: forward)
         found = hypergradient(problem(only_back), "adamw", learn="lr", steps=STEPS)
         assert found.ok and 'use method="replay"' in found.note.how
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from toys import Toy, descent, following, vector
 
-from hyperdescent.meta.hypergradient import METHODS, hypergradient
+from hyperdescent.meta.hypergradient import hypergradient
+from hyperdescent.meta.methods import METHODS
 from hyperdescent.meta.replay import Replay
 
 SCALE, RATE, STEPS = vector(1.0, 0.5), 0.1, 100

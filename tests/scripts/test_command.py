@@ -290,3 +290,36 @@ def test_ctrl_c_of_a_study_shows_what_there_is_and_the_same_command_goes_on(tmp_
     code, told, _ = call(*arguments, "--out", str(out))
     assert code == 0 and "3/3" in told and "seed 0" not in told
     assert records.read_bytes().startswith(kept)
+
+
+class TestCompare:
+    CANCER = ("compare", "--problem", "breast-cancer-logistic", "--learn", "l2", "--steps", "20")
+
+    def test_a_table_and_a_picture(self, call, tmp_path):
+        picture = tmp_path / "methods.png"
+        code, out, err = call(
+            *self.CANCER, "--method", "replay,implicit,one-pass", "--out", str(picture)
+        )
+        assert (code, err) == (0, "")
+        for told in ("cosine", "gradients", "implicit", "one-pass", "against replay, exact"):
+            assert told in out
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def test_what_a_method_refuses_is_in_the_table(self, call):
+        code, out, _ = call(
+            "compare", "--problem", "wine-mlp", "--steps", "5", "--method", "implicit,sama"
+        )
+        assert code == 0
+        assert out.count("lr is a hyperparameter of sgd") >= 2
+
+    @pytest.mark.parametrize(
+        ("more", "told"),
+        [
+            (["--method", "newton"], "there is no method 'newton'"),
+            (["--reference", "truth"], "there is no reference 'truth'"),
+            (["--learn", "l3"], "has no hyper 'l3'"),
+        ],
+    )
+    def test_what_cannot_be_meant(self, call, more, told):
+        code, _, err = call(*self.CANCER, *more)
+        assert code == 2 and told in one_line(err)
