@@ -26,6 +26,7 @@ from .parts import (
     Early,
     Graph,
     Norm,
+    batchable,
     check_alike,
     computes_low,
     contiguous,
@@ -38,7 +39,6 @@ from .parts import (
     retraced,
     split_early,
     traced,
-    without_views,
 )
 from .products import narrow_transposed
 from .training import State, Training
@@ -219,7 +219,7 @@ class StepGraph:
         Their random draws are apart from each other, and not those of each by itself.
         """
         flat = [x.zeros(count) for x in self.takes]
-        joint = retraced(torch.vmap(without_views(self.joint), randomness="different"), flat)
+        joint = retraced(torch.vmap(batchable(self.joint), randomness="different"), flat)
         form = self.form
         shapes = tuple((torch.Size([count, *shape]), dtype) for shape, dtype in form.shapes)
         return replace(

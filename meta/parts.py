@@ -120,13 +120,17 @@ def over_time(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
         return list(torch.vmap(lambda *each: tuple(graph(*each)))(*inputs))
 
 
-def without_views(graph: Graph) -> Graph:
-    """The same with reshape for view, which asks for a layout that another dimension changes."""
+def batchable(graph: Graph) -> Graph:
+    """The same in operations that vmap can give another dimension: reshape for view, which asks
+    for a layout that this would change, and full_like for fill.
+    """
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph.graph, {}))
     for n in copy.nodes:
         if n.target is aten.view.default:
             n.target = aten.reshape.default
+        elif n.target is aten.fill.Scalar:
+            n.target = aten.full_like.default
     return fx.GraphModule(graph, copy)
 
 

@@ -15,10 +15,11 @@ from hyperdescent.meta.compiled import Machine
 from hyperdescent.meta.data import mix
 from hyperdescent.meta.differences import held_out_loss
 from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.population import Population, losses, metagradients
+from hyperdescent.meta.population import Many, Population, losses, metagradients
 from hyperdescent.meta.problem import problem_from_module
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
+from hyperdescent.studies.problems import find_problem
 
 STEPS, SEEDS = 8, (3, 4, 3)
 
@@ -231,3 +232,13 @@ def test_counts_that_do_not_match_are_named(seeds):
         metagradients(run, [run.start(["lr"])] * 2, seeds)
     with pytest.raises(ValueError, match="seeds=0 trains nothing"):
         replace(Population(), seeds=0)
+
+
+def test_vmap_knows_every_operation_of_a_step():
+    """One that it does not, it does for each training in turn, and tells of it on stderr."""
+    # Its penalty of one tensor leaves a fill in the graph.
+    run = Training(find_problem("breast-cancer-logistic"), find_rule("sgd"), 3)
+    many = Many(run, [run.start(["l2"])] * 2, [0, 1], compile=False)
+    operations = {str(n.target) for n in many.machine.graph.joint.graph.nodes}
+    assert "aten.full_like.default" in operations
+    assert not [name for name in operations if name.startswith("aten.fill")]
