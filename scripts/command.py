@@ -157,15 +157,15 @@ def demo(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="A study in YAML.")],
+    file: Annotated[Path, typer.Argument(help="A study in YAML, or by name: data-cleaning.")],
     out: Annotated[Path, typer.Option(help="Folder for the records; a second call resumes.")],
     address: Annotated[str | None, typer.Option(help="A Ray cluster; local by default.")] = None,
     serial: Annotated[bool, typer.Option(help="In this process, without Ray.")] = False,
 ) -> None:
     """Run a study, problems by arms by seeds, in parallel on Ray; exit code 1 if a cell failed."""
-    from .show import run_study_file
+    from .show import run_study
 
-    raise typer.Exit(run_study_file(file, out, address, serial))
+    raise typer.Exit(run_study(file, out, address, serial))
 
 
 @app.command()

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..inner.rule import unknown
 from ..meta.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -74,20 +75,32 @@ def _how_sure(result: Result) -> str:
     return f"the mean over {seeds}, after {evaluations}"
 
 
-def run_study_file(file: Path, out: Path, address: str | None, serial: bool) -> int:
-    """Run a study with a line of progress per cell, and print its table; the exit code."""
-    from ..studies.run import run
+def run_study(file: Path, out: Path, address: str | None, serial: bool) -> int:
+    """Run a study from a file or by name with a line of progress per cell, and print its table; the
+    exit code.
+    """
+    from ..studies.built_in import STUDIES
+    from ..studies.run import run, run_cells
     from ..studies.study import read_study
 
     screen = console()
-    study = read_study(file)
-    records = run(
-        study,
-        address=None if serial else address or "local",
-        out=out / "records.jsonl",
-        progress=lambda record: screen.print(one_line(record), style="dim", markup=False),
-    )
-    return show_records(records, study.name)
+    given: dict[str, Any] = {
+        "address": None if serial else address or "local",
+        "out": out / "records.jsonl",
+        "progress": lambda record: screen.print(one_line(record), style="dim", markup=False),
+    }
+    name = str(file)
+    if file.suffix or file.exists():
+        study = read_study(file)
+        return show_records(run(study, **given), study.name)
+    if name not in STUDIES:
+        raise ValueError(unknown("there is neither a file nor a study", name, STUDIES))
+    built_in = STUDIES[name]
+    cells, left_out = built_in.cells()
+    for told in left_out:
+        screen.print(told, markup=False)
+    records = run_cells(name, cells, built_in.work, **given)
+    return show_records(records, name, built_in.measures)
 
 
 def show_records(records: Records, title: str, measures: Sequence[str] | None = None) -> int:
@@ -116,10 +129,17 @@ def one_line(record: Record) -> str:
 
 
 def _ended(record: Record) -> str:
+    if record.outcome is not Outcome.OK:
+        return str(record.outcome or record.error)
     loss = record.measures.get("valid", {}).get("loss")
-    if record.outcome is Outcome.OK and loss is not None:
+    if loss is not None:
         return f"valid loss {loss:.4f}"
-    return str(record.outcome or record.error)
+    return ", ".join(
+        f"{split} {name} {value:.3g}"
+        for split, measured in record.measures.items()
+        for name, value in measured.items()
+        if value is not None
+    )
 
 
 def show_rules(rules: Mapping[str, Rule]) -> None:

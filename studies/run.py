@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -68,10 +68,35 @@ def run(
     Ctrl-C, the records so far are returned. Arms that tune stop by the clock, so their numbers vary
     from run to run; those of all others do not.
     """
+    check(study)
+    return run_cells(study.name, cells_of(study), train_cell, executor, address, out, progress)
+
+
+class AnyCell(Protocol):
+    """What a cell of any study has: inputs, all that decides its numbers, as JSON has it."""
+
+    @property
+    def study(self) -> str: ...
+
+    @property
+    def inputs(self) -> dict[str, Json]: ...
+
+
+C = TypeVar("C", bound=AnyCell)
+
+
+def run_cells(
+    name: str,
+    cells: Sequence[C],
+    work: Callable[[C], Record],
+    executor: Executor | None = None,
+    address: str | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[Record], object] | None = None,
+) -> Records:
+    """work on every cell that out does not hold yet, as `run` does on those of a study."""
     if executor is not None and address is not None:
         raise ValueError("give an executor or the address of a Ray cluster, not both")
-    check(study)
-    cells = cells_of(study)
     with _on_record(out) as done:
         waiting = [cell for cell in cells if key_of(cell.inputs) not in done]
 
@@ -86,11 +111,11 @@ def run(
         if waiting:
             try:
                 with _executor(executor, address) as chosen:
-                    chosen.map(train_cell, waiting, keep)
+                    chosen.map(work, waiting, keep)
             except KeyboardInterrupt:
                 pass  # Records.missing says so.
     records = tuple(done[key] for cell in cells if (key := key_of(cell.inputs)) in done)
-    return Records(study.name, records, len(cells) - len(records))
+    return Records(name, records, len(cells) - len(records))
 
 
 @contextmanager
@@ -216,7 +241,7 @@ def _training(problem: Problem, arm: Arm, steps: int) -> Training:
     )
 
 
-def _failed(cell: Cell, failure: Failure) -> Record:
+def _failed(cell: AnyCell, failure: Failure) -> Record:
     where = f" ({failure.where})" if failure.where else ""
     return Record(
         study=cell.study,
@@ -239,4 +264,4 @@ def _executor(executor: Executor | None, address: str | None) -> Iterator[Execut
         yield Serial()
 
 
-__all__ = ["Cell", "cells_of", "check", "run", "train_cell"]
+__all__ = ["AnyCell", "Cell", "cells_of", "check", "run", "run_cells", "train_cell"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -14,10 +13,10 @@ from torch.nn import functional
 
 from ..inner.rule import unknown
 from ..meta.problem import ModuleProblem, problem_from_module
+from .files import find_file
 from .problems import Part, digits_mlp
 
 SEED = 0
-DATA = "HYPERDESCENT_DATA"
 # Of the language model: enough for ratios to settle, few enough for peers that keep every graph.
 GPT_STEPS, GPT_JUDGED = 20, 5
 _TEXT, _BLOCK = "tinyshakespeare.txt", 128
@@ -154,15 +153,7 @@ def text() -> tuple[Part, Part]:
 
 
 def _text_file() -> Path:
-    folder = os.environ.get(DATA)
-    file = Path(folder or "", _TEXT)
-    if not folder or not file.is_file():
-        where = f"the folder {folder} has none" if folder else f"{DATA} is not set"
-        raise FileNotFoundError(
-            f"{_TEXT} is needed and {where}: put the 1.1 MB of Shakespeare that char-rnn and "
-            f"nanoGPT train on into a folder under that name, and set {DATA} to the folder"
-        )
-    return file
+    return find_file(_TEXT, "the 1.1 MB of Shakespeare that char-rnn and nanoGPT train on")
 
 
 @lru_cache(maxsize=1)

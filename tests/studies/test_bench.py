@@ -15,7 +15,7 @@ from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
 from hyperdescent.scripts import command
-from hyperdescent.studies import bench, bench_report, workloads
+from hyperdescent.studies import bench, bench_report, files, workloads
 from hyperdescent.studies.bench import PLAIN, Difference, Grown, Result, Row, bench_metagradient
 from hyperdescent.studies.low import bench_bfloat16
 from hyperdescent.studies.memory import Meter
@@ -34,7 +34,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "PEERS", few)
     monkeypatch.setattr(bench_report, "PEERS", few)
     monkeypatch.setattr(workloads, "WORKLOADS", {"tiny": TINY, "w4": WORKLOADS["w4"]})
-    monkeypatch.delenv(workloads.DATA, raising=False)
+    monkeypatch.delenv(files.DATA, raising=False)
 
     def grown(workload, name, say):
         missing = few[name].missing if name in few else ""

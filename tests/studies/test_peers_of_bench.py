@@ -10,9 +10,9 @@ import torch
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
+from hyperdescent.studies.files import DATA
 from hyperdescent.studies.peers import PEERS, Peer, held_out_loss, train_plainly
 from hyperdescent.studies.workloads import (
-    DATA,
     GPT,
     SEED,
     WORKLOADS,
