@@ -35,6 +35,7 @@ from .meta.forward import Forward
 from .meta.hypergradient import hypergradient, train
 from .meta.implicit import Implicit
 from .meta.meha import MEHA
+from .meta.online import HypergradientDescent, train_online
 from .meta.outcome import Outcome
 from .meta.penalty import Penalty
 from .meta.population import Population
@@ -63,6 +64,7 @@ __all__ = [
     "FixedPoint",
     "Forward",
     "Hyper",
+    "HypergradientDescent",
     "Implicit",
     "Integer",
     "MetaOptimizer",
@@ -95,6 +97,7 @@ __all__ = [
     "schedules",
     "shared",
     "train",
+    "train_online",
     "tune",
     "weight_decay",
     "zeros",

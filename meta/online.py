@@ -1,0 +1,170 @@
+"""Hypers that are learned during the one training they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..inner.hyper import Tensors
+from ..inner.rule import Rule
+from .coordinates import Coordinates
+from .curvature import vjp
+from .estimate import Estimate, Estimator, Note, finished
+from .forward import Forward
+from .hypergradient import Trained, make_training, split_names
+from .methods import find_method
+from .outcome import Outcome
+from .problem import Problem
+from .reach import Reached, go_on
+from .steps import Cotangents, leaf_values, leaves
+from .training import Grain, Training
+
+
+@dataclass(frozen=True)
+class HypergradientDescent:
+    """The gradient of the next batch's training loss through the last step alone.
+
+    For one training during which hypers move, each call `training.steps` steps: for the learning
+    rate of SGD it is minus the product of two gradients in a row. Greedy: it knows nothing of what
+    a rate does later, and chooses rates that are too small where that counts (Wu et al. 2018,
+    arXiv:1803.02021). Hypers of the loss raise ValueError. Baydin et al. (2018, arXiv:1703.04782)
+    add it to the rate itself, which may turn negative; moved in unconstrained coordinates it
+    cannot.
+    """
+
+    def __call__(
+        self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
+    ) -> tuple[Estimate, Reached | None]:
+        if of_loss := [name for name in training.expand(training.problem.hypers) if name in point]:
+            raise ValueError(
+                f"{', '.join(of_loss)} is in the training loss, on which hypergradient descent "
+                "learns: that would only switch it off; use OnePass() or SAMA(warm_start=True)"
+            )
+        knobs = {name: value.detach().requires_grad_() for name, value in point.items()}
+        resolved = training.resolve(knobs)
+        plain, sums = resolved.detach(), Cotangents(resolved)
+        last = training.steps - 1
+        if last:
+            reached = go_on(replace(training, steps=last), plain, carry, seed)
+            if isinstance(reached, Estimate):
+                return reached, None
+        elif carry:
+            reached = carry
+        else:
+            with torch.no_grad():
+                reached = Reached(training.begin(plain.at(0), seed), 0)
+        values, hypers = leaf_values(plain, last, sums.names)
+        before = leaves(reached.state, reached.state.buffers)
+        after = training.step(before, values, reached.steps, seed, graph=True)
+        done = reached.steps + 1
+        loss, _ = training.inner_loss(after, values, done, seed)
+        sums.add(last, vjp([loss], hypers, [None]), sums.names)
+        state = training.step(reached.state, plain.at(last), reached.steps, seed)
+        if not bool(loss.isfinite()):
+            return Estimate.diverged(
+                done, f"the training loss stopped being finite by {done}"
+            ), None
+        held_out = training.outer_loss(state, plain.at(last)).detach()
+        note = Note(steps=training.steps, how="the training loss after one step")
+        return finished(held_out, sums.through(knobs), note), Reached(state, done)
+
+
+@dataclass(frozen=True)
+class Online:
+    """What a training with hypers that move ended with. trained: None where it diverged. values: by
+    full name, shape (moves + 1, *the hyper's), those before each move and the last. losses: the
+    held-out loss at each move. moves that were left out are in `skipped`, with the reason.
+    """
+
+    trained: Trained | None
+    values: Tensors
+    losses: list[float]
+    outcome: Outcome
+    reason: str = ""
+    skipped: Mapping[int, str] | None = None
+
+
+def train_online(
+    problem: Problem,
+    rule: str | Rule = "adamw",
+    *,
+    learn: str | Iterable[str] = ("lr",),
+    steps: int = 1000,
+    every: int = 10,
+    rate: float = 0.05,
+    method: str | Estimator = "one-pass",
+    grains: Mapping[str, Grain] | None = None,
+    given: Mapping[str, float | Tensor] | None = None,
+    seed: int = 0,
+) -> Online:
+    """Train once and learn hypers on the way: every so many steps one move of Adam, `rate` long, in
+    unconstrained coordinates and inside the search ranges.
+
+    method: "one-pass" for every hyper of a step (Clarke et al. 2022, arXiv:2110.10461);
+    HypergradientDescent() on the training loss; Forward(discount=0.99) for MARTHE, 1 for the
+    real-time variant; Implicit(warm_start=True), SAMA(warm_start=True) for hypers of the loss. A
+    move whose gradient is not to be trusted is left out and training goes on.
+    """
+    found = find_method(method) if isinstance(method, str) else method
+    names = split_names(learn)
+    if every < 1 or every > steps:
+        raise ValueError(f"every={every} must be from 1 to steps={steps}")
+    if not rate > 0:
+        raise ValueError(f"rate={rate:g} must be positive")
+    whole = make_training(problem, rule, steps, None, grains, given)
+    start = whole.start(names)
+    space = Coordinates({name: whole.hypers[name] for name in start})
+    z = space.inside(space.free(start)).requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.99))
+    carry: Any = None
+    done, seen, losses = 0, [z.detach().clone()], []
+    skipped: dict[int, str] = {}
+    while done < steps:
+        count = min(every, steps - done)
+        point = space.point(z.detach())
+        if isinstance(found, Forward):
+            estimate, carry = replace(found, every=count)(whole, point, carry, seed=seed)
+        else:
+            estimate, carry = found(replace(whole, steps=count), point, carry, seed=seed)
+        done += count
+        note = estimate.note
+        losses.append(estimate.loss)
+        if note.outcome in (Outcome.DIVERGED, Outcome.NOT_DIFFERENTIABLE):
+            return _ended(space, seen, losses, note.outcome, note.reason, skipped)
+        if not hasattr(carry, "state"):
+            raise TypeError(
+                f"{method!r} does not go on from where it was; give warm_start=True, or a method "
+                "for one training, such as 'one-pass'"
+            )
+        if estimate.ok:
+            z.grad = space.pull(z, estimate.grad)
+            optimizer.step()
+            with torch.no_grad():
+                z.copy_(space.inside(z))
+        else:
+            skipped[done] = note.reason
+        seen.append(z.detach().clone())
+    state = carry.state
+    measures = {split: whole.measure(state, split) for split in problem.splits}
+    trained = Trained(whole.layout.unflatten(state.p), state.buffers, measures)
+    return replace(_ended(space, seen, losses, Outcome.OK, "", skipped), trained=trained)
+
+
+def _ended(
+    space: Coordinates,
+    seen: list[Tensor],
+    losses: list[float],
+    outcome: Outcome,
+    reason: str,
+    skipped: Mapping[int, str],
+) -> Online:
+    points = [space.point(z) for z in seen]
+    values = {name: torch.stack([point[name] for point in points]) for name in points[0]}
+    return Online(None, values, losses, outcome, reason, skipped)
+
+
+__all__ = ["HypergradientDescent", "Online", "train_online"]
