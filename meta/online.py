@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from .problem import Problem
 from .reach import Reached, go_on
 from .steps import Cotangents, leaf_values, leaves
 from .training import Grain, Training
+
+# Numbers of a hyper whose every move is kept.
+_FEW = 1000
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ class HypergradientDescent:
 @dataclass(frozen=True)
 class Online:
     """What a training with hypers that move ended with. trained: None where it diverged. values: by
-    full name, shape (moves + 1, *the hyper's), those before each move and the last. losses: the
-    held-out loss at each move. moves that were left out are in `skipped`, with the reason.
+    full name, shape (moves + 1, *the hyper's), those before each move and the last; of hypers of
+    more than a thousand numbers the first and the last alone. losses: the held-out loss at each
+    move. skipped: the steps at which a move was left out, and why.
     """
 
     trained: Trained | None
@@ -85,7 +89,7 @@ class Online:
     losses: list[float]
     outcome: Outcome
     reason: str = ""
-    skipped: Mapping[int, str] | None = None
+    skipped: Mapping[int, str] = field(default_factory=dict)
 
 
 def train_online(
@@ -121,11 +125,13 @@ def train_online(
     z = space.inside(space.free(start)).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.99))
     carry: Any = None
-    done, seen, losses = 0, [z.detach().clone()], []
+    done, losses = 0, []
+    # Clones: the optimizer moves z in place, and on a linear scale a value is z itself.
+    seen = {name: [value] for name, value in space.point(z.detach().clone()).items()}
     skipped: dict[int, str] = {}
     while done < steps:
         count = min(every, steps - done)
-        point = space.point(z.detach())
+        point = space.point(z.detach().clone())
         if isinstance(found, Forward):
             estimate, carry = replace(found, every=count)(whole, point, carry, seed=seed)
         else:
@@ -134,7 +140,7 @@ def train_online(
         note = estimate.note
         losses.append(estimate.loss)
         if note.outcome in (Outcome.DIVERGED, Outcome.NOT_DIFFERENTIABLE):
-            return _ended(space, seen, losses, note.outcome, note.reason, skipped)
+            return Online(None, _stacked(seen), losses, note.outcome, note.reason, skipped)
         if not hasattr(carry, "state"):
             raise TypeError(
                 f"{method!r} does not go on from where it was; give warm_start=True, or a method "
@@ -147,24 +153,18 @@ def train_online(
                 z.copy_(space.inside(z))
         else:
             skipped[done] = note.reason
-        seen.append(z.detach().clone())
+        for name, value in space.point(z.detach().clone()).items():
+            if value.numel() > _FEW:
+                del seen[name][1:]
+            seen[name].append(value)
     state = carry.state
     measures = {split: whole.measure(state, split) for split in problem.splits}
     trained = Trained(whole.layout.unflatten(state.p), state.buffers, measures)
-    return replace(_ended(space, seen, losses, Outcome.OK, "", skipped), trained=trained)
+    return Online(trained, _stacked(seen), losses, Outcome.OK, "", skipped)
 
 
-def _ended(
-    space: Coordinates,
-    seen: list[Tensor],
-    losses: list[float],
-    outcome: Outcome,
-    reason: str,
-    skipped: Mapping[int, str],
-) -> Online:
-    points = [space.point(z) for z in seen]
-    values = {name: torch.stack([point[name] for point in points]) for name in points[0]}
-    return Online(None, values, losses, outcome, reason, skipped)
+def _stacked(seen: Mapping[str, list[Tensor]]) -> Tensors:
+    return {name: torch.stack(values) for name, values in seen.items()}
 
 
 __all__ = ["HypergradientDescent", "Online", "train_online"]
