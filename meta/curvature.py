@@ -20,7 +20,7 @@ Curvature = Literal["hessian", "gauss-newton"]
 class Parted(Protocol):
     """A problem whose training loss is a function of the model's output and of the weights."""
 
-    def output(self, params: Tensors, buffers: Tensors, batch: object) -> Tensor:
+    def output(self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: object) -> Tensor:
         """What the model makes of a batch in training."""
         ...
 
@@ -59,7 +59,7 @@ def _gauss_newton(training: Training, state: State, values: Tensors, i: int, see
     problem = cast(Parted, training.problem)
     batch, hypers = training.problem.batch(i, seed), training.of_loss(values)
     with draws_of(i, seed, state.p.device):
-        z = problem.output(training.layout.unflatten(state.p), state.buffers, batch)
+        z = problem.output(training.layout.unflatten(state.p), state.buffers, hypers, batch)
     # J v is the derivative in u of J' u, which is linear in u (Townsend 2017).
     u = torch.zeros_like(z, requires_grad=True)
     (back,) = vjp([z], [state.p], [u], graph=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from inspect import signature
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +24,8 @@ from .model import check_autocast, checked_weights, lowered, own_modules, twice_
 from .stream import Stream, as_held_out, as_train, check_filled, checked_batch_size
 
 LossFn = Callable[..., Tensor]
+# (inputs, hypers) -> inputs of the same kind.
+Augment = Callable[[Any, Tensors], Any]
 # The hyperparameter that data_weights=True adds.
 _WEIGHTS = "data_weights"
 
@@ -109,6 +112,7 @@ class ModuleProblem:
     choices: Mapping[str, Discrete]
     chosen: Mapping[str, object] = field(default_factory=dict)
     data_weights: bool = False
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         options = {option: c.default for option, c in self.choices.items()} | dict(self.chosen)
@@ -135,6 +139,7 @@ class ModuleProblem:
                 )
             self.hypers = {**self.hypers, _WEIGHTS: _weight_per_example(len(self.train))}
         self._mutable = {n for n, _ in self._model.named_buffers()}
+        self._loss_takes_hypers = self.augment is None or _takes(self.loss_fn, "hypers")
         self._fixed = True
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -183,14 +188,18 @@ class ModuleProblem:
     ) -> tuple[Tensor, Tensors]:
         return mean_loss(self._loss, params, buffers, hypers, batch, self.accumulate)
 
-    def output(self, params: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
+    def output(self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch) -> Tensor:
         """What the model makes of a training batch."""
-        return self._output(params, buffers, batch)[0]
+        return self._output(params, buffers, hypers, batch)[0]
 
-    def _output(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
+    def _output(
+        self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
+    ) -> tuple[Tensor, Tensors]:
         inputs = batch[0]
         if self.data_weights:
             inputs = tuple(inputs[:-1])
+        if self.augment:
+            inputs = self.augment(inputs, _own(hypers))
         # Copies, because a module may update its buffers in place; frozen weights stay put.
         carried = {n: b.clone() if n in self._mutable else b for n, b in buffers.items()}
         return self._forward(params, carried, inputs, training=True)
@@ -198,7 +207,7 @@ class ModuleProblem:
     def loss_of(self, output: Tensor, params: Tensors, hypers: Tensors, batch: Batch) -> Tensor:
         """The training loss of what the model made of a batch."""
         inputs, target = batch
-        own = {n: value for n, value in hypers.items() if n != _WEIGHTS}
+        own = _own(hypers) if self._loss_takes_hypers else {}
         extra = {"hypers": own, "params": params} if own else {}
         if not self.data_weights:
             return self._scalar(self.loss_fn, output, target, **extra)
@@ -211,7 +220,7 @@ class ModuleProblem:
     def _loss(
         self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
     ) -> tuple[Tensor, Tensors]:
-        output, carried = self._output(params, buffers, batch)
+        output, carried = self._output(params, buffers, hypers, batch)
         return self.loss_of(output, params, hypers, batch), carried
 
     def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
@@ -265,6 +274,7 @@ def problem_from_module(
     metrics: Mapping[str, LossFn] = MappingProxyType({}),
     choices: Mapping[str, Discrete] = MappingProxyType({}),
     data_weights: bool = False,
+    augment: Augment | None = None,
     name: str | None = None,
 ) -> ModuleProblem:
     """The problem of training the model that make_model returns, by mini-batches of train.
@@ -288,6 +298,10 @@ def problem_from_module(
     accumulate: a step's batch is so many equal parts, done one after the other, and the training
     loss is the mean of theirs; where steps are not compiled, the graph of one part is held at a
     time. autocast: torch.bfloat16 for mixed precision; weights and slots stay float32.
+
+    augment(inputs, hypers) changes the inputs of a training batch, and of no other, before the
+    model sees them: by a strength, or by a network whose weights are hypers. What it draws from
+    torch's global generators is seeded by the step. loss_fn may then leave hypers= and params= out.
 
     data_weights: a hyperparameter "data_weights" of one number per example of train, 1 by default:
     loss_fn returns a loss per example, as with reduction="none", and the training loss is the mean
@@ -317,7 +331,22 @@ def problem_from_module(
         metrics=dict(metrics),
         choices=dict(choices),
         data_weights=data_weights,
+        augment=augment,
     )
+
+
+def _own(hypers: Tensors) -> Tensors:
+    """The hypers that the user declared."""
+    return {name: value for name, value in hypers.items() if name != _WEIGHTS}
+
+
+def _takes(function: Callable[..., object], name: str) -> bool:
+    """Whether a function has a parameter of that name."""
+    try:
+        parameters = signature(function).parameters
+    except ValueError:  # A builtin that does not tell.
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _scalar(loss_fn: LossFn, output: object, target: Tensor, **extra: Tensors) -> Tensor:
