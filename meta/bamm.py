@@ -33,8 +33,9 @@ class BAMM:
 
     Every step of the training is one of v, of length `rate` * (steps + 1) ** -tau/2, and one of the
     weights on psi by its rule. mu falls as mu0 (steps + 1) ** -1/p: slowly, and with it the bias,
-    which is that of F's say in where the weights go. Calls go on from the last one; with steps=1 it
-    is the paper's algorithm, for which its outer steps must shrink as (steps + 1) ** -1.5 tau mu^3.
+    which is that of F's say in where the weights go. A weight decay of the rule is not seen by v:
+    put it into the training loss. Calls go on from the last one; with steps=1 it is the paper's
+    algorithm, for which its outer steps must shrink as (steps + 1) ** -1.5 tau mu^3.
     """
 
     mu0: float = 0.9

@@ -5,6 +5,7 @@ Liu et al. 2020, arXiv:2006.04045.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -27,7 +28,12 @@ class Blend:
     """
 
     def __init__(self, problem: Problem, weigh: Callable[[int], tuple[float, float]]) -> None:
-        self._problem, self._weigh = problem, weigh
+        # It is kept with the problem, whose life it must not prolong.
+        try:
+            self._problem: Problem = weakref.proxy(problem)
+        except TypeError:
+            self._problem = problem
+        self._weigh = weigh
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._problem, name)

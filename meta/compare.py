@@ -36,7 +36,8 @@ _EXACT, _COLOR = 1e-9, "#0b63b0"
 class Row:
     """One method. estimate: what it returned, None if it raised. refused: what it raised. cosine,
     error: with the reference, in unconstrained coordinates; error relative to its norm; NaN where
-    there is no gradient. seconds: of the call, a compilation it needed included.
+    there is no gradient. seconds: of the call; what had to be traced or compiled is in that of the
+    first that needed it, the reference before all.
     """
 
     method: str
@@ -163,8 +164,8 @@ def compare(
         began, refused, estimate = time.perf_counter(), "", None
         try:
             estimate, _ = method(training, point, None, seed=seed)
-        except (ValueError, TypeError) as error:
-            refused = str(error)
+        except Exception as error:  # Of whatever kind: its row says so, the others are kept.
+            refused = str(error) or type(error).__name__
         seconds = time.perf_counter() - began
         units += _timed_gradients(training, point, seed)
         cosine = error_ = math.nan

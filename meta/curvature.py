@@ -60,6 +60,11 @@ def _gauss_newton(training: Training, state: State, values: Tensors, i: int, see
     batch, hypers = training.problem.batch(i, seed), training.of_loss(values)
     with draws_of(i, seed, state.p.device):
         z = problem.output(training.layout.unflatten(state.p), state.buffers, hypers, batch)
+    if not isinstance(z, Tensor):
+        raise TypeError(
+            f"curvature='gauss-newton' needs one tensor as the model's output, and that of "
+            f"{training.problem.name} is a {type(z).__name__}; give curvature='hessian'"
+        )
     # J v is the derivative in u of J' u, which is linear in u (Townsend 2017).
     u = torch.zeros_like(z, requires_grad=True)
     (back,) = vjp([z], [state.p], [u], graph=True)

@@ -9,9 +9,9 @@ Guided ES: Maheswaranathan et al. 2019, arXiv:1806.10230.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,8 +36,9 @@ class ES:
     pairs: of trainings at plus and minus the same noise, all under the same seed, and one without
     noise, whose loss is returned. sigma: the noise's standard deviation in unconstrained
     coordinates, so relative for hypers on a log scale; the gradient is that of the loss averaged
-    over it. note.stderr: the standard error of every number, from the spread between pairs. A pair
-    that diverged is left out.
+    over it, too small where noise had to be cut to keep a hyper on a linear scale legal.
+    note.stderr: the standard error of every number, from the spread between pairs. A pair that
+    diverged is left out.
 
     guide: a cheap estimator; a `share` of the noise's variance is then isotropic, the rest along
     its gradient. What comes out is no longer the gradient but a mixture with the part along the
@@ -59,17 +60,21 @@ class ES:
         self, training: Training, point: Tensors, carry: None = None, *, seed: int
     ) -> tuple[Estimate, None]:
         space = _Space(training, point)
-        noise = space.noise(self.pairs, mix(seed, 0, 8)) * self.sigma
+        noise = space.noise(self.pairs, mix(seed, 0, 8), self.sigma)
         factor, said = 1.0, "ES"
         if self.guide:
             known, _ = self.guide(training, point, None, seed=seed)
             said = "guided ES" if known.ok else f"ES, its guide failed: {known.note.reason}"
             if known.ok:
                 noise, factor = self._guided(space, noise, known.grad, seed), _BETA
-        crowd = _crowd(training, space.around(noise), seed, self.compile)
-        base, *losses = crowd.losses(crowd.run(crowd.start(), 0, training.steps))
+
+        def attempt(crowd: _Crowd) -> list[float]:
+            return crowd.losses(crowd.run(crowd.start(), 0, training.steps))
+
+        points = space.around(noise)
+        (base, *losses), how = _together(attempt, training, points, seed, self.compile)
         slopes = _slopes(losses, noise, self.sigma) * factor
-        return space.estimate(base, slopes, training.steps, f"{said}, {crowd.how}"), None
+        return space.estimate(base, slopes, training.steps, f"{said}, {how}"), None
 
     def _guided(self, space: _Space, noise: Tensor, grad: Tensors, seed: int) -> Tensor:
         along = space.coordinates.pull(space.z, grad)
@@ -77,8 +82,7 @@ class ES:
         draw = torch.Generator().manual_seed(mix(seed, 1, 8))
         much = torch.randn(self.pairs, 1, dtype=torch.float64, generator=draw) * self.sigma
         isotropic = noise * math.sqrt(self.share / len(space.z))
-        guided: Tensor = isotropic + much * along * math.sqrt(1 - self.share)
-        return guided
+        return space.legal(isotropic + much * along * math.sqrt(1 - self.share))
 
 
 class Particles(NamedTuple):
@@ -138,26 +142,31 @@ class PES:
         seed, first = carry.seed, carry.step
         last = min(first + self.window, training.steps)
         fresh = self.kind != "single" or first == 0
-        draw = space.noise(self.pairs, mix(seed, first, 8)) * self.sigma
+        draw = space.noise(self.pairs, mix(seed, carry.calls, 8), self.sigma)
         noise = draw if fresh else carry.summed
         summed = carry.summed + noise if self.kind == "pes" else noise
 
-        crowd = _crowd(training, space.around(noise), seed, self.compile)
-        states = crowd.start() if first == 0 else carry.states
-        if self.kind == "truncated" and first:
-            states = crowd.spread(states)
-        before = carry.losses
-        if self.objective == "final" and (not before or self.kind == "truncated"):
-            before = crowd.losses(states)
-        states = crowd.run(states, first, last)
-        base, *losses = after = crowd.losses(states)
+        def attempt(crowd: _Crowd) -> tuple[Any, list[float], list[float]]:
+            states = crowd.start() if first == 0 else crowd.taken_over(carry.states)
+            if self.kind == "truncated" and first:
+                states = crowd.spread(states)
+            # What the first window adds is all of the loss: hypers that enter it count throughout.
+            before = carry.losses or [0.0] * (2 * self.pairs + 1)
+            if self.objective == "final" and self.kind == "truncated":
+                before = crowd.losses(states)
+            states = crowd.run(states, first, last)
+            return states, before, crowd.losses(states)
+
+        points = space.around(noise)
+        (states, before, after), how = _together(attempt, training, points, seed, self.compile)
+        base, *losses = after
         if self.objective == "final":
             losses = [x - y for x, y in zip(losses, before[1:], strict=True)]
         slopes = _slopes(losses, summed, self.sigma)
         windows = math.ceil(training.steps / self.window)
         if self.objective == "final":
             slopes = slopes * windows
-        how = f"{self.kind}, steps {first} to {last}, {crowd.how}"
+        how = f"{self.kind}, steps {first} to {last}, {how}"
         estimate = space.estimate(base, slopes, last - first, how)
         return estimate, Particles(states, summed, after, last, seed, carry.calls + 1)
 
@@ -169,9 +178,26 @@ class _Space:
         self.coordinates = Coordinates({name: training.hypers[name] for name in point})
         self.z = self.coordinates.free(point)
 
-    def noise(self, pairs: int, seed: int) -> Tensor:
+    def noise(self, pairs: int, seed: int, sigma: float) -> Tensor:
         draw = torch.Generator().manual_seed(seed)
-        return torch.randn(pairs, len(self.z), dtype=torch.float64, generator=draw)
+        noise = sigma * torch.randn(pairs, len(self.z), dtype=torch.float64, generator=draw)
+        return self.legal(noise)
+
+    def legal(self, noise: Tensor) -> Tensor:
+        """Noise cut to what leaves both sides legal: on a linear scale not every number is."""
+        room = torch.cat(
+            [
+                torch.minimum(part - hyper.low, hyper.high - part).clamp(min=0).flatten()
+                if hyper.scale == "linear"
+                else torch.full((part.numel(),), math.inf, dtype=torch.float64)
+                for part, hyper in zip(
+                    self.coordinates.layout.unflatten(self.z).values(),
+                    self.coordinates.hypers.values(),
+                    strict=True,
+                )
+            ]
+        )
+        return noise.clamp(-room, room)
 
     def around(self, noise: Tensor) -> list[Tensors]:
         """The point itself, and the points at plus and minus each row of the noise, in turns."""
@@ -216,16 +242,35 @@ class _Crowd(Protocol):
         """The first state for all."""
         ...
 
+    def taken_over(self, states: Any) -> Any:
+        """States that an earlier crowd left, which may have been of the other kind."""
+        ...
 
-def _crowd(training: Training, points: list[Tensors], seed: int, compile: bool) -> _Crowd:
+
+A = TypeVar("A")
+
+
+def _together(
+    attempt: Callable[[_Crowd], A],
+    training: Training,
+    points: list[Tensors],
+    seed: int,
+    compile: bool,
+) -> tuple[A, str]:
+    """(what attempt makes of the trainings, how they were done): together where that can be, one
+    after the other where not, from where attempt begins.
+    """
     try:
         many = Many(training, points, [seed] * len(points), compile)
-    except (Distrusted, Uneven) as why:
-        return _OneByOne(training, points, seed, str(why))
-    if many.machine.graph.random:
         # Together their draws would differ, and with them the losses of a pair.
-        return _OneByOne(training, points, seed, "its loss draws at random")
-    return _Together(many)
+        refused = "its loss draws at random" if many.machine.graph.random else ""
+        if not refused:
+            together = _Together(many)
+            return attempt(together), together.how
+    except (Distrusted, Uneven) as why:
+        refused = str(why)
+    alone = _OneByOne(training, points, seed, refused)
+    return attempt(alone), alone.how
 
 
 class _Together:
@@ -241,6 +286,11 @@ class _Together:
 
     def losses(self, states: State) -> list[float]:
         return self._many.losses(states)
+
+    def taken_over(self, states: State | list[State | None]) -> State:
+        if isinstance(states, State):
+            return states
+        raise Distrusted("its trainings were not done together so far")
 
     def spread(self, states: State) -> State:
         def first(x: Tensor) -> Tensor:
@@ -288,6 +338,16 @@ class _OneByOne:
                     loss = float(self._training.outer_loss(state, resolved.at(last)))
             found.append(loss if math.isfinite(loss) else math.inf)
         return found
+
+    def taken_over(self, states: State | list[State | None]) -> list[State | None]:
+        if not isinstance(states, State):
+            return states
+
+        def one(each: Tensors, k: int) -> Tensors:
+            return {name: x[k] for name, x in each.items()}
+
+        p, slots, buffers = states
+        return [State(p[k], one(slots, k), one(buffers, k)) for k in range(len(p))]
 
     def spread(self, states: list[State | None]) -> list[State | None]:
         return [states[0]] * len(states)

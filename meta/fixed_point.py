@@ -29,10 +29,10 @@ class FixedPoint:
     """The gradient of the held-out loss at the fixed point of the training step.
 
     The step is the rule's own, slots and moving buffers included, so that decoupled weight decay
-    counts as it does in training; other hypers of the rule do not move its fixed point and raise
-    ValueError. terms: of the series for x; what they leave is note.residual, and more than
-    `tolerance` is NOISY. It falls as the step's contraction to the power of terms + 1: a map that
-    does not contract, as Adam's with a small eps near an exact optimum, has no such series.
+    counts as it does in training; other hypers of the rule, of which hardly one moves its fixed
+    point, raise ValueError. terms: of the series for x; what they leave is note.residual, and more
+    than `tolerance` is NOISY. It falls as the step's contraction to the power of terms + 1: a map
+    that does not contract, as Adam's with a small eps near an exact optimum, has no such series.
     note.gap, warm_start: as for Implicit. Every term costs one pass back through a step.
     """
 

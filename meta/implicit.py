@@ -44,7 +44,8 @@ class Implicit:
     that of the mean loss over so many batches, those that training would draw next. tolerance: a
     larger residual of the solve is NOISY, not used; inf takes any. warm_start: go on from where the
     last call ended, its optimizer state included, so that few steps follow small moves.
-    Buffers are constants here: the path through batch norm's running statistics is left out.
+    Buffers are constants here: the path through batch norm's running statistics is left out. So is
+    a weight decay of the rule, which is not in the training loss: FixedPoint goes through it.
     """
 
     solve: Solve = field(default_factory=conjugate_gradient)
@@ -68,6 +69,12 @@ class Implicit:
             raise TypeError(
                 f"curvature='gauss-newton' has to see the output of the model, and "
                 f"{training.problem.name} has no output() and loss_of(); give curvature='hessian'"
+            )
+        parts = getattr(training.problem, "accumulate", 1)
+        if self.curvature == "gauss-newton" and parts > 1:
+            raise ValueError(
+                f"curvature='gauss-newton' is of whole batches, and {training.problem.name} has "
+                f"accumulate={parts}; give curvature='hessian', or a problem without accumulate"
             )
         resolved = training.resolve({name: value.detach() for name, value in point.items()})
         reached = go_on(training, resolved, carry, seed)
@@ -107,7 +114,8 @@ class Implicit:
             gap=gap,
             how=f"{solved.steps} products, residual {solved.residual:.1e}, gap {gap:.1g}",
         )
-        if not solved.residual <= self.tolerance:
+        # An infinite one says that x means nothing, whatever is tolerated.
+        if not solved.residual <= self.tolerance or solved.residual == float("inf"):
             return Estimate(float(loss.detach()), {}, unsolved(note, self.tolerance))
         mixed = vjp([g], list(leaves.values()), [solved.x])
         slopes = {n: d - m for n, d, m in zip(names, direct, mixed, strict=True)}

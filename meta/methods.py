@@ -40,7 +40,7 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "sama": SAMA,
     "bda": BDA,
     "f2sa": Penalty,
-    "v-pbgd": partial(Penalty, 0.0, growth=0.1, limit=10.0, warm_start=True),
+    "v-pbgd": partial(Penalty, 0.1, growth=0.1, limit=10.0, warm_start=True),
     "bamm": BAMM,
     "meha": MEHA,
     "es": ES,

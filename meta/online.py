@@ -139,12 +139,13 @@ def train_online(
         done += count
         note = estimate.note
         losses.append(estimate.loss)
-        if note.outcome in (Outcome.DIVERGED, Outcome.NOT_DIFFERENTIABLE):
+        if carry is None and note.outcome in (Outcome.DIVERGED, Outcome.NOT_DIFFERENTIABLE):
             return Online(None, _stacked(seen), losses, note.outcome, note.reason, skipped)
         if not hasattr(carry, "state"):
+            why = "begins anew at every call" if carry is None else "has no single training"
             raise TypeError(
-                f"{method!r} does not go on from where it was; give warm_start=True, or a method "
-                "for one training, such as 'one-pass'"
+                f"{method!r} {why}; give warm_start=True where it has that, or a method for one "
+                "training, such as 'one-pass'"
             )
         if estimate.ok:
             z.grad = space.pull(z, estimate.grad)

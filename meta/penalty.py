@@ -52,6 +52,10 @@ class Penalty:
                 f"penalty={self.penalty:g} and growth={self.growth:g} must not be negative, and "
                 f"limit={self.limit:g} not below the penalty"
             )
+        if self.growth and not self.warm_start:
+            raise ValueError(
+                f"growth={self.growth:g} is from call to call, which needs warm_start=True"
+            )
         if self.symmetric and not self.penalty > 1:
             raise ValueError(
                 f"symmetric=True trains on penalty f - F, and with penalty={self.penalty:g} F "

@@ -342,6 +342,8 @@ def _own(hypers: Tensors) -> Tensors:
 
 def _takes(function: Callable[..., object], name: str) -> bool:
     """Whether a function has a parameter of that name."""
+    if isinstance(function, nn.Module):
+        function = function.forward
     try:
         parameters = signature(function).parameters
     except ValueError:  # A builtin that does not tell.

@@ -65,7 +65,7 @@ def step_along(
     pull: Tensor | None = None,
 ) -> State:
     """Step i of the rule, without a graph, on inner * f + outer * F, f the training loss and F the
-    held-out one; pull is added to the gradient.
+    held-out one; pull is added to the gradient. The rule's weight decay goes with f.
     """
 
     p = state.p.detach().requires_grad_()
@@ -74,6 +74,8 @@ def step_along(
     if outer:
         total = total + outer * training.outer_loss(state._replace(p=p), values)
     (g,) = torch.autograd.grad(total, p)
+    if "weight_decay" in values:
+        values = values | {"weight_decay": inner * values["weight_decay"]}
     return moved_by(training, state, values, i, g if pull is None else g + pull, buffers)
 
 

@@ -90,7 +90,7 @@ def run_study(file: Path, out: Path, address: str | None, serial: bool) -> int:
         "progress": lambda record: screen.print(one_line(record), style="dim", markup=False),
     }
     name = str(file)
-    if file.suffix or file.exists():
+    if name not in STUDIES and (file.suffix or file.exists()):
         study = read_study(file)
         return show_records(run(study, **given), study.name)
     if name not in STUDIES:

@@ -14,7 +14,7 @@ import gzip
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 
 import numpy as np
@@ -80,10 +80,20 @@ class CleaningCell:
 
     @property
     def inputs(self) -> dict[str, Json]:
+        setting: dict[str, Json] = {
+            name: value
+            for name, value in asdict(SETTINGS[self.data]).items()
+            if isinstance(value, int | float)
+        }
+        arm: dict[str, Json] = {"name": self.method}
+        if self.method in METHODS:
+            method = METHODS[self.method]
+            # With its options, as it prints itself.
+            arm |= {"estimator": repr(method.make()), "share": method.share}
         return {
             "study": self.study,
-            "problem": {"name": self.data},
-            "arm": {"name": self.method},
+            "problem": {"name": self.data, "setting": setting},
+            "arm": arm,
             "seed": self.seed,
         }
 
@@ -177,7 +187,7 @@ def clean(cell: CleaningCell) -> Record:
         found = _learn(METHODS[cell.method], setting, data)
         seconds = time.perf_counter() - began
         if isinstance(found, Estimate):
-            outcome = Outcome.DIVERGED
+            outcome = found.note.outcome
         else:
             measures = _judged(setting, data, found)
     return Record(

@@ -1,10 +1,12 @@
 """BDA, F2SA, V-PBGD, sl-BAMM and MEHA on problems whose answer is known, where others fail too."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
-from toys import DOUBLE, Toy, descent, vector
+from toys import DOUBLE, Toy, descent, following, vector
 
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.bamm import BAMM
@@ -221,11 +223,34 @@ class TestAnyRule:
             slope = (final(**up) - final(**down)) / (2 * h)
             assert float(estimate.grad[name]) == pytest.approx(slope, rel=1e-7)
 
-    @pytest.mark.parametrize("method", [Penalty(30.0), MEHA(c0=30.0), BAMM()])
-    def test_momentum_too(self, method):
-        run = Training(simple(), find_rule("sgd"), 400, given={"lr": 0.05, "momentum": 0.8})
-        estimate, _ = method(run, at(0.8), seed=0)
-        assert estimate.ok and math.isfinite(float(estimate.grad["x"]))
+    @pytest.mark.parametrize("momentum", [0.0, 0.8])
+    @pytest.mark.parametrize("decay", [0.0, 0.5])
+    @pytest.mark.parametrize(
+        ("method", "error"),
+        [
+            (Penalty(1000.0), 5e-3),
+            (Penalty(1000.0, batches=3), 5e-3),
+            (Penalty(300.0, symmetric=True), 1e-4),
+            (MEHA(c0=1000.0, power=0.0), 5e-3),
+            (MEHA(c0=1000.0, power=0.0, speed=2.0), 5e-3),
+        ],
+    )
+    def test_momentum_and_decay(self, method, error, decay, momentum):
+        """w = x / (1 + decay), and F = (w - 3)^2 / 2."""
+        toy = Toy(following(vector(1.0)), lambda w, h: (w[0] - 3) ** 2 / 2, vector(0.0), x=())
+        given = {"lr": 0.1, "momentum": momentum, "weight_decay": decay}
+        run = Training(toy, find_rule("sgd"), 500, given=given)
+        estimate, _ = method(run, at(1.0), seed=0)
+        expected = (1 / (1 + decay) - 3) / (1 + decay)
+        assert float(estimate.grad["x"]) == pytest.approx(expected, rel=error)
+
+    def test_bda_does_not_keep_its_problem_alive(self):
+        toy = simple()
+        BDA()(descent(toy, 3, 0.1), at(0.5), seed=0)
+        gone = weakref.ref(toy)
+        del toy
+        gc.collect()
+        assert gone() is None
 
 
 class TestOutcomes:
@@ -258,6 +283,7 @@ class TestOutcomes:
         (lambda: Penalty(5.0, limit=3.0), "limit=3 not below"),
         (lambda: Penalty(1.0, symmetric=True), "penalty above 1"),
         (lambda: Penalty(batches=0), "batches=0 leaves no loss"),
+        (lambda: Penalty(growth=1.0), "growth=1 is from call to call"),
         (lambda: MEHA(gamma=0.0), "gamma=0 must be positive"),
         (lambda: MEHA(power=0.5), "power=0.5 must be"),
         (lambda: BAMM(mu0=1.0), "mu0=1 must be between"),
@@ -276,4 +302,5 @@ def test_options_that_cannot_be_meant(make, said):
 @pytest.mark.parametrize("method", ["bda", "f2sa", "v-pbgd", "bamm", "meha"])
 def test_by_name(method):
     assert method in METHODS
-    assert hypergradient(simple(), "sgd", learn="x", steps=9, method=method).ok
+    estimate = hypergradient(flat(1.0), "sgd", learn="x", steps=9, method=method)
+    assert estimate.ok and float(estimate.grad["x"]) != 0

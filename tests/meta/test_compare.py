@@ -97,6 +97,14 @@ class TestRows:
         assert "lr is a hyperparameter of sgd" in row.said and "lr is a hyper" in str(found)
         assert found["replay"].error == 0
 
+    def test_an_error_of_torch_is_a_row_too(self):
+        def broken(training, point, carry=None, *, seed):
+            raise NotImplementedError("derivative for x is not implemented")
+
+        found = compare(quadratic(), X, {"broken": broken, "replay": Replay()})
+        assert found["broken"].said == "derivative for x is not implemented"
+        assert found["replay"].error == 0
+
     def test_an_outcome_is_a_row(self):
         found = compare(quadratic(), X, {"cg": UNSOLVED})
         assert found["cg"].estimate.note.outcome is Outcome.NOISY

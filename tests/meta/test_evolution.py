@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from nets import examples, mlp
 from torch import nn
-from toys import DOUBLE, Toy, descent, vector
+from torch.utils.data import DataLoader, TensorDataset
+from toys import DOUBLE, Toy, descent, following, vector
 
+from hyperdescent.inner.hyper import Hyper
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.evolution import ES, PES
 from hyperdescent.meta.hypergradient import hypergradient
@@ -110,6 +112,53 @@ def net_run(**options):
     return Training(classifier(**options), find_rule("adam"), 12, given={"lr": 0.05})
 
 
+class TestDirectDependence:
+    """F = w^2 / 2 + 5 (x - 3)^2: most of its slope in x is not by way of the weights."""
+
+    @pytest.mark.parametrize(("kind", "objective"), [("single", "final"), ("pes", "mean")])
+    def test_is_there_from_the_first_window_on(self, kind, objective):
+        toy = Toy(
+            following(vector(1.0)),
+            lambda w, h: w[0] ** 2 / 2 + 5 * (h["x"] - 3) ** 2,
+            vector(0.0),
+            x=(),
+        )
+        run, point = descent(toy, 20, 0.3), {"x": torch.tensor(1.0, dtype=DOUBLE)}
+        method = PES(window=5, pairs=400, kind=kind, objective=objective)
+        carry, found, errors = None, [], []
+        for _ in range(4):
+            estimate, carry = method(run, point, carry, seed=0)
+            found.append(float(estimate.grad["x"]))
+            errors.append(float(estimate.note.stderr["x"]))
+        # By replay -19.02; without the direct part it would be +1.
+        error = sum(errors) / 4
+        assert sum(found) / 4 == pytest.approx(-19, abs=3 * error + 0.5)
+        assert error < 2
+
+
+class TestLegality:
+    def test_noise_on_a_linear_scale_stays_inside(self, monkeypatch):
+        """A warm-up of less than no steps is none, and weights of examples are not negative."""
+        seen = []
+        resolve = Training.resolve
+
+        def watched(self, point):
+            seen.extend(float(v.detach().min()) for n, v in point.items() if n == "x")
+            return resolve(self, point)
+
+        monkeypatch.setattr(Training, "resolve", watched)
+        toy = Toy(following(vector(1.0)), lambda w, h: w[0] ** 2 / 2, vector(0.0), x=())
+        toy.hypers["x"] = Hyper(0.05, 0.0, math.inf, "linear", (0.0, 2.0))
+        estimate, _ = ES(pairs=200)(descent(toy, 5, 0.3), {"x": vector(0.05).squeeze()}, seed=0)
+        assert estimate.ok and min(seen) == 0 and max(seen) == pytest.approx(0.1)
+
+    def test_the_noise_of_one_training_is_not_that_of_the_next(self):
+        method, run = PES(window=60, pairs=3), descent(balance().problem, 60, 1.0)
+        one, carry = method(run, {"x": X}, None, seed=3)
+        two, _ = method(run, {"x": X}, carry, seed=3)
+        assert float(one.grad["x"]) != float(two.grad["x"])
+
+
 class TestTraining:
     def test_agrees_with_the_metagradient_where_the_loss_is_smooth(self):
         run = net_run()
@@ -161,6 +210,18 @@ class TestTraining:
             hows = estimate.note.how
         assert "one training after the other" in hows
         torch.testing.assert_close(*found, rtol=1e-8, atol=1e-12)
+
+    @pytest.mark.parametrize("method", [ES(pairs=2), PES(window=4, pairs=2)])
+    def test_batches_of_several_shapes_are_done_one_after_the_other(self, method):
+        x, y = examples(40, 5)
+        loader = DataLoader(TensorDataset(x, y), batch_size=16)
+        held_out = examples(30, 5, seed=1)
+        problem = problem_from_module(mlp, F.cross_entropy, loader, held_out)
+        run, carry = Training(problem, find_rule("adam"), 6), None
+        for _ in range(2):
+            estimate, carry = method(run, run.start(["lr"]), carry, seed=0)
+            assert estimate.ok
+        assert "one training after the other" in estimate.note.how
 
     def test_a_seed_repeats(self):
         run = net_run()

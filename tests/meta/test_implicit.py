@@ -17,6 +17,7 @@ from hyperdescent.meta.linear import conjugate_gradient, neumann
 from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.problem import loss_at, problem_from_module
 from hyperdescent.meta.training import Training
+from hyperdescent.studies.cleaning import cleaning_problem
 
 DOUBLE = torch.float64
 TIGHT = conjugate_gradient(steps=60, tol=1e-14)
@@ -264,6 +265,13 @@ class TestOutcomes:
         assert "positive definite" in estimate.note.reason
         assert "inf" in estimate.note.reason
 
+    @pytest.mark.parametrize("solve", [linear.nystrom(rank=6), linear.dense()])
+    def test_an_answer_that_means_nothing_is_noisy_whatever_is_tolerated(self, solve):
+        run = ridge(steps=1, loss_fn=double_well, given={"lr": 0.01})
+        method = Implicit(solve=solve, tolerance=float("inf"))
+        estimate, _ = method(run, {"l2": torch.tensor(5.0, dtype=DOUBLE)}, seed=0)
+        assert estimate.note.outcome is Outcome.NOISY and estimate.grad == {}
+
     def test_a_diverging_series_is_noisy(self):
         estimate, _ = Implicit(solve=neumann(5.0))(ridge(), self.point, seed=0)
         assert estimate.note.outcome is Outcome.NOISY
@@ -380,6 +388,19 @@ class TestGaussNewton:
             for c in ("hessian", "gauss-newton")
         )
         torch.testing.assert_close(one.grad["l2"], other.grad["l2"], rtol=1e-12, atol=0)
+
+    def test_of_accumulated_parts_is_refused(self):
+        with pytest.raises(ValueError, match="accumulate=4; give curvature='hessian'"):
+            Implicit(curvature="gauss-newton")(
+                self.run(accumulate=4), {"l2": torch.tensor(0.1)}, seed=0
+            )
+
+    def test_an_output_of_several_tensors_is_refused(self):
+        parts = [(x.float(), torch.arange(len(x)) % 10) for x in (X, X_VALID)]
+        problem = cleaning_problem(*parts)
+        run = Training(problem, find_rule("sgd"), 3)
+        with pytest.raises(TypeError, match="needs one tensor as the model's output"):
+            Implicit(curvature="gauss-newton")(run, run.start(["weight"]), seed=0)
 
     def test_needs_the_output_of_the_model(self):
         class Closed:

@@ -110,6 +110,26 @@ def test_forward_mode(case):
     torch.testing.assert_close(one.grad[name], two.grad[name], rtol=1e-10, atol=1e-14)
 
 
+def test_a_module_as_loss_is_not_asked_to_take_hypers():
+    hypers = {"noise": positive(0.3, (1e-3, 3.0))}
+    problem = problem_from_module(
+        mlp,
+        torch.nn.CrossEntropyLoss(),
+        examples(40, 5),
+        examples(30, 5, seed=1),
+        batch_size=10,
+        hypers=hypers,
+        outer_loss_fn=F.cross_entropy,
+        augment=noised,
+    )
+    run, (expected, _) = (
+        Training(problem, find_rule("adam"), 12, given={"lr": 0.03}),
+        run_of("noise"),
+    )
+    one, two = (Replay()(r, r.start(["noise"]), seed=0)[0].grad["noise"] for r in (run, expected))
+    assert torch.equal(one, two)
+
+
 def test_the_held_out_loss_sees_no_augmentation():
     run, name = run_of("noise")
     state = run.run(run.resolve({}), 0)

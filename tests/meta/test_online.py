@@ -8,6 +8,7 @@ from toys import DOUBLE, Toy, descent, following, vector
 
 import hyperdescent as hd
 from hyperdescent.inner.rules import find_rule
+from hyperdescent.meta.estimate import Estimate
 from hyperdescent.meta.fixed_point import OnePass
 from hyperdescent.meta.forward import Forward
 from hyperdescent.meta.implicit import Implicit
@@ -157,6 +158,17 @@ class TestLoop:
         assert "residual" in found.skipped[10]
         assert len(set(found.values["l2"].tolist())) == 1
 
+    def test_a_gradient_that_overflows_does_not_end_a_healthy_training(self):
+        def overflowing(training, point, carry=None, *, seed):
+            _, carry = OnePass()(training, point, carry, seed=seed)
+            return Estimate.diverged(training.steps, "the metagradient is not finite"), carry
+
+        given = {"lr": 0.1, "x": X}
+        found = train_online(quadratic(), "sgd", steps=20, method=overflowing, given=given)
+        plain = descent(quadratic(), 20, 0.1, given={"x": X})
+        assert found.outcome is Outcome.OK and list(found.skipped) == [10, 20]
+        assert torch.equal(found.trained.params["w"], plain.run(plain.resolve({}), 0).p)
+
     def test_divergence_keeps_what_there_is(self):
         found = train_online(quadratic(), "sgd", steps=800, every=400, given={"lr": 1e3, "x": X})
         assert found.trained is None and found.outcome is Outcome.DIVERGED
@@ -186,5 +198,9 @@ class TestLoop:
             train_online(quadratic(), "sgd", learn="lr", **{"steps": 20} | options)
 
     def test_a_method_that_begins_anew_each_time(self):
-        with pytest.raises(TypeError, match="does not go on from where it was"):
+        with pytest.raises(TypeError, match="begins anew at every call"):
             train_online(quadratic(), "sgd", learn="lr", steps=20, method="replay")
+
+    def test_a_method_of_several_trainings(self):
+        with pytest.raises(TypeError, match="has no single training"):
+            train_online(quadratic(), "sgd", learn="x", steps=20, method="meha")

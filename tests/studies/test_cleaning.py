@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hyperdescent.inner.rules import find_rule
+from hyperdescent.meta.bamm import BAMM
 from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
@@ -122,6 +123,22 @@ def test_the_study_by_name(small, monkeypatch, tmp_path, capsys):
     assert count == len(few) + len(BASELINES)
     assert run_study(Path(arguments[0]), *arguments[1:]) == 0
     assert len(read(tmp_path / "records.jsonl")) == count
+
+
+def test_a_folder_of_its_name_is_not_taken_for_a_file(small, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path(cleaning.NAME).mkdir()
+    monkeypatch.setattr(cleaning, "METHODS", {})
+    assert run_study(Path(cleaning.NAME), Path(cleaning.NAME), None, True) == 0
+
+
+def test_what_decides_the_numbers_is_in_the_key(monkeypatch):
+    one = Record("s", CleaningCell("digits", "BAMM", 0).inputs, None).key
+    monkeypatch.setattr(cleaning, "SETTINGS", {"digits": replace(SMALL, moves=7)})
+    two = Record("s", CleaningCell("digits", "BAMM", 0).inputs, None).key
+    monkeypatch.setitem(METHODS, "BAMM", replace(METHODS["BAMM"], make=lambda: BAMM(rate=0.3)))
+    three = Record("s", CleaningCell("digits", "BAMM", 0).inputs, None).key
+    assert len({one, two, three}) == 3
 
 
 def test_an_unknown_name_is_told(tmp_path):
