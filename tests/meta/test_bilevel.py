@@ -116,7 +116,7 @@ class TestBias:
 
     def test_f2sa_falls_as_the_penalty_and_symmetric_as_its_square(self):
         def bias(penalty, symmetric):
-            run = descent(simple(), 400, 0.5)
+            run = descent(simple(), 100, 0.5)
             return abs(zero(Penalty(penalty, symmetric=symmetric), run) - 0.5)
 
         for symmetric, slope in ((False, -1), (True, -2)):
@@ -239,7 +239,7 @@ class TestAnyRule:
         """w = x / (1 + decay), and F = (w - 3)^2 / 2."""
         toy = Toy(following(vector(1.0)), lambda w, h: (w[0] - 3) ** 2 / 2, vector(0.0), x=())
         given = {"lr": 0.1, "momentum": momentum, "weight_decay": decay}
-        run = Training(toy, find_rule("sgd"), 500, given=given)
+        run = Training(toy, find_rule("sgd"), 250, given=given)
         estimate, _ = method(run, at(1.0), seed=0)
         expected = (1 / (1 + decay) - 3) / (1 + decay)
         assert float(estimate.grad["x"]) == pytest.approx(expected, rel=error)

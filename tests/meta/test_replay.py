@@ -8,12 +8,13 @@ coordinate, where one unit means a factor e.
 """
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import VALUES, Late, mlp
+from nets import VALUES, Around, Late, mlp
 from torch import nn
 
 from hyperdescent.inner.hyper import fraction, positive
@@ -151,13 +152,16 @@ def test_exact_on_every_net(make, rule):
 
 def test_the_path_through_running_statistics_matters():
     """The same metagradient with the statistics cut off differs, so the test above sees them."""
-    run = training("sgd", problem(cnn))
-    whole, _ = Replay()(run, run.start(["lr"]), seed=0)
-    outer_loss = run.problem.outer_loss
-    run.problem.outer_loss = lambda params, buffers, hypers: outer_loss(
-        params, {n: b.detach() for n, b in buffers.items()}, hypers
+
+    class Cut(Around):
+        def outer_loss(self, params, buffers, hypers):
+            fixed = {n: b.detach() for n, b in buffers.items()}
+            return self.problem.outer_loss(params, fixed, hypers)
+
+    whole, cut = (
+        Replay()(run, run.start(["lr"]), seed=0)[0]
+        for run in (training("sgd", of(problem(cnn))) for of in (lambda same: same, Cut))
     )
-    cut, _ = Replay()(run, run.start(["lr"]), seed=0)
     assert cut.loss == whole.loss
     assert float(cut.grad["lr"]) != pytest.approx(float(whole.grad["lr"]), rel=1e-3)
 
@@ -476,14 +480,13 @@ class TestDatasets:
 
     def test_every_generator_shifts_the_examples(self):
         """Draws differ between examples, steps and seeds, or augmentation would be a constant."""
-        made = augmented(0.1)
         seen = []
 
         def watched(output, target):
             seen.append(output.detach().clone())
             return F.cross_entropy(output, target)
 
-        made.loss_fn = watched
+        made = replace(augmented(0.1), loss_fn=watched)
         params, buffers = made.start(0)
         for step, seed in ((0, 0), (0, 0), (4, 0), (0, 1)):
             loss_at(made, params, buffers, {}, step, seed)
@@ -496,10 +499,13 @@ class TestDatasets:
         inputs, target = examples(40, 5)
         inputs[:, 0] = index
         made = problem_from_module(
-            mlp, F.cross_entropy, (inputs, target), (inputs, target), batch_size=10
+            mlp,
+            lambda output, target: output.sum(),
+            (inputs, target),
+            (inputs, target),
+            batch_size=10,
         )
         seen = []
-        made.loss_fn = lambda output, target: output.sum()
         made._model.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 0]))
         params, buffers = made.start(0)
         for step in range(8):
@@ -544,20 +550,15 @@ class TestParameters:
         """No graph leads to them, whatever was kept; running statistics have one."""
         seen = []
 
-        def watched(made):
-            inner_loss = made.inner_loss
-
-            def spy(params, buffers, hypers, batch):
+        class Watched(Around):
+            def inner_loss(self, params, buffers, hypers, batch):
                 seen.append({n for n, b in buffers.items() if b.requires_grad})
-                return inner_loss(params, buffers, hypers, batch)
-
-            made.inner_loss = spy
-            return made
+                return self.problem.inner_loss(params, buffers, hypers, batch)
 
         for make, leaves in ((Frozen, set()), (cnn, {"1.running_mean", "1.running_var"})):
             for memory in (0, 2**30):
                 seen.clear()
-                run = training(of=watched(problem(make)))
+                run = training(of=Watched(problem(make)))
                 Replay(memory)(run, run.start(["lr"]), seed=0)
                 # The start is a constant, running statistics included.
                 assert set().union(*seen) == leaves and set() in seen
