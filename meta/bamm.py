@@ -62,7 +62,6 @@ class BAMM:
                 start = training.begin(resolved.at(0), seed)
             carry = Multiplied(start, torch.zeros_like(start.p), 0)
         v, done = carry.v, carry.steps
-        found: dict[str, Tensor] = {}
         answer: Estimate | None = None
 
         def advance(i: int, state: State) -> State:
@@ -83,10 +82,9 @@ class BAMM:
             v = v - self.rate * (step + 1) ** (-self.tau / 2) * (curved - slope)
             if i == training.steps - 1:
                 mixed = vjp([g], list(leaves.values()), [v])
-                found.update((n, d - m) for n, d, m in zip(point, direct, mixed, strict=True))
-                answer = finished(
-                    outer.detach(), found, Note(steps=training.steps, how=f"mu {mu:.3g}")
-                )
+                grad = {n: d - m for n, d, m in zip(point, direct, mixed, strict=True)}
+                note = Note(steps=training.steps, how=f"mu {mu:.3g}")
+                answer = finished(outer.detach(), grad, note)
             return moved_by(training, state, values, step, g, buffers)
 
         state = training.run(resolved, seed, start=carry.state, advance=advance)

@@ -21,7 +21,7 @@ from .outcome import Outcome
 from .problem import Problem
 from .reach import Reached, go_on
 from .steps import Cotangents, leaf_values, leaves
-from .training import Grain, Training
+from .training import Grain, State, Training
 
 # Numbers of a hyper whose every move is kept.
 _FEW = 1000
@@ -66,11 +66,13 @@ class HypergradientDescent:
         done = reached.steps + 1
         loss, _ = training.inner_loss(after, values, done, seed)
         sums.add(last, vjp([loss], hypers, [None]), sums.names)
-        state = training.step(reached.state, plain.at(last), reached.steps, seed)
         if not bool(loss.isfinite()):
-            return Estimate.diverged(
-                done, f"the training loss stopped being finite by {done}"
-            ), None
+            reason = f"the training loss stopped being finite by step {done}"
+            return Estimate.diverged(done, reason), None
+        slots, buffers = (
+            {name: x.detach() for name, x in each.items()} for each in (after.slots, after.buffers)
+        )
+        state = State(after.p.detach(), slots, buffers)
         held_out = training.outer_loss(state, plain.at(last)).detach()
         note = Note(steps=training.steps, how="the training loss after one step")
         return finished(held_out, sums.through(knobs), note), Reached(state, done)

@@ -67,7 +67,6 @@ def step_along(
     """Step i of the rule, without a graph, on inner * f + outer * F, f the training loss and F the
     held-out one; pull is added to the gradient. The rule's weight decay goes with f.
     """
-
     p = state.p.detach().requires_grad_()
     f, buffers = training.inner_loss(state._replace(p=p), values, i, seed)
     total = inner * f
