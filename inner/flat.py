@@ -80,6 +80,42 @@ def flat_step(
     return torch.cat([part.reshape(-1) for part, _ in stepped]), new_slots
 
 
+# Elements at a time of a step in place: what a rule makes on its way stays in cache.
+_BLOCK = 2**15
+
+
+def flat_step_(
+    rule: Rule, layout: Layout, p: Tensor, g: Tensor, s: Tensors, t: Tensor, values: Tensors
+) -> tuple[Tensor, Tensors]:
+    """flat_step without a graph, the same bits, that may overwrite p and s: where they are long, no
+    other vectors of their length are made.
+    """
+    if rule.over != "element" or p.numel() <= _BLOCK or p.device.type != "cpu":
+        return flat_step(rule, layout, p, g, s, t, values)
+    spread = {name: layout.spread(v, p) for name, v in values.items()}
+    slots = dict(s)
+    for at in range(0, p.numel(), _BLOCK):
+
+        def block(x: Tensor, at: int = at) -> Tensor:
+            return x[at : at + _BLOCK] if x.ndim else x
+
+        before = {name: block(x) for name, x in s.items()}
+        here, values_here = block(p), {name: block(v) for name, v in spread.items()}
+        moved, after = rule(here, block(g), before, t, values_here)
+        # All are made before any is written: a slot may hold the weights of the step before.
+        held = {x.data_ptr() for x in (here, *before.values())}
+        writes = [(here, moved)]
+        for name, x in after.items():
+            if x.ndim:
+                writes.append((before[name], x))
+            else:
+                slots[name] = x
+        writes = [(to, x.clone() if x.data_ptr() in held else x) for to, x in writes if to is not x]
+        for to, x in writes:
+            to.copy_(x)
+    return p, slots
+
+
 def _parts(layout: Layout, flat: Tensor) -> list[Tensor]:
     # A number is shown to rules as a vector of one: 0-dim weights would take the float64 of hypers.
     return [x.view(s or (1,)) for x, s in zip(flat.split(layout.sizes), layout.shapes, strict=True)]

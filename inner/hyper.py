@@ -38,7 +38,8 @@ class Hyper:
     tuner moves. start: where tuning begins, for a default that its scale cannot represent (0 has
     no logarithm). size_power: the start is multiplied by numel**size_power of the tensor it acts
     on. shape: () for one shared number, else one value per knot, tensor or element. when: the
-    (option, value) under which it means anything.
+    (option, value) under which it means anything. dtype: of its values; torch.float32 halves what
+    tuning holds of a hyper with as many numbers as the model.
     """
 
     default: float
@@ -50,6 +51,7 @@ class Hyper:
     size_power: float = 0.0
     shape: tuple[int, ...] = ()
     when: tuple[str, object] | None = None
+    dtype: torch.dtype = torch.float64
 
     def free(self, value: Tensor) -> Tensor:
         """The unconstrained coordinate of a value."""
@@ -100,7 +102,8 @@ class Hyper:
         one per tensor or element.
         """
         base = self.default if self.start is None else self.start
-        return (base * sizes.double() ** self.size_power).expand(self.shape).clone()
+        start = base * sizes.double() ** self.size_power
+        return start.to(self.dtype).expand(self.shape).clone()
 
     def shaped(self, *shape: int) -> Hyper:
         return replace(self, shape=shape)

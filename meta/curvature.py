@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..inner.hyper import Tensors
 from .linear import Matvec
@@ -29,27 +30,40 @@ class Parted(Protocol):
         ...
 
 
-def gradient_and_product(
+def product_and_gradient(
     training: Training,
     state: State,
     values: Tensors,
     steps: Sequence[int],
     seed: int,
     curvature: Curvature,
-) -> tuple[Tensor, Matvec]:
-    """(the gradient of the mean training loss over the batches of some steps in state.p, with a
-    graph to it and to the values; products of a vector with that loss's curvature in state.p).
+) -> tuple[Matvec, Callable[[], Tensor]]:
+    """For the mean training loss over the batches of some steps: (products of a vector with its
+    curvature in state.p; its gradient in state.p, with a graph to it and to the values).
 
     "gauss-newton" is the Hessian with the model replaced by its tangent at state.p: positive
     semi-definite where the loss is convex in the output. A product costs one more pass back than
     the Hessian's. Schraudolph 2002, doi:10.1162/08997660260028683.
     """
-    losses = [training.inner_loss(state, values, i, seed)[0] for i in steps]
-    (g,) = torch.autograd.grad(torch.stack(losses).mean(), state.p, create_graph=True)
+
+    def gradient() -> Tensor:
+        losses = [training.inner_loss(state, values, i, seed)[0] for i in steps]
+        (g,) = torch.autograd.grad(torch.stack(losses).mean(), state.p, create_graph=True)
+        return g
+
     if curvature == "hessian":
-        return g, lambda v: vjp([g], [state.p], [v])[0]
-    each = [_gauss_newton(training, state, values, i, seed) for i in steps]
-    return g, lambda v: torch.stack([product(v) for product in each]).mean(0)
+        g = gradient()
+        return lambda v: vjp([g], [state.p], [v])[0], lambda: g
+    # The gradient's graph is not part of these products: it is made once they are done.
+    first, *others = [_gauss_newton(training, state, values, i, seed) for i in steps]
+
+    def mean(v: Tensor) -> Tensor:
+        summed = first(v)
+        for product in others:
+            summed += product(v)
+        return summed.div_(len(steps))
+
+    return mean, gradient
 
 
 def _gauss_newton(training: Training, state: State, values: Tensors, i: int, seed: int) -> Matvec:
@@ -67,31 +81,42 @@ def _gauss_newton(training: Training, state: State, values: Tensors, i: int, see
         )
     # J v is the derivative in u of J' u, which is linear in u (Townsend 2017).
     u = torch.zeros_like(z, requires_grad=True)
-    (back,) = vjp([z], [state.p], [u], graph=True)
+    back = _ends(vjp([z], [state.p], [u], graph=True))
     top, weights = z.detach().requires_grad_(), state.p.detach().requires_grad_()
     loss = problem.loss_of(top, training.layout.unflatten(weights), hypers, batch)
-    slopes = vjp([loss], [top, weights], [None], graph=True)
+    slopes = _ends(vjp([loss], [top, weights], [None], graph=True))
 
     def product(v: Tensor) -> Tensor:
-        (forward,) = vjp([back], [u], [v])
+        (forward,) = vjp(back, [u], [v])
         curved, beside = vjp(slopes, [top, weights], [forward, v])
-        return vjp([z], [state.p], [curved])[0] + beside
+        return beside.add_(vjp([z], [state.p], [curved])[0])
 
     return product
 
 
+def _ends(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """Where the ways back from some outputs begin, without their values, which would stay in
+    memory; None for constants.
+    """
+    return [get_gradient_edge(x) if x.requires_grad else None for x in outputs]
+
+
 def vjp(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor | GradientEdge | None],
     inputs: Sequence[Tensor],
     along: Sequence[Tensor | None],
     *,
     graph: bool = False,
 ) -> list[Tensor]:
     """The gradient of sum <output, along> in the inputs, 0 where there is no path to one; None
-    stands for 1. The graph stays for the next product.
+    stands for 1, an output None for a constant. The graph stays for the next product.
     """
-    # Outputs that are constant in all inputs, which autograd calls an error.
-    live = [(x, bar) for x, bar in zip(outputs, along, strict=True) if x.requires_grad]
+    # Without outputs that are constant in all inputs, which autograd calls an error.
+    live = [
+        (x, bar)
+        for x, bar in zip(outputs, along, strict=True)
+        if x is not None and (isinstance(x, GradientEdge) or x.requires_grad)
+    ]
     if not live:
         return [torch.zeros_like(x) for x in inputs]
     ends, bars = zip(*live, strict=True)

@@ -54,7 +54,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Estimate:
-    """loss: the held-out loss. grad: its derivative by full hyper name, float64, in the values
+    """loss: the held-out loss. grad: its derivative by full hyper name, in its dtype, in the values
     themselves (not in unconstrained coordinates); empty if the outcome is not OK.
     """
 
@@ -75,7 +75,7 @@ class Estimator(Protocol):
     """(training, point, carry, seed) -> (estimate, carry).
 
     point: the learned values by full name. carry: whatever the estimator wants back at its next
-    call, None at the first.
+    call, None at the first; a call may use it up.
     """
 
     def __call__(

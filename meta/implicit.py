@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from ..inner.hyper import Tensors
 from ..inner.rule import unknown
-from .curvature import Curvature, Parted, gradient_and_product, vjp
+from .curvature import Curvature, Parted, product_and_gradient, vjp
 from .estimate import Estimate, Note, finished
 from .linear import Solve, conjugate_gradient
 from .outcome import Outcome
-from .reach import Reached, check_moves_optimum, go_on, no_graph
+from .reach import Reached, check_moves_optimum, go_on, held_out, no_graph, total
 from .training import Resolved, Training
 
 
@@ -94,17 +94,19 @@ class Implicit:
         seed: int,
     ) -> Estimate:
         values = resolved.at(training.steps - 1)
-        leaves = {name: values[name].clone().requires_grad_() for name in names}
+        loss, v, direct = held_out(training, reached.state, values, names)
+        if v is None:
+            return no_graph(training, loss)
+        leaves = {name: values[name].detach().requires_grad_() for name in names}
         weights = reached.state.p.detach().requires_grad_()
         state, values = reached.state._replace(p=weights), values | leaves
-
-        loss = training.outer_loss(state, values)
-        if not loss.requires_grad:
-            return no_graph(training, loss)
-        v, *direct = vjp([loss], [weights, *leaves.values()], [None])
         ahead = range(reached.steps, reached.steps + self.batches)
-        g, product = gradient_and_product(training, state, values, ahead, seed, self.curvature)
+        product, gradient = product_and_gradient(
+            training, state, values, ahead, seed, self.curvature
+        )
         solved = self.solve(product, v)
+        del product, v
+        g = gradient()
         flat = g.detach()
         gap = -float(flat @ solved.x)
         note = Note(
@@ -116,10 +118,9 @@ class Implicit:
         )
         # An infinite one says that x means nothing, whatever is tolerated.
         if not solved.residual <= self.tolerance or solved.residual == float("inf"):
-            return Estimate(float(loss.detach()), {}, unsolved(note, self.tolerance))
-        mixed = vjp([g], list(leaves.values()), [solved.x])
-        slopes = {n: d - m for n, d, m in zip(names, direct, mixed, strict=True)}
-        return finished(loss.detach(), slopes, note)
+            return Estimate(float(loss), {}, unsolved(note, self.tolerance))
+        mixed = vjp([g], list(leaves.values()), [-solved.x])
+        return finished(loss, total(direct, dict(zip(names, mixed, strict=True))), note)
 
 
 def warn_if_far(training: Training, estimate: Estimate) -> None:

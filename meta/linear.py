@@ -56,21 +56,26 @@ def conjugate_gradient(steps: int = 20, tol: float = 1e-10, damping: float = 0.0
 def _conjugate_gradient(
     matvec: Matvec, b: Tensor, *, steps: int, tol: float, damping: float
 ) -> Solved:
-    x, r, p = torch.zeros_like(b), b, b
+    # In place: an unknown may have as many numbers as memory has room for a few times.
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     rr = r @ r
     enough = tol**2 * rr
     done = 0
     while done < steps and not bool(rr <= enough):
-        product = matvec(p) + damping * p
+        product = matvec(p)
+        if damping:
+            product = product + damping * p
         done += 1
         curvature = p @ product
         if not bool(curvature > 0):  # NaN included
             return Solved(x, math.inf, done)
         length = rr / curvature
-        x = x + length * p
-        r = r - length * product
+        x.addcmul_(length, p)
+        r.addcmul_(length, product, value=-1)
+        del product
         before, rr = rr, r @ r
-        p = r + (rr / before) * p
+        p.mul_(rr / before).add_(r)
+    del r, p
     return Solved(x, _residual(matvec, b, x), done)
 
 
@@ -138,15 +143,16 @@ def _neumann(matvec: Matvec, b: Tensor, *, steps: int, step_size: float | None) 
     probes = 0
     if step_size is None:
         probes, step_size = _PROBES, 1 / (_MARGIN * largest_eigenvalue(matvec, b, _PROBES))
-    total, term = b, b
+    total, term = b.clone(), b.clone()
     length = term.norm()
     for done in range(1, steps + 1):
-        term = term - step_size * matvec(term)
-        total = total + term
+        term.add_(matvec(term), alpha=-step_size)
+        total += term
         before, length = length, term.norm()
         if not bool(length <= before * _LONGER):  # NaN included
-            return Solved(step_size * total, math.inf, done + probes)
-    x = step_size * total
+            return Solved(total.mul_(step_size), math.inf, done + probes)
+    del term
+    x = total.mul_(step_size)
     return Solved(x, _residual(matvec, b, x), steps + probes)
 
 

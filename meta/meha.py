@@ -13,7 +13,7 @@ import torch
 
 from ..inner.hyper import Tensors
 from .estimate import Estimate, Note, finished
-from .reach import check_moves_optimum, held_out, in_hypers, no_graph, step_along
+from .reach import check_moves_optimum, held_out, in_hypers, no_graph, step_along, total
 from .training import State, Training
 
 
@@ -85,12 +85,9 @@ class MEHA:
         at_y, at_theta = (
             in_hypers(training, state, values, names, done - 1, seed) for state in (y, theta)
         )
-        grad = {
-            name: d + c * (a - b)
-            for name, d, a, b in zip(names, direct, at_y, at_theta, strict=True)
-        }
+        shares = {name: c * (at_y[name] - at_theta[name]) for name in names}
         note = Note(steps=2 * training.steps, how=f"penalty {c:.3g}")
-        return finished(loss, grad, note), Near(y, theta, done)
+        return finished(loss, total(direct, shares), note), Near(y, theta, done)
 
     def _c(self, step: int) -> float:
         return float(self.c0 * max(step, 1) ** self.power)

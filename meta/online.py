@@ -82,7 +82,7 @@ class HypergradientDescent:
 class Online:
     """What a training with hypers that move ended with. trained: None where it diverged. values: by
     full name, shape (moves + 1, *the hyper's), those before each move and the last; of hypers of
-    more than a thousand numbers the first and the last alone. losses: the held-out loss at each
+    more than a thousand numbers the last alone. losses: the held-out loss at each
     move. skipped: the steps at which a move was left out, and why.
     """
 
@@ -122,18 +122,17 @@ def train_online(
     if not rate > 0:
         raise ValueError(f"rate={rate:g} must be positive")
     whole = make_training(problem, rule, steps, None, grains, given)
-    start = whole.start(names)
-    space = Coordinates({name: whole.hypers[name] for name in start})
-    z = space.inside(space.free(start)).requires_grad_()
+    space = Coordinates({name: whole.hypers[name] for name in whole.expand(names)})
+    z = space.inside(space.free(whole.start(names))).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.99))
     carry: Any = None
     done, losses = 0, []
-    # Clones: the optimizer moves z in place, and on a linear scale a value is z itself.
-    seen = {name: [value] for name, value in space.point(z.detach().clone()).items()}
+    seen = _Seen()
+    # A clone: the optimizer moves z in place, and on a linear scale a value is z itself.
+    point = seen.add(space.point(z.detach().clone()))
     skipped: dict[int, str] = {}
     while done < steps:
         count = min(every, steps - done)
-        point = space.point(z.detach().clone())
         if isinstance(found, Forward):
             estimate, carry = replace(found, every=count)(whole, point, carry, seed=seed)
         else:
@@ -142,7 +141,7 @@ def train_online(
         note = estimate.note
         losses.append(estimate.loss)
         if carry is None and note.outcome in (Outcome.DIVERGED, Outcome.NOT_DIFFERENTIABLE):
-            return Online(None, _stacked(seen), losses, note.outcome, note.reason, skipped)
+            return Online(None, seen.values(), losses, note.outcome, note.reason, skipped)
         if not hasattr(carry, "state"):
             why = "begins anew at every call" if carry is None else "has no single training"
             raise TypeError(
@@ -151,23 +150,36 @@ def train_online(
             )
         if estimate.ok:
             z.grad = space.pull(z, estimate.grad)
+            del estimate  # With a million numbers, room for the next one.
             optimizer.step()
+            z.grad = None
             with torch.no_grad():
                 z.copy_(space.inside(z))
         else:
             skipped[done] = note.reason
-        for name, value in space.point(z.detach().clone()).items():
-            if value.numel() > _FEW:
-                del seen[name][1:]
-            seen[name].append(value)
+        point = seen.add(space.point(z.detach().clone()))
     state = carry.state
     measures = {split: whole.measure(state, split) for split in problem.splits}
     trained = Trained(whole.layout.unflatten(state.p), state.buffers, measures)
-    return Online(trained, _stacked(seen), losses, Outcome.OK, "", skipped)
+    return Online(trained, seen.values(), losses, Outcome.OK, "", skipped)
 
 
-def _stacked(seen: Mapping[str, list[Tensor]]) -> Tensors:
-    return {name: torch.stack(values) for name, values in seen.items()}
+class _Seen:
+    """The values that were in force, one after the other; of many numbers the last alone."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[Tensor]] = {}
+
+    def add(self, point: Tensors) -> Tensors:
+        for name, value in point.items():
+            rows = self._rows.setdefault(name, [])
+            if value.numel() > _FEW:
+                rows.clear()
+            rows.append(value)
+        return point
+
+    def values(self) -> Tensors:
+        return {name: torch.stack(rows) for name, rows in self._rows.items()}
 
 
 __all__ = ["HypergradientDescent", "Online", "train_online"]

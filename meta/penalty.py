@@ -9,9 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from ..inner.hyper import Tensors
 from .estimate import Estimate, Note, finished
-from .reach import Reached, check_moves_optimum, go_on, held_out, in_hypers, no_graph
+from .reach import Reached, check_moves_optimum, go_on, held_out, in_hypers, no_graph, total
 from .training import Training
 
 
@@ -89,18 +91,14 @@ class Penalty:
         if slope is None:
             return no_graph(training, loss), None
         factor = penalty / 2 if self.symmetric else penalty
-        grad = dict(zip(names, direct, strict=True))
+        shares = {name: torch.zeros_like(values[name]) for name in names}
         for i in range(above.steps, above.steps + self.batches):
-            pairs = zip(
-                in_hypers(training, above.state, values, names, i, seed),
-                in_hypers(training, below.state, values, names, i, seed),
-                strict=True,
-            )
-            for name, (x, y) in zip(names, pairs, strict=True):
-                grad[name] = grad[name] + factor / self.batches * (x - y)
+            x, y = (in_hypers(training, at.state, values, names, i, seed) for at in (above, below))
+            for name in names:
+                shares[name] += factor / self.batches * (x[name] - y[name])
         note = Note(steps=2 * training.steps, how=f"penalty {penalty:.3g}")
         carry = Pair(above, below, calls + 1) if self.warm_start else None
-        return finished(loss, grad, note), carry
+        return finished(loss, total(direct, shares), note), carry
 
 
 __all__ = ["Penalty"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,11 +15,28 @@ from .outcome import Outcome
 from .training import Resolved, State, Training
 
 
-class Reached(NamedTuple):
-    """Where a training ended, for the next one to go on from. steps: done since the start."""
+@dataclass(frozen=True)
+class Reached:
+    """Where a training ended, for one other to go on from. steps: done since the start."""
 
     state: State
     steps: int
+    _version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_version", self.state.p._version)
+
+    def __reduce__(self) -> tuple[type[Reached], tuple[State, int]]:
+        return Reached, (self.state, self.steps)  # A copy's tensors count their versions anew.
+
+    def take(self) -> State:
+        """The state, to be overwritten; ValueError if it was already."""
+        if self.state.p._version != self._version:
+            raise ValueError(
+                f"the training that this carry stopped at step {self.steps} of has gone on since, "
+                "in the same memory: a carry serves one call; copy.deepcopy it for several"
+            )
+        return self.state
 
 
 def go_on(
@@ -40,10 +57,15 @@ def go_on(
         values = resolved.at(i)
         return step_along(training, state, values, done + i, seed, inner=inner, outer=outer)
 
-    start = carry.state if carry else None
+    start = carry.take() if carry else None
     blended = (inner, outer) != (1.0, 0.0)
     state = training.run(
-        resolved, seed, start=start, done=done, advance=advance if blended else None
+        resolved,
+        seed,
+        start=start,
+        overwrite=True,
+        done=done,
+        advance=advance if blended else None,
     )
     done += training.steps
     if state is None:
@@ -91,24 +113,37 @@ def moved_by(
 
 def in_hypers(
     training: Training, state: State, values: Tensors, names: Sequence[str], i: int, seed: int
-) -> list[Tensor]:
+) -> Tensors:
     """The partial derivatives of the training loss at step i in hypers of it."""
     leaves = {name: values[name].detach().requires_grad_() for name in names}
     f, _ = training.inner_loss(state, values | leaves, i, seed)
-    return vjp([f], list(leaves.values()), [None])
+    return dict(zip(names, vjp([f], list(leaves.values()), [None]), strict=True))
 
 
 def held_out(
     training: Training, state: State, values: Tensors, names: Sequence[str]
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """(the held-out loss, its gradient in the weights, its partial derivatives in hypers); without
-    a gradient where the loss has no graph to the weights.
+) -> tuple[Tensor, Tensor | None, Tensors]:
+    """(the held-out loss, its gradient in the weights, its partial derivatives in those hypers that
+    it contains); without a gradient where the loss has no graph to anything.
     """
     leaves = {name: values[name].detach().requires_grad_() for name in names}
     weights = state.p.detach().requires_grad_()
     loss = training.outer_loss(state._replace(p=weights), values | leaves)
-    slope, *direct = vjp([loss], [weights, *leaves.values()], [None])
-    return loss.detach(), slope if loss.requires_grad else None, direct
+    if not loss.requires_grad:
+        return loss, None, {}
+    inputs = [weights, *leaves.values()]
+    slope, *direct = torch.autograd.grad(loss, inputs, allow_unused=True)
+    slope = torch.zeros_like(weights) if slope is None else slope
+    found = {name: d for name, d in zip(names, direct, strict=True) if d is not None}
+    return loss.detach(), slope, found
+
+
+def total(direct: Tensors, shares: Tensors) -> Tensors:
+    """Derivatives in hypers: what they do to the held-out loss by themselves and through weights.
+
+    A hyper may have as many numbers as the model, so what there is not is not made of zeros.
+    """
+    return {name: x + direct[name] if name in direct else x for name, x in shares.items()}
 
 
 def no_graph(training: Training, loss: Tensor) -> Estimate:
@@ -152,4 +187,5 @@ __all__ = [
     "moved_by",
     "no_graph",
     "step_along",
+    "total",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..inner.hyper import Tensors
 from .curvature import vjp
 from .estimate import Estimate, Note, finished
-from .reach import Reached, check_moves_optimum, go_on, held_out, in_hypers, no_graph
+from .reach import Reached, check_moves_optimum, go_on, held_out, in_hypers, no_graph, total
 from .training import Training
 
 
@@ -58,12 +58,9 @@ class SAMA:
             in_hypers(training, state._replace(p=p), values, names, reached.steps, seed)
             for p in (state.p + h * v, state.p - h * v)
         )
-        slopes = {
-            name: d - (x - y) / (2 * h)
-            for name, d, x, y in zip(names, direct, above, below, strict=True)
-        }
+        shares = {name: (below[name] - above[name]) / (2 * h) for name in names}
         note = Note(steps=training.steps, how="a direction: the inverse Hessian is the rule's own")
-        return finished(loss, slopes, note), reached if self.warm_start else None
+        return finished(loss, total(direct, shares), note), reached if self.warm_start else None
 
 
 def _preconditioned(

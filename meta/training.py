@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..inner.flat import Layout, flat_step, initial_slots
+from ..inner.flat import Layout, flat_step, flat_step_, initial_slots
 from ..inner.hyper import Hyper, Tensors
 from ..inner.rule import Rule, unknown
 from ..inner.schedule import Schedule, constant
@@ -158,7 +158,7 @@ class Training:
         return {name: self._given(name, learned=False) for name in self.hypers}
 
     def start(self, learn: Iterable[str]) -> Tensors:
-        """Where tuning of the hypers in learn begins, by full name, in float64."""
+        """Where tuning of the hypers in learn begins, by full name, each in its dtype."""
         start = {name: self._given(name, learned=True) for name in self.expand(learn)}
         for name, value in start.items():
             self.hypers[name].check_start(name, value)
@@ -174,10 +174,10 @@ class Training:
         level = suffix in self._schedule(base).levels
         value = self.given.get(name, self.given.get(base) if level else None)
         if value is not None:
-            return torch.as_tensor(value, dtype=torch.float64).expand(hyper.shape).clone()
+            return torch.as_tensor(value, dtype=hyper.dtype).expand(hyper.shape).clone()
         if learned:
             return hyper.starting_value(self._sizes(base) if level else torch.tensor(1.0))
-        return torch.full(hyper.shape, hyper.default, dtype=torch.float64)
+        return torch.full(hyper.shape, hyper.default, dtype=hyper.dtype)
 
     def _schedule(self, name: str) -> Schedule:
         return self.schedules.get(name) or constant()
@@ -192,7 +192,8 @@ class Training:
 
     def resolve(self, point: Tensors) -> Resolved:
         """What is in force at every step at a point (learned values by full name)."""
-        full = self.defaults() | point
+        given = {n: self._given(n, learned=False) for n in self.hypers if n not in point}
+        full = given | point
         varying, fixed = {}, {}
         for name, knobs in self._knobs.items():
             if name in self.schedules:
@@ -213,10 +214,18 @@ class Training:
         return initial_slots(self.rule, self.layout, p, self._of_rule(values))
 
     def step(
-        self, state: State, values: Tensors, i: int, seed: int, *, graph: bool = False
+        self,
+        state: State,
+        values: Tensors,
+        i: int,
+        seed: int,
+        *,
+        graph: bool = False,
+        overwrite: bool = False,
     ) -> State:
         """Step i. With graph, the result is differentiable in state and values, and state.p must
-        require grad; without, nothing is tracked.
+        require grad; without, nothing is tracked, and with overwrite the tensors of state may be
+        those of the result.
         """
         t = torch.tensor(float(i + 1), dtype=torch.float64)
         batch = self.problem.batch(i, seed)
@@ -224,7 +233,9 @@ class Training:
             if graph:
                 return self.step_on(state, values, t, batch)
             p = state.p.detach().requires_grad_()
-            after = self.step_on(state._replace(p=p), values, t, batch, graph=False)
+            after = self.step_on(
+                state._replace(p=p), values, t, batch, graph=False, overwrite=overwrite
+            )
         # What the step did not touch stays the same object: Replay takes it for a constant.
         same = state.buffers
         buffers = {n: b if b is same.get(n) else b.detach() for n, b in after.buffers.items()}
@@ -239,6 +250,7 @@ class Training:
         *,
         graph: bool = True,
         gradient: Gradient | None = None,
+        overwrite: bool = False,
     ) -> State:
         """The step after t - 1 others on a batch at hand; random draws are torch's global ones.
 
@@ -257,13 +269,21 @@ class Training:
                 value, buffers = loss(state.p)
                 (g,) = torch.autograd.grad(value, state.p, create_graph=graph)
         with torch.set_grad_enabled(graph):
-            return self.apply(state, g, values, t, buffers)
+            return self.apply(state, g, values, t, buffers, overwrite=overwrite)
 
-    def apply(self, state: State, g: Tensor, values: Tensors, t: Tensor, buffers: Tensors) -> State:
+    def apply(
+        self,
+        state: State,
+        g: Tensor,
+        values: Tensors,
+        t: Tensor,
+        buffers: Tensors,
+        *,
+        overwrite: bool = False,
+    ) -> State:
         """What the rule makes of a gradient after t - 1 other steps."""
-        p, slots = flat_step(
-            self.rule, self.layout, state.p, g, state.slots, t, self._of_rule(values)
-        )
+        step = flat_step_ if overwrite else flat_step
+        p, slots = step(self.rule, self.layout, state.p, g, state.slots, t, self._of_rule(values))
         return State(p, slots, buffers)
 
     def of_loss(self, values: Tensors) -> Tensors:
@@ -280,19 +300,22 @@ class Training:
         watch: Callable[[int, State], object] | None = None,
         *,
         start: State | None = None,
+        overwrite: bool = False,
         done: int = 0,
         advance: Callable[[int, State], State] | None = None,
     ) -> State | None:
         """Train without a graph. watch sees every state, the first as (0, …). None: diverged,
         that is, the weights were not finite at the end, or when something raised because of it.
 
-        start: go on from this state, reached after `done` steps, instead of from fresh weights.
+        start: go on from this state, reached after `done` steps, instead of from fresh weights;
+        with overwrite its tensors may be those of the result.
         advance: does a step in another way than `step` without a graph would.
         """
         state = start
         if state is None:
             with torch.no_grad():
                 state = self.begin(resolved.at(0), seed)
+        overwrite = overwrite and watch is None  # Who watches may keep what it sees.
         try:
             for i in range(self.steps):
                 if watch:
@@ -300,7 +323,8 @@ class Training:
                 if advance:
                     state = advance(i, state)
                 else:
-                    state = self.step(state, resolved.at(i), done + i, seed)
+                    state = self.step(state, resolved.at(i), done + i, seed, overwrite=overwrite)
+                    overwrite = watch is None  # From here on states are its own.
                 if i % _CHECK_EVERY == _CHECK_EVERY - 1 and not finite(state):
                     return None
             if watch:

@@ -20,7 +20,7 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        gc.collect()
+        give_back()  # What the allocator kept of earlier calls would hide what this one takes.
         self.exact = _clear_peak()
         self._rest = _resident()
 

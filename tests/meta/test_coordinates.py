@@ -1,5 +1,7 @@
 """Coordinates: an exact inverse, and a chain rule that agrees with differences."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -104,3 +106,24 @@ def test_a_gradient_in_a_logit_is_the_share_times_its_rest_times_the_gradient():
     z = torch.tensor([0.9], dtype=torch.float64).logit()
     pulled = coordinates.pull(z, {"beta1": torch.tensor(3.0, dtype=torch.float64)})
     assert pulled.item() == pytest.approx(3 * 0.9 * 0.1, rel=1e-12)
+
+
+def test_float32_hypers_stay_float32_all_the_way():
+    wide = replace(learning_rate(1e-2).shaped(3), dtype=torch.float32)
+    space = Coordinates({"wide": wide})
+    z = space.inside(space.free({"wide": torch.full((3,), 2.0)}))
+    point = space.point(z)
+    pulled = space.pull(z, {"wide": torch.ones(3)})
+    assert z.dtype == point["wide"].dtype == pulled.dtype == torch.float32
+    torch.testing.assert_close(point["wide"], torch.ones(3))  # The range ends there.
+    torch.testing.assert_close(pulled, point["wide"])
+
+
+def test_beside_float64_hypers_the_vector_is_float64_and_values_keep_their_dtype():
+    wide = replace(learning_rate(1e-2).shaped(2), dtype=torch.float32)
+    space = Coordinates({"lr": learning_rate(1e-3), "wide": wide})
+    z = space.free({"lr": torch.tensor(0.5), "wide": torch.full((2,), 0.5)})
+    point = space.point(z)
+    assert z.dtype == point["lr"].dtype == torch.float64
+    assert point["wide"].dtype == torch.float32
+    assert space.pull(z, {"lr": torch.tensor(1.0), "wide": torch.ones(2)}).dtype == torch.float64

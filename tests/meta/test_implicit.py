@@ -1,5 +1,6 @@
 """Implicit hypergradients against closed forms and dense Hessians, in float64."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hyperdescent.inner import flat
 from hyperdescent.inner.hyper import positive
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
@@ -229,6 +231,19 @@ class TestWarmStart:
         assert carry.steps == cold_carry.steps == 14
         assert torch.equal(carry.state.p, cold_carry.state.p)
         assert warm.loss == cold.loss and torch.equal(warm.grad["l2"], cold.grad["l2"])
+
+    def test_a_carry_serves_one_call(self, monkeypatch):
+        """A long vector of weights is overwritten by the call that goes on from it."""
+        monkeypatch.setattr(flat, "_BLOCK", 2)
+        run, point = ridge(steps=5), {"l2": torch.tensor(0.1, dtype=DOUBLE)}
+        estimator = Implicit(warm_start=True)
+        _, carry = estimator(run, point, seed=0)
+        copied = copy.deepcopy(carry)
+        once, _ = estimator(run, point, carry, seed=0)
+        with pytest.raises(ValueError, match="a carry serves one call; copy"):
+            estimator(run, point, carry, seed=0)
+        again, _ = estimator(run, point, copied, seed=0)
+        assert torch.equal(once.grad["l2"], again.grad["l2"])
 
     def test_it_tracks_a_moving_optimum(self):
         run, carry = ridge(steps=5), None

@@ -1,0 +1,56 @@
+"""The step in place: the bits of the step out of place, in the memory of its inputs."""
+
+import pytest
+import torch
+from nets import VALUES
+
+from hyperdescent.inner import flat
+from hyperdescent.inner.flat import Layout, flat_step, flat_step_, initial_slots
+from hyperdescent.inner.hyper import learning_rate
+from hyperdescent.inner.rule import rule, zeros
+from hyperdescent.inner.rules import RULES
+
+SIZE = 1000
+
+
+@rule("Swap", slots={"last": zeros, "other": zeros}, lr=learning_rate(0.1))
+def swap(p, g, s, t, lr):
+    """Slots that are other tensors of the state, which a careless writer would overwrite first."""
+    return s["other"] - lr * g, {"last": p, "other": s["last"]}
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(flat, "_BLOCK", 64)
+
+
+def trained(step, found, values, clone, steps=5):
+    draw = torch.Generator().manual_seed(0)
+    p = torch.randn(SIZE, generator=draw)
+    layout = Layout(("w",), (p.shape,))
+    slots = initial_slots(found, layout, p, values)
+    for i in range(steps):
+        t = torch.tensor(float(i + 1), dtype=torch.float64)
+        g = torch.randn(SIZE, generator=draw)
+        before = p.clone() if clone else p, {n: x.clone() for n, x in slots.items()}
+        p, slots = step(found, layout, before[0], g, before[1], t, values)
+    return p, slots, before[0]
+
+
+@pytest.mark.parametrize("grain", [(), (SIZE,)])
+@pytest.mark.parametrize("name", [*RULES, "swap"])
+def test_it_has_the_bits_of_the_other(name, grain):
+    found = swap if name == "swap" else RULES[name]
+    given = {n: torch.full(grain, v).double() for n, v in VALUES.items() if n in found.hypers}
+    values = found.values(given)
+    p, slots, _ = trained(flat_step, found, values, clone=True)
+    here, slots_here, _ = trained(flat_step_, found, values, clone=True)
+    assert torch.equal(p, here)
+    for n, x in slots.items():
+        assert torch.equal(x, slots_here[n]) and x.dtype == slots_here[n].dtype
+
+
+def test_it_writes_where_it_reads():
+    found = RULES["adam"]
+    p, _, before = trained(flat_step_, found, found.values(), clone=False)
+    assert p.data_ptr() == before.data_ptr()
