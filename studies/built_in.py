@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import cleaning
+from . import cleaning, million
 from .record import Record
 
 
@@ -28,7 +28,13 @@ STUDIES: Mapping[str, BuiltIn] = {
         cleaning.cleaning_cells,
         cleaning.clean,
         cleaning.MEASURES,
-    )
+    ),
+    million.NAME: BuiltIn(
+        "an L2 weight per weight of a net, a million, learned in its one training",
+        million.million_cells,
+        million.learn_penalties,
+        million.MEASURES,
+    ),
 }
 
 

@@ -9,6 +9,8 @@ import resource
 import sys
 from pathlib import Path
 
+# M_MMAP_THRESHOLD of malloc.h.
+_MMAP_THRESHOLD = -3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -37,6 +39,15 @@ def give_back() -> None:
         trim(0)
 
 
+def return_freed_blocks() -> None:
+    """Let large blocks go back to the system as they are freed, which glibc stops doing when the
+    first one is: its threshold for that then grows up to 32 MiB (mallopt(3)). Peaks are then of
+    what was in use, at the price of fresh pages.
+    """
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        set_option(_MMAP_THRESHOLD, 128 * 2**10)
+
+
 def _clear_peak() -> bool:
     """Forget the peak so far (proc_pid_clear_refs(5), value 5); False where that cannot be."""
     try:
@@ -62,4 +73,4 @@ def _in_status(field: str) -> float | None:
     return int(found[1]) / 2**10 if found else None
 
 
-__all__ = ["Meter", "give_back"]
+__all__ = ["Meter", "give_back", "return_freed_blocks"]
