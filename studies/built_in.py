@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import cleaning, million
+from . import cleaning, million, one_pass
 from .record import Record
 
 
@@ -34,6 +34,12 @@ STUDIES: Mapping[str, BuiltIn] = {
         million.million_cells,
         million.learn_penalties,
         million.MEASURES,
+    ),
+    one_pass.NAME: BuiltIn(
+        "AdamW's learning rate and weight decay learned in one training, from random starts",
+        one_pass.one_pass_cells,
+        one_pass.train_from_start,
+        one_pass.MEASURES,
     ),
 }
 

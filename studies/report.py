@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_MEDIAN = "median "
+
+
 class Spread(TypedDict):
     """Of n numbers; std is the sample's, null for one number."""
 
@@ -52,8 +55,8 @@ def table(
 ) -> Table:
     """The summary for a terminal: mean and standard deviation of each measure over seeds.
 
-    measures: the ones to show, such as "valid loss"; all without. n: how many trained, of how many
-    cells.
+    measures: the ones to show, such as "valid loss"; all without; "median valid loss" is its
+    median. n: how many trained, of how many cells.
     """
     from rich.box import SIMPLE
     from rich.table import Table
@@ -73,7 +76,7 @@ def table(
         # A narrow terminal breaks a cell before its deviation, never inside a number.
         shown.add_column(measure, justify="right", min_width=8)
     for row in rows:
-        cells = [_spelled(row["measures"].get(name)) for name in measures]
+        cells = [_cell(row["measures"], name) for name in measures]
         names = [row[heading] for heading in headings]
         shown.add_row(*names, f"{row['trained']}/{row['cells']}", *cells)
     return shown
@@ -129,6 +132,13 @@ def spread(values: Sequence[float]) -> Spread:
         median=statistics.median(values),
         n=len(values),
     )
+
+
+def _cell(measures: dict[str, Spread], name: str) -> str:
+    of_median = measures.get(name.removeprefix(_MEDIAN))
+    if name.startswith(_MEDIAN) and of_median:
+        return f"{of_median['median']:.4g}"
+    return _spelled(measures.get(name))
 
 
 def _spelled(spread: Spread | None) -> str:
