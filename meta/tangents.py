@@ -83,6 +83,11 @@ def step_columns(
         return made
 
     counted = [state.buffers[n] for n in form.counted]
+    # A number of the host may meet a GPU's vector, but a column of its tangents may not.
+    device = state.p.device
+    values = {n: value.to(device) for n, value in values.items()}
+    slopes = {n: slope.to(device) for n, slope in slopes.items()}
+    t = t.to(device)
 
     def step(moving: list[Tensor], moved: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         start = form.state(moving, counted, state)
