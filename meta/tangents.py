@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from ..inner.hyper import Tensors
-from .compiled import Run, generate
+from .captured import Run, captured
+from .compiled import generate
 from .graph import Form
 from .parts import (
     Early,
@@ -23,6 +24,7 @@ from .parts import (
     contiguous,
     ends,
     extract,
+    is_random,
     retraced,
     split_early,
     traced,
@@ -125,7 +127,8 @@ class Machine(OnTrial):
 
     @cached_property
     def run(self) -> Run:
-        return generate(self.graph, self.spend)
+        run = generate(self.graph, self.spend)
+        return run if any(map(is_random, self.graph.graph.nodes)) else captured(run)
 
 
 def trace(
