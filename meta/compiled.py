@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..inner.hyper import Tensors
+from .captured import Run, captured
 from .graph import StepGraph, trace
 from .kept import kept_for
 from .parts import CannotTrace, Graph, contiguous, first_line
@@ -30,8 +31,6 @@ from .trust import Distrusted, OnTrial, agrees, directions, early
 # Inductor on CPU lays convolutions out anew and then returns wrong derivatives where weights are
 # slices of one vector; and its own random numbers are not the ones that an eager step draws.
 OPTIONS: dict[str, Any] = {"layout_optimization": False, "fallback_random": True}
-
-Run = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(eq=False)
@@ -80,9 +79,8 @@ class Machine(OnTrial):
         return "traced" if self.interpreted else "compiled"
 
     def _compiled(self, graph: Graph) -> Run:
-        if self.interpreted:
-            return scripted(graph)
-        return generate(graph, self.spend)
+        run = scripted(graph) if self.interpreted else generate(graph, self.spend)
+        return run if self.graph.random else captured(run)
 
 
 @contextmanager

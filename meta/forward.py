@@ -175,8 +175,8 @@ class _Run:
             except Distrusted:
                 kept["forward departs"] = (
                     f"forward mode of {training.label} is of another training: its steps draw "
-                    "other numbers, as dropout of a transposed tensor does under torch.func; use "
-                    'method="replay"'
+                    "other numbers, as dropout of a transposed tensor, and on a GPU all dropout, "
+                    'does under torch.func; use method="replay"'
                 )
         return str(kept["forward departs"])
 
@@ -201,8 +201,9 @@ class _Run:
 
     def _first_tangents(self, state: State) -> list[Tensor]:
         """Those of the start: of slots that hypers fill, and zeros."""
-        values = self.plain.at(0)
-        slopes = {name: table[:, 0] for name, table in self.slopes.items()}
+        device = state.p.device
+        values = {name: value.to(device) for name, value in self.plain.at(0).items()}
+        slopes = {name: table[:, 0].to(device) for name, table in self.slopes.items()}
 
         def filled(slope: Tensors) -> Tensors:
             def slots(moved: Tensors) -> Tensors:

@@ -15,6 +15,7 @@ _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 # What is taken unasked: this share of what is free, and on a CPU no more than this.
 SHARE, _MOST = 4, 2 * 2**30
+_HOST = torch.device("cpu")
 _MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -38,13 +39,19 @@ def bytes_of(memory: str | float) -> int:
 def comfortable(device: torch.device) -> int:
     """Bytes that a metagradient may take unasked."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) // SHARE
+        return available(device) // SHARE
     return min(available() // SHARE, _MOST)
 
 
-def available() -> int:
-    """Bytes that can be taken without swapping, in the machine or in the container it is."""
+def available(device: torch.device = _HOST) -> int:
+    """Bytes that can be taken on a device; on the host without swapping, in the machine or in the
+    container it is.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch keeps for the next tensors is free too: a second call has as much as the first.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + held)
     free = _least_to_spare()
     with suppress(OSError, ValueError):  # No container, or one without a limit: "max".
         limit, used = ((_GROUP / f"memory.{name}").read_text() for name in ("max", "current"))

@@ -27,7 +27,10 @@ class CannotTrace(Exception):
 
 def traced(function: Callable[..., Any], examples: Sequence[Tensor], seed: int) -> Graph:
     """The operations of a function on tensors like the examples, none of them in place."""
-    with numbered(seed), seeded(seed, examples[0].device):
+    # In one thread: what stands in for tensors while tracing is not made for the one in which
+    # autograd would go back through a GPU's operations, beside those on numbers of the host.
+    alone = torch.autograd.set_multithreading_enabled(False)
+    with numbered(seed), seeded(seed, examples[0].device), alone:
         try:
             made = retraced(function, examples)
             made = retraced(torch.func.functionalize(made, remove="mutations"), examples)

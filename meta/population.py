@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ..inner.hyper import Tensors
+from .captured import Run
 from .checkpoint import Checkpoints, Plan, find_store, keep_all, revolve
-from .compiled import Machine, Run, machine_of, made_once
+from .compiled import Machine, machine_of, made_once
 from .data import mix
 from .estimate import Estimate, Note, finished
 from .graph import Uneven

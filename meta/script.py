@@ -10,10 +10,12 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.jit._fuser import optimized_execution
 
 from .parts import Graph, ends
 
@@ -28,7 +30,14 @@ def scripted(graph: Graph) -> Callable[..., Sequence[Tensor]]:
     except Exception:  # Whatever its compiler says of an operation that it does not know.
         return graph
     held = [getattr(graph, str(n.target)) for n in constants]
-    return lambda *inputs: run(*inputs, *held)
+
+    def unfused(*inputs: Tensor) -> Sequence[Tensor]:
+        # On a GPU TorchScript would fuse: it compiles for a minute, and what it makes rounds
+        # otherwise.
+        with optimized_execution(False) if inputs[0].is_cuda else nullcontext():
+            return run(*inputs, *held)  # type: ignore[no-any-return]  # as its source says
+
+    return unfused
 
 
 def _source(graph: Graph, constants: Sequence[fx.Node]) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from ..inner.hyper import Tensors
-from .compiled import Run, generate
+from .captured import Run, captured
+from .compiled import generate
 from .graph import Form
 from .parts import (
     Early,
@@ -23,6 +24,7 @@ from .parts import (
     contiguous,
     ends,
     extract,
+    is_random,
     retraced,
     split_early,
     traced,
@@ -83,6 +85,11 @@ def step_columns(
         return made
 
     counted = [state.buffers[n] for n in form.counted]
+    # A number of the host may meet a GPU's vector, but a column of its tangents may not.
+    device = state.p.device
+    values = {n: value.to(device) for n, value in values.items()}
+    slopes = {n: slope.to(device) for n, slope in slopes.items()}
+    t = t.to(device)
 
     def step(moving: list[Tensor], moved: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         start = form.state(moving, counted, state)
@@ -120,7 +127,8 @@ class Machine(OnTrial):
 
     @cached_property
     def run(self) -> Run:
-        return generate(self.graph, self.spend)
+        run = generate(self.graph, self.spend)
+        return run if any(map(is_random, self.graph.graph.nodes)) else captured(run)
 
 
 def trace(

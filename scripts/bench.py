@@ -7,15 +7,17 @@ from pathlib import Path
 from ..meta.hypergradient import split_names
 from ..studies.bench import bench_metagradient
 from ..studies.bench_report import remarks, table, trust_section, write, write_section
+from ..studies.device import find_device
 from ..studies.low import bench_bfloat16
 from ..studies.workloads import find_workloads
 from .show import console, telling
 
 
-def run_metagradient(only: str, repeats: int, out: Path | None) -> None:
-    """Measure the workloads named in only, all if none is."""
+def run_metagradient(only: str, repeats: int, out: Path | None, device: str) -> None:
+    """Measure the workloads named in only on a device; all but the large ones if none is."""
     screen = console()
-    workloads = find_workloads(split_names(only))
+    where = find_device(device)
+    workloads = [workload.on(where) for workload in find_workloads(split_names(only))]
     with telling(screen) as say:
         for result in bench_metagradient(workloads, repeats=repeats, say=say):
             if not result.left_out:
@@ -24,7 +26,8 @@ def run_metagradient(only: str, repeats: int, out: Path | None) -> None:
                 screen.print(told, markup=False)
             if out is not None:  # At once: the next one may take an hour.
                 command = f"hyperdescent bench metagradient --only {result.workload}"
-                write(out, result, f"{command} --repeats {repeats} --out {out.name}")
+                command += f" --repeats {repeats} --out {out.name}"
+                write(out, result, f"{command} --device {device}" if result.gpu else command)
                 screen.print(f"kept in {out}", markup=False)
 
 

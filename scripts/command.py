@@ -188,12 +188,13 @@ def problems() -> None:
 @benchmarks.command()
 def metagradient(
     only: Annotated[
-        str, typer.Option(help="Workloads by name, such as w1-sgd,w3; all without.")
+        str, typer.Option(help="Workloads by name, such as w1-sgd,w3; all without but gpt2's.")
     ] = "",
     repeats: Annotated[int, typer.Option(help="Rounds of timing; one more does not count.")] = 5,
     out: Annotated[
         Path | None, typer.Option(help="A Markdown file; its section of that name is replaced.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where models are trained, such as cuda.")] = "cpu",
     threads: Threads = 1,
 ) -> None:
     """Time, memory and error of one exact metagradient, here and by other libraries."""
@@ -202,7 +203,7 @@ def metagradient(
     from .bench import run_metagradient
 
     torch.set_num_threads(threads)
-    run_metagradient(only, repeats, out)
+    run_metagradient(only, repeats, out, device)
 
 
 @benchmarks.command()

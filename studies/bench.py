@@ -11,7 +11,7 @@ import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +28,8 @@ from ..meta.memory import available
 from ..meta.problem import ModuleProblem
 from ..meta.replay import Replay
 from ..meta.training import Training
-from .memory import Meter, give_back
+from .device import gpu_name, settle
+from .memory import give_back, meter_of
 from .peers import PEERS, Answer, held_out_loss, train_plainly
 from .workloads import SEED, Workload
 
@@ -43,7 +44,16 @@ OURS: dict[str, Callable[[], Estimator]] = {
     "lean, by autograd": partial(Replay, compile=False, gait="lean", checkpoints=_STATES),
     "forward, 4 numbers": partial(Forward, compile=True),
 }
-# What that last one differentiates in besides, at their defaults, where they change nothing.
+# Where a hundred states or the graphs of all steps may not fit: with what one GPU has to spare.
+_ROOMY = "48GiB"
+LARGE: dict[str, Callable[[], Estimator]] = {
+    "fast": partial(Replay, compile=True, gait="fast"),
+    "lean": partial(Replay, compile=True, gait="lean", memory=_ROOMY),
+    "lean, states on the host": partial(
+        Replay, compile=True, gait="lean", memory=_ROOMY, store="cpu"
+    ),
+}
+# What "forward" differentiates in besides, at their defaults, where they change nothing.
 _FOUR = {"forward, 4 numbers": {"sgd": ("dampening", "weight_decay"), "adam": ("eps",)}}
 PLAIN = "plain training"
 # Of what is free, the share that a method may be expected to take.
@@ -82,8 +92,8 @@ class Row:
 @dataclass(frozen=True)
 class Result:
     """One workload, as plain data. seconds: of plain training, one per round. truth: derivatives
-    by finite differences. exact_memory: whether the system could say. left_out: why there is
-    nothing.
+    by finite differences. exact_memory: whether the system could say. gpu: where it was trained,
+    if not on the CPU. left_out: why there is nothing.
     """
 
     workload: str
@@ -97,6 +107,7 @@ class Result:
     rows: Sequence[Row] = ()
     left_out: str = ""
     exact_memory: bool = True
+    gpu: str = ""
 
     def error(self, row: Row, hyper: str) -> float | None:
         """Relative; None if the method refuses the hyper or was not asked."""
@@ -106,11 +117,15 @@ class Result:
 
 
 class Grown(NamedTuple):
-    """Memory a method took in a process of its own, or why it was not run."""
+    """Memory a method took in a process of its own, or why it was not run. seconds, how: of that
+    one call.
+    """
 
     mib: float | None
     exact: bool = True
     left_out: str = ""
+    seconds: float = 0.0
+    how: str = ""
 
 
 def bench_metagradient(
@@ -123,20 +138,32 @@ def bench_metagradient(
 
 
 def _measured(workload: Workload, repeats: int, say: Say) -> Result:
-    blank = Result(workload.name, workload.what, workload.rule, workload.steps, workload.judged)
+    blank = Result(
+        *(workload.name, workload.what, workload.rule, workload.steps, workload.judged),
+        gpu=gpu_name(workload.device),
+    )
     try:
         workload.parts()
     except OSError as error:
         return replace(blank, left_out=str(error))
-    names = [PLAIN, *OURS, *PEERS]
-    grown = {name: _grown(workload, name, say) for name in names}
+    names = [PLAIN, *LARGE] if workload.large else [PLAIN, *OURS, *PEERS]
+    # Small ones side by side on a GPU: torch tells each how much is its own.
+    several = bool(blank.gpu) and not workload.large
+    with ThreadPoolExecutor(len(names) if several else 1) as threads:
+        measured = threads.map(lambda name: _grown(workload, name, say), names)
+        grown = dict(zip(names, measured, strict=True))
     fitting = [name for name in names if not grown[name].left_out]
     if PLAIN not in fitting:
         return replace(blank, left_out=grown[PLAIN].left_out)
-    seconds, hows = _timed(workload, fitting, repeats, say)
+    if workload.large:  # Once has to do.
+        seconds = {name: [grown[name].seconds] for name in fitting}
+        hows = {name: grown[name].how for name in fitting}
+    else:
+        seconds, hows = _timed(workload, fitting, repeats, say)
     plain = seconds.pop(PLAIN)
+    judged = names[1:] if workload.judged else []
     shorter = workload.at(workload.judged)
-    slopes, refusals = _differentiated(shorter, names[1:], say)
+    slopes, refusals = _differentiated(shorter, judged, say)
     rows = [
         Row(
             name,
@@ -152,19 +179,20 @@ def _measured(workload: Workload, repeats: int, say: Say) -> Result:
         blank,
         seconds=plain,
         mib=grown[PLAIN].mib,
-        truth=finite_differences(shorter, say),
+        truth=finite_differences(shorter, say) if judged else {},
         rows=rows,
         exact_memory=all(of.exact for of in grown.values()),
     )
 
 
-def find_method(name: str, problem: ModuleProblem) -> Method:
+def find_method(name: str, workload: Workload, problem: ModuleProblem) -> Method:
     """A method by its name, ready to be called with the workload of that problem at any steps."""
     if name == PLAIN:
         return lambda workload: train_plainly(workload, problem)
     if name in PEERS:
         return lambda workload: PEERS[name](workload, problem)
-    return _Ours(OURS[name](), problem, _FOUR.get(name, {}))
+    ours = LARGE if workload.large else OURS
+    return _Ours(ours[name](), problem, _FOUR.get(name, {}))
 
 
 @dataclass
@@ -198,19 +226,26 @@ def _timed(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """(seconds of every method in every round, after one that does not count; how it did them)."""
     problem = workload.problem(torch.float32)
-    methods = {name: find_method(name, problem) for name in names}
+    methods = {name: find_method(name, workload, problem) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     hows: dict[str, str] = {}
     for i in range(repeats + 1):
         for name, method in methods.items():
             say(f"{workload.name}: time, round {i} of {repeats}, {name}")
             gc.collect()
-            begun = time.perf_counter()
-            answer = method(workload)
-            seconds[name].append(time.perf_counter() - begun)
-            hows[name] = answer.how if isinstance(answer, Answer) else ""
+            took, hows[name] = _clocked(method, workload)
+            seconds[name].append(took)
     give_back()
     return {name: times[1:] for name, times in seconds.items()}, hows
+
+
+def _clocked(method: Method, workload: Workload) -> tuple[float, str]:
+    """(seconds of one call, how it was done)."""
+    settle(workload.device)
+    begun = time.perf_counter()
+    answer = method(workload)
+    settle(workload.device)
+    return time.perf_counter() - begun, answer.how if isinstance(answer, Answer) else ""
 
 
 def _grown(workload: Workload, name: str, say: Say) -> Grown:
@@ -222,7 +257,8 @@ def _grown(workload: Workload, name: str, say: Say) -> Grown:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
         try:
-            return process.submit(memory_of, workload, name, available() / 2**20).result()
+            free = available(workload.device) / 2**20
+            return process.submit(memory_of, workload, name, free).result()
         except BrokenProcessPool:
             return Grown(None, left_out="its process ended early; the system may have killed it")
 
@@ -234,20 +270,20 @@ def memory_of(workload: Workload, name: str, free: float) -> Grown:
     of free: its memory grows with every step. This project's routes bound their own.
     """
     torch.set_num_threads(1)
-    method = find_method(name, workload.problem(torch.float32))
+    method = find_method(name, workload, workload.problem(torch.float32))
     try:
         method(workload.at(2))
-        meter = Meter()
+        meter = meter_of(workload.device)
         probe = min(100, max(2, workload.steps // 10))
         if name in PEERS and probe < workload.steps:
             method(workload.at(probe))
             needed = meter.mib * workload.steps / probe
             if needed > _ROOM * free:
                 return Grown(None, left_out=_too_large(needed, free, probe))
-        method(workload)
+        took, how = _clocked(method, workload)
     except Exception as error:  # Of whatever kind another library raises: a row says so.
         return Grown(None, left_out=f"{type(error).__name__}: {_first_line(error)}")
-    return Grown(meter.mib, meter.exact)
+    return Grown(meter.mib, meter.exact, seconds=took, how=how)
 
 
 def _too_large(needed: float, free: float, probe: int) -> str:
@@ -269,7 +305,7 @@ def _differentiated(
             continue
         say(f"{workload.name}: error, {name}")
         try:
-            answer = find_method(name, problem)(workload)
+            answer = find_method(name, workload, problem)(workload)
             slopes[name] = answer.slopes if isinstance(answer, Answer) else {}
         except Exception as error:  # As above; an hour of measurements must not be lost for it.
             refusals[name] = f"in float64, {type(error).__name__}: {_first_line(error)}"
@@ -311,4 +347,4 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-__all__ = ["OURS", "PLAIN", "Result", "Row", "bench_metagradient", "finite_differences"]
+__all__ = ["LARGE", "OURS", "PLAIN", "Result", "Row", "bench_metagradient", "finite_differences"]

@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from ..search.provenance import provenance
-from .bench import OURS, PLAIN, Result, Row
+from .bench import LARGE, OURS, PLAIN, Result, Row
 from .low import KNOTS, Trust
 from .peers import PEERS
 
@@ -25,7 +25,7 @@ def table(result: Result) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    title = f"{result.workload}: {_described(result)}"
+    title = f"{result.workload}{_where(result)}: {_described(result)}"
     shown = Table(title=title, box=SIMPLE, padding=(0, 1), collapse_padding=True)
     header, *rows = _cells(result)
     for name in header:
@@ -46,7 +46,7 @@ def _cells(result: Result) -> list[list[str]]:
             [row.method, _ratio(row), _mib(row.mib), *(_error(result, row, h) for h in hypers)]
             for row in result.rows
         ),
-        ["finite differences are sure to", "", "", *doubts],
+        *([["finite differences are sure to", "", "", *doubts]] if doubts else []),
     ]
 
 
@@ -56,6 +56,9 @@ def remarks(result: Result) -> list[str]:
     for row in result.rows:
         _, by_autograd, why = row.how.partition("by autograd: ")
         told += [f"{result.workload}, {row.method}: {by_autograd}{why}"] if why else []
+        # Where memory is short, what was kept is a result.
+        kept = "" if result.judged or why else row.how
+        told += [f"{result.workload}, {row.method}: {kept}"] if kept else []
         told += [f"{result.workload}, {row.method}: {row.left_out}"] if row.left_out else []
     return told
 
@@ -63,16 +66,23 @@ def remarks(result: Result) -> list[str]:
 def write(file: Path, result: Result, command: str) -> None:
     """Put a workload's measurements, and how to read them, into a Markdown file."""
     write_section(file, _introduction(), NAME)
-    write_section(file, section(result, command), f"{NAME} {result.workload}")
+    name = f"{NAME} {result.workload} {result.gpu}".rstrip()
+    write_section(file, section(result, command), name)
 
 
 def section(result: Result, command: str) -> str:
     """The Markdown of one workload."""
-    parts = [f"### {result.workload}", f"{_described(result)}. {_origin(command)}"]
+    title = f"### {result.workload}{_where(result)}"
+    parts = [title, f"{_described(result)}. {_origin(command, result.gpu)}"]
     if not result.left_out:
         header, *rows = _cells(result)
-        ours = [[f"**{row[0]}**", *row[1:]] if row[0] in OURS else row for row in rows]
-        judged = f"Errors after {result.judged:,} steps. " if result.judged != result.steps else ""
+        named = {*OURS, *LARGE}
+        ours = [[f"**{row[0]}**", *row[1:]] if row[0] in named else row for row in rows]
+        judged = (
+            f"Errors after {result.judged:,} steps. "
+            if result.judged not in (0, result.steps)
+            else ""
+        )
         parts += [
             f"{judged}Medians (lowest-highest) of {len(result.seconds)} rounds.{_how(result)}"
         ]
@@ -114,8 +124,9 @@ def _introduction() -> str:
             "by this project (bold) and by others on the same weights and batches, one thread, "
             "float32, compiled code at hand. Time is in units of plain `torch.optim` training of "
             "the same steps in the same round. Memory is the growth over resting memory of one "
-            "call in a fresh process. Errors are relative, in float64, against finite differences "
-            "(Romberg) of plain `torch.optim` trainings.",
+            "call in a fresh process, on a GPU that of what torch has allocated there. Errors are "
+            "relative, in float64, against finite differences (Romberg) of plain `torch.optim` "
+            "trainings.",
             "\n".join(notes),
         ]
     )
@@ -140,14 +151,19 @@ def write_section(file: Path, text: str, name: str) -> None:
     file.write_text(after, encoding="utf-8")
 
 
-def _origin(command: str) -> str:
+def _where(result: Result) -> str:
+    return f" on {result.gpu}" if result.gpu else ""
+
+
+def _origin(command: str, gpu: str = "") -> str:
     origin = provenance()
+    driven = f"one {gpu}, driven by " if gpu else ""
     packages = sorted({p.package for p in PEERS.values() if not p.missing} - {"torch"})
     versions = [f"torch {origin['torch']}", *(f"{name} {version(name)}" for name in packages)]
     return (
-        f"Made {str(origin['time'])[:10]} by `{command}` on {origin['cpu']}, {origin['cpus']} "
-        f"cores, {origin['memory_gib']} GiB, {origin['threads']} thread(s); Python "
-        f"{origin['python']}, hyperdescent {origin['hyperdescent']}, {', '.join(versions)}."
+        f"Made {str(origin['time'])[:10]} by `{command}` on {driven}{origin['cpu']}, "
+        f"{origin['cpus']} cores, {origin['memory_gib']} GiB, {origin['threads']} thread(s); "
+        f"Python {origin['python']}, hyperdescent {origin['hyperdescent']}, {', '.join(versions)}."
     )
 
 

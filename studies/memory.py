@@ -1,4 +1,4 @@
-"""What memory a call takes in this process."""
+"""What memory a call takes in this process, on the host or on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 import resource
 import sys
 from pathlib import Path
+
+import torch
 
 # M_MMAP_THRESHOLD of malloc.h.
 _MMAP_THRESHOLD = -3
@@ -32,9 +34,36 @@ class Meter:
         return max(0.0, _peak() - self._rest)
 
 
+class DeviceMeter:
+    """The growth of the peak of what torch has allocated on a GPU since the meter was made.
+
+    The GPU's own count would be larger by the context, and by what torch keeps for later.
+    """
+
+    exact = True
+
+    def __init__(self, device: torch.device) -> None:
+        gc.collect()
+        self._device = device
+        torch.cuda.reset_peak_memory_stats(device)
+        self._rest = torch.cuda.memory_allocated(device)
+
+    @property
+    def mib(self) -> float:
+        """So far; the peak stays, whatever is freed."""
+        return (torch.cuda.max_memory_allocated(self._device) - self._rest) / 2**20
+
+
+def meter_of(device: torch.device) -> Meter | DeviceMeter:
+    """A meter of the memory that trainings on a device take."""
+    return DeviceMeter(device) if device.type == "cuda" else Meter()
+
+
 def give_back() -> None:
-    """Return freed memory that the allocator keeps to the system; only glibc's can."""
+    """Return freed memory that allocators keep to the system; on the host only glibc's can."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
@@ -73,4 +102,4 @@ def _in_status(field: str) -> float | None:
     return int(found[1]) / 2**10 if found else None
 
 
-__all__ = ["Meter", "give_back", "return_freed_blocks"]
+__all__ = ["DeviceMeter", "Meter", "give_back", "meter_of", "return_freed_blocks"]

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..meta.data import seeded
+from ..meta.model import lowered
 from ..meta.problem import ModuleProblem
 from .workloads import SEED, Workload, mean_loss
 
@@ -69,7 +70,9 @@ def train_plainly(
     for i in range(workload.steps):
         inputs, target = problem.batch(i, SEED)
         optimizer.zero_grad(set_to_none=True)
-        mean_loss(model(inputs), target).backward()
+        with lowered(workload.device, problem.autocast):
+            loss = mean_loss(model(inputs), target)
+        loss.backward()
         optimizer.step()
     return model
 
@@ -132,7 +135,8 @@ def by_torchopt(workload: Workload, problem: ModuleProblem) -> Answer:
 def by_torch_optim(workload: Workload, problem: ModuleProblem) -> Answer:
     model, hypers = started(problem), _leaves(workload, problem)
     params = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
-    options = {"differentiable": True}
+    # On a GPU it would else take SGD's operations on lists, which refuse a rate that is a tensor.
+    options = {"differentiable": True, "foreach": False}
     optimizer = make_optimizer(workload.rule, params.values(), hypers, **options)
     for i in range(workload.steps):
         inputs, target = problem.batch(i, SEED)
@@ -194,10 +198,10 @@ def _adam(
 
 
 def _leaves(workload: Workload, problem: ModuleProblem) -> dict[str, Tensor]:
-    """The hypers as tensors to differentiate in, in the dtype of the weights."""
-    dtype = next(iter(problem.start(SEED)[0].values())).dtype
+    """The hypers as tensors to differentiate in, of the weights' dtype and device."""
+    like = next(iter(problem.start(SEED)[0].values()))
     return {
-        name: torch.tensor(value, dtype=dtype, requires_grad=True)
+        name: torch.tensor(value, dtype=like.dtype, device=like.device, requires_grad=True)
         for name, value in workload.values.items()
     }
 

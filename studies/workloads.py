@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ..inner.rule import unknown
 from ..meta.problem import ModuleProblem, problem_from_module
+from .device import CPU
 from .files import find_file
 from .problems import Part, digits_mlp
 
@@ -30,7 +31,8 @@ class Workload:
 
     values: hypers of the rule by the name they have here. model: makes a float32 model. parts: the
     data to train on and held out. judged: steps at which derivatives are compared with finite
-    differences.
+    differences, 0 for not at all. large: too much for a CPU or for graphs of all steps; it is run
+    only where it is named, and once. autocast: the type of the model's products, if another.
     """
 
     name: str
@@ -42,23 +44,30 @@ class Workload:
     parts: Callable[[], tuple[Part, Part]]
     batch: int
     judged: int
+    large: bool = False
+    autocast: torch.dtype | None = None
+    device: torch.device = CPU
 
     def problem(self, dtype: torch.dtype, autocast: torch.dtype | None = None) -> ModuleProblem:
         """The same weights, batches and held-out data for every method."""
         train, valid = ((x.to(dtype) if x.is_floating_point() else x, y) for x, y in self.parts())
-        made = partial(_in_dtype, self.model, dtype)
+        made = partial(_placed, self.model, dtype, self.device)
         return problem_from_module(
             made,
             mean_loss,
             train,
             valid,
             batch_size=self.batch,
-            autocast=autocast,
+            autocast=autocast or self.autocast,
             name=self.name,
         )
 
     def at(self, steps: int) -> Workload:
         return replace(self, steps=steps)
+
+    def on(self, device: torch.device) -> Workload:
+        """With the model, the batches and all that is made of them there."""
+        return replace(self, device=device)
 
 
 def mean_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -112,13 +121,21 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A language model without dropout, its head the transposed embedding.
 
+    vocabulary, context: the rows of its two embeddings, which may be more than a text needs.
     Radford et al. 2019, in the form of nanoGPT.
     """
 
-    def __init__(self, layers: int, width: int, heads: int) -> None:
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        vocabulary: int = len(_CHARACTERS),
+        context: int = _BLOCK,
+    ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(len(_CHARACTERS), width)
-        self.positions = nn.Embedding(_BLOCK, width)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
         for name, p in self.named_parameters():
@@ -169,12 +186,18 @@ def _tokens(file: Path) -> Tensor:
     return torch.tensor([codes[character] for character in read])
 
 
-def _in_dtype(model: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    return model().to(dtype)
+def _placed(model: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    return model().to(device, dtype)
 
 
 _SGD = {"lr": 0.1, "momentum": 0.9}
 _ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999}
+
+
+def _gpt2(name: str, steps: int) -> Workload:
+    model, values = partial(GPT, 12, 768, 12, 50_257, 1024), _ADAM | {"lr": 1e-4}
+    low = torch.bfloat16
+    return Workload(name, _GPT2, "adam", values, steps, model, text, 8, 0, large=True, autocast=low)
 
 
 def _mlp(name: str, rule: str, steps: int) -> Workload:
@@ -184,7 +207,12 @@ def _mlp(name: str, rule: str, steps: int) -> Workload:
 
 
 _CNN = "CNN, two 3x3 convolutions (16, 32 channels), GroupNorm, SiLU, on 8x8 digits"
-_GPT = "GPT, 4 layers, width 128, 4 heads, on blocks of 128 characters of Shakespeare"
+_BLOCKS = f"on blocks of {_BLOCK} characters of Shakespeare"
+_GPT = f"GPT, 4 layers, width 128, 4 heads, {_BLOCKS}"
+_GPT2 = (
+    "GPT-2 of 124M weights (12 layers, width 768, 12 heads, 50,257 rows of tokens, of which the "
+    f"text has {len(_CHARACTERS)}, and 1,024 of positions), bfloat16 autocast, {_BLOCKS}"
+)
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
@@ -197,17 +225,19 @@ WORKLOADS: dict[str, Workload] = {
         Workload(
             "w4", _GPT, "adam", _ADAM, GPT_STEPS, partial(GPT, 4, 128, 4), text, 8, GPT_JUDGED
         ),
+        _gpt2("gpt2", 500),
+        _gpt2("gpt2-short", 10),
     )
 }
 
 
 def find_workloads(names: Iterable[str]) -> list[Workload]:
-    """By name, in the order given; all of them for no names."""
-    names = list(dict.fromkeys(names))
+    """By name, in the order given; for no names all but the large ones."""
+    names = list(dict.fromkeys(names)) or [n for n, w in WORKLOADS.items() if not w.large]
     for name in names:
         if name not in WORKLOADS:
             raise ValueError(unknown("there is no workload", name, WORKLOADS))
-    return [WORKLOADS[name] for name in names or WORKLOADS]
+    return [WORKLOADS[name] for name in names]
 
 
 __all__ = ["WORKLOADS", "Workload", "find_workloads"]

@@ -17,6 +17,7 @@ from hyperdescent.meta.training import Training
 from hyperdescent.scripts import command
 from hyperdescent.studies import bench, bench_report, files, workloads
 from hyperdescent.studies.bench import PLAIN, Difference, Grown, Result, Row, bench_metagradient
+from hyperdescent.studies.device import find_device
 from hyperdescent.studies.low import bench_bfloat16
 from hyperdescent.studies.memory import Meter
 from hyperdescent.studies.peers import PEERS, Answer, Peer
@@ -85,6 +86,45 @@ class TestResult:
             bench_metagradient([TINY], repeats=0)
 
 
+def test_a_large_workload_is_run_once_and_says_what_it_kept(quick, monkeypatch):
+    lean = {"lean": partial(Replay, compile=False, gait="lean", checkpoints=2)}
+    monkeypatch.setattr(bench, "LARGE", lean)
+    monkeypatch.setattr(bench_report, "LARGE", lean)
+    (result,) = bench_metagradient([replace(TINY, large=True, judged=0)], repeats=3)
+    (row,) = result.rows
+    assert len(result.seconds) == len(row.ratios) == 1 and min(row.ratios) > 0
+    assert not result.truth and not row.slopes and row.mib >= 0
+    assert bench_report.remarks(result) == ["tiny, lean: lean: checkpoints 2, by autograd"]
+    text = bench_report.section(result, "the command")
+    assert "finite differences" not in text and "Errors" not in text
+
+
+class TestDevice:
+    def test_is_found_by_name(self):
+        assert find_device("cpu") == torch.device("cpu")
+
+    def test_one_that_is_not_here_is_told(self):
+        absent = [] if torch.cuda.is_available() else ["cuda"]
+        for name in ["nowhere", *absent]:
+            with pytest.raises(ValueError, match=f"device='{name}' cannot be used here: "):
+                find_device(name)
+
+    def test_a_gpu_is_named_beside_its_results(self, tmp_path):
+        gpu = replace(RESULT, gpu="Some GPU")
+        text = bench_report.section(gpu, "the command")
+        assert "### w9 on Some GPU" in text and "on one Some GPU, driven by " in text
+        file = tmp_path / "B.md"
+        for result in (RESULT, gpu):
+            bench_report.write(file, result, "the command")
+        assert file.read_text().count("### w9") == 2
+
+
+def test_gpt2_has_its_weights():
+    with torch.device("meta"):
+        model = WORKLOADS["gpt2"].model()
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+
+
 def test_finite_differences_are_as_good_as_they_say():
     found = bench.finite_differences(TINY)
     problem = TINY.problem(torch.float64)
@@ -131,7 +171,7 @@ class TestMemory:
         def hold(workload):
             return Answer(float(torch.ones(workload.steps, 2**18).sum()), {})
 
-        monkeypatch.setattr(bench, "find_method", lambda name, problem: hold)
+        monkeypatch.setattr(bench, "find_method", lambda name, workload, problem: hold)
         return replace(TINY, steps=200)
 
     def test_a_method_is_measured_whole(self, heavy):

@@ -147,7 +147,9 @@ def test_three_pixels_are_dark_in_every_digit():
 
 def test_workloads_by_name():
     assert [w.name for w in find_workloads(["w3", "w1-sgd", "w3"])] == ["w3", "w1-sgd"]
-    assert [w.name for w in find_workloads([])] == list(WORKLOADS)
+    assert [w.name for w in find_workloads([])] == [
+        name for name in WORKLOADS if not name.startswith("gpt2")
+    ]
     with pytest.raises(ValueError, match=r"no workload 'w1-sdg'; did you mean 'w1-sgd'\?.*w3, w4"):
         find_workloads(["w1-sdg"])
 
