@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .memory import give_back
 
 Say = Callable[[str], object]
+K = TypeVar("K")
 
 
 class Grown(NamedTuple):
@@ -24,18 +25,21 @@ class Grown(NamedTuple):
 
 
 def in_rounds(
-    methods: Mapping[str, Callable[[], Any]], repeats: int, say: Say
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    methods: Mapping[K, Callable[[], Any]],
+    repeats: int,
+    say: Say,
+    called: Callable[[K], str] = str,
+) -> tuple[dict[K, list[float]], dict[K, Any]]:
     """(seconds of every method in every round, after one that does not count; its last answer).
 
     Methods follow each other in every round, so that whatever slows the machine down for a while
     slows all of them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    answers: dict[str, Any] = {}
+    seconds: dict[K, list[float]] = {name: [] for name in methods}
+    answers: dict[K, Any] = {}
     for i in range(repeats + 1):
         for name, method in methods.items():
-            say(f"time, round {i} of {repeats}, {name}")
+            say(f"time, round {i} of {repeats}, {called(name)}")
             gc.collect()
             begun = time.perf_counter()
             answers[name] = method()
