@@ -178,9 +178,13 @@ class SecondMachine(OnTrial):
     def at(self, training: Training, state: State, values: Tensors, i: int, seed: int) -> Second:
         """At a state, for the batch of step i."""
         rest, spec = _rest(training, state, values, i, seed)
-        graph = self.graph
-        if spec != graph.spec or tuple((x.shape, x.dtype) for x in rest) != graph.takes:
-            raise Uneven("a batch is not of the shapes that were traced")
+        graph, found = self.graph, tuple((x.shape, x.dtype) for x in rest)
+        if spec != graph.spec or found != graph.takes:
+            raise Uneven(
+                f"a batch and what the loss reads beside it have shapes "
+                f"{[tuple(s) for s, _ in found]} where the compiled products take "
+                f"{[tuple(s) for s, _ in graph.takes]}; make them equal or give compile=False"
+            )
         fixed = contiguous([state.p.detach(), *rest])
         draws = draws_of(i, seed, state.p.device) if graph.random else nullcontext()
         with torch.no_grad(), draws:

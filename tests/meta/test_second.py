@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from hyperdescent.inner.hyper import positive
 from hyperdescent.inner.rules import find_rule
@@ -142,6 +143,26 @@ class TestRefused:
         run = training()
         found = estimate(run, "trace")
         assert "differs from autograd's" in found.note.how
+        assert_same(found, estimate(run, False))
+
+    def test_batches_of_other_shapes(self):
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(20, 16, dtype=DOUBLE, generator=draw)
+        y = x[:, :3].argmax(1)
+        problem = problem_from_module(
+            net,
+            penalized,
+            DataLoader(TensorDataset(x, y), batch_size=8),
+            (x, y),
+            hypers={"l2": L2},
+            outer_loss_fn=F.cross_entropy,
+        )
+        run = Training(problem, find_rule("sgd"), 5, given={"lr": 0.1})
+        with pytest.raises(ValueError, match=r"have shapes \[.*\(4, 16\).*give compile=False"):
+            estimate(run, "trace")
+        price.spend_on_products(problem, 1e3)
+        found = estimate(run, "auto")
+        assert "by autograd: a batch and what" in found.note.how
         assert_same(found, estimate(run, False))
 
     def test_gauss_newton_is_done_by_autograd(self):
