@@ -177,7 +177,10 @@ class SecondMachine(OnTrial):
 
     def at(self, training: Training, state: State, values: Tensors, i: int, seed: int) -> Second:
         """At a state, for the batch of step i."""
-        rest, spec = _rest(training, state, values, i, seed)
+        try:
+            rest, spec = _rest(training, state, values, i, seed)
+        except CannotTrace as why:  # The batches that were traced were tensors.
+            raise Uneven(f"{why}; give compile=False") from why
         graph, found = self.graph, tuple((x.shape, x.dtype) for x in rest)
         if spec != graph.spec or found != graph.takes:
             raise Uneven(
