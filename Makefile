@@ -26,6 +26,7 @@ check: $(VENV)/installed-dev
 # folder with the language model's text.
 bench: $(VENV)/installed-dev
 	$(BIN)/hyperdescent bench metagradient --out BENCHMARKS.md
+	$(BIN)/hyperdescent bench implicit --out BENCHMARKS.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

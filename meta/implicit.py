@@ -8,17 +8,23 @@ of f. Larsen et al. 1996; Bengio 2000, doi:10.1162/089976600300015187; Lorraine,
 
 from __future__ import annotations
 
+import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ..inner.hyper import Tensors
 from ..inner.rule import unknown
-from .curvature import Curvature, Parted, product_and_gradient, vjp
+from .curvature import Curvature, Parted
 from .estimate import Estimate, Note, finished
 from .linear import Solve, conjugate_gradient
 from .outcome import Outcome
+from .price import spend_on_products, worth_tracing_products
 from .reach import Reached, check_moves_optimum, go_on, held_out, no_graph, total
-from .training import Resolved, Training
+from .second import Second, machine_of_second, second_by_autograd, second_traced
+from .training import Resolved, State, Training
+from .trust import or_by_autograd
 
 
 class Unconverged(UserWarning):
@@ -46,6 +52,11 @@ class Implicit:
     last call ended, its optimizer state included, so that few steps follow small moves.
     Buffers are constants here: the path through batch norm's running statistics is left out. So is
     a weight decay of the rule, which is not in the training loss: FixedPoint goes through it.
+
+    compile: True runs products with the Hessian as generated code and "trace" as traced operations,
+    both with what all products share computed once; "auto" traces once autograd's products on this
+    problem have taken as long as that takes to pay. What cannot be traced, or first disagrees with
+    autograd, is done by autograd, and note.how says so.
     """
 
     solve: Solve = field(default_factory=conjugate_gradient)
@@ -53,6 +64,7 @@ class Implicit:
     warm_start: bool = False
     tolerance: float = 0.1
     curvature: Curvature = "hessian"
+    compile: bool | Literal["auto", "trace"] = "auto"
 
     def __post_init__(self) -> None:
         if self.batches < 1:
@@ -60,10 +72,30 @@ class Implicit:
         if self.curvature not in ("hessian", "gauss-newton"):
             known = ["hessian", "gauss-newton"]
             raise ValueError(unknown("there is no curvature", self.curvature, known))
+        if self.compile not in (True, False, "auto", "trace"):
+            raise ValueError(f"compile={self.compile!r} is none of True, False, 'auto', 'trace'")
 
     def __call__(
         self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
     ) -> tuple[Estimate, Reached | None]:
+        self._check(training, point)
+        resolved = training.resolve({name: value.detach() for name, value in point.items()})
+        reached = go_on(training, resolved, carry, seed)
+        if isinstance(reached, Estimate):
+            return reached, None
+        estimate = self._at(training, resolved, reached, list(point), seed)
+        if not self.warm_start:
+            warn_if_far(training, estimate)
+        return estimate, reached if self.warm_start else None
+
+    def at(self, training: Training, point: Tensors, reached: Reached, *, seed: int) -> Estimate:
+        """The same where a training by whatever means has ended; nothing is trained."""
+        self._check(training, point)
+        resolved = training.resolve({name: value.detach() for name, value in point.items()})
+        return self._at(training, resolved, reached, list(point), seed)
+
+    def _check(self, training: Training, point: Tensors) -> None:
+        """Raise ValueError or TypeError for what has no implicit hypergradient."""
         check_moves_optimum(training, point)
         if self.curvature == "gauss-newton" and not isinstance(training.problem, Parted):
             raise TypeError(
@@ -76,14 +108,6 @@ class Implicit:
                 f"curvature='gauss-newton' is of whole batches, and {training.problem.name} has "
                 f"accumulate={parts}; give curvature='hessian', or a problem without accumulate"
             )
-        resolved = training.resolve({name: value.detach() for name, value in point.items()})
-        reached = go_on(training, resolved, carry, seed)
-        if isinstance(reached, Estimate):
-            return reached, None
-        estimate = self._at(training, resolved, reached, list(point), seed)
-        if not self.warm_start:
-            warn_if_far(training, estimate)
-        return estimate, reached if self.warm_start else None
 
     def _at(
         self,
@@ -94,33 +118,61 @@ class Implicit:
         seed: int,
     ) -> Estimate:
         values = resolved.at(training.steps - 1)
-        loss, v, direct = held_out(training, reached.state, values, names)
-        if v is None:
+        loss, slope, direct = held_out(training, reached.state, values, names)
+        if slope is None:
             return no_graph(training, loss)
-        leaves = {name: values[name].detach().requires_grad_() for name in names}
-        weights = reached.state.p.detach().requires_grad_()
-        state, values = reached.state._replace(p=weights), values | leaves
+        b = slope
         ahead = range(reached.steps, reached.steps + self.batches)
-        product, gradient = product_and_gradient(
-            training, state, values, ahead, seed, self.curvature
-        )
-        solved = self.solve(product, v)
-        del product, v
-        g = gradient()
-        flat = g.detach()
-        gap = -float(flat @ solved.x)
-        note = Note(
-            steps=training.steps,
-            residual=solved.residual,
-            inner_gradient=float(flat.norm()),
-            gap=gap,
-            how=f"{solved.steps} products, residual {solved.residual:.1e}, gap {gap:.1g}",
-        )
-        # An infinite one says that x means nothing, whatever is tolerated.
-        if not solved.residual <= self.tolerance or solved.residual == float("inf"):
-            return Estimate(float(loss), {}, unsolved(note, self.tolerance))
-        mixed = vjp([g], list(leaves.values()), [-solved.x])
-        return finished(loss, total(direct, dict(zip(names, mixed, strict=True))), note)
+
+        def attempt(refused: str) -> Estimate:
+            began = time.monotonic()
+            (product, gradient, mixed), how = self._second(
+                training, reached.state, values, names, ahead, seed, refused
+            )
+            solved = self.solve(product, b)
+            del product  # Before the gradient's graph is made, if it was not part of that.
+            g = gradient()
+            gap = -float(g @ solved.x)
+            note = Note(
+                steps=training.steps,
+                residual=solved.residual,
+                inner_gradient=float(g.norm()),
+                gap=gap,
+                how=f"{solved.steps} products {how}, residual {solved.residual:.1e}, gap {gap:.1g}",
+            )
+            # An infinite one says that x means nothing, whatever is tolerated.
+            if not solved.residual <= self.tolerance or solved.residual == float("inf"):
+                return Estimate(float(loss), {}, unsolved(note, self.tolerance))
+            shares = dict(zip(names, mixed(-solved.x), strict=True))
+            if how.startswith("by autograd"):
+                spend_on_products(training.problem, time.monotonic() - began)
+            return finished(loss, total(direct, shares), note)
+
+        return or_by_autograd(training.problem, self.compile, attempt)
+
+    def _second(
+        self,
+        training: Training,
+        state: State,
+        values: Tensors,
+        names: list[str],
+        ahead: Sequence[int],
+        seed: int,
+        refused: str,
+    ) -> tuple[Second, str]:
+        """(the second derivatives, how they are computed)."""
+        parts = getattr(training.problem, "accumulate", 1)
+        want = self.compile
+        if want == "auto":
+            # One graph would be of all parts of a batch at a time.
+            want = "trace" if parts == 1 and worth_tracing_products(training.problem) else False
+        if refused or not want or self.curvature != "hessian":
+            how = f"by autograd{f': {refused}' if refused else ''}"
+            curvature = self.curvature
+            return second_by_autograd(training, state, values, names, ahead, seed, curvature), how
+        machine = machine_of_second(training, values, names, seed, interpreted=want == "trace")
+        how = "traced" if want == "trace" else "compiled"
+        return second_traced(machine, training, state, values, ahead, seed), how
 
 
 def warn_if_far(training: Training, estimate: Estimate) -> None:

@@ -19,8 +19,8 @@ Matvec = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Solved:
-    """x: the last iterate. residual: |b - A x| / |b| computed from x itself, inf where x means
-    nothing. steps: products with A, the one for the residual not counted.
+    """x: the last iterate. residual: |b - A x| / |b| of x itself to two digits, inf where x means
+    nothing. steps: products with A, the one for the residual, where it needs one, not counted.
     """
 
     x: Tensor
@@ -34,6 +34,8 @@ class Solve(Protocol):
     def __call__(self, matvec: Matvec, b: Tensor) -> Solved: ...
 
 
+# The share of a residual that may be rounding before it is computed anew.
+_SEEN = 0.01
 # Columns of A that `dense` will ask for: at 4096 the matrix and its factor take 256 MiB.
 _DENSE = 4096
 
@@ -56,27 +58,44 @@ def conjugate_gradient(steps: int = 20, tol: float = 1e-10, damping: float = 0.0
 def _conjugate_gradient(
     matvec: Matvec, b: Tensor, *, steps: int, tol: float, damping: float
 ) -> Solved:
-    # In place: an unknown may have as many numbers as memory has room for a few times.
+    # In place, because a large vector that is made anew costs more than what is done with it.
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     rr = r @ r
     enough = tol**2 * rr
-    done = 0
-    while done < steps and not bool(rr <= enough):
+    lengths: list[Tensor] = []
+    growths: list[Tensor] = []
+    while len(lengths) < steps and not bool(rr <= enough):
         product = matvec(p)
         if damping:
             product = product + damping * p
-        done += 1
         curvature = p @ product
         if not bool(curvature > 0):  # NaN included
-            return Solved(x, math.inf, done)
+            return Solved(x, math.inf, len(lengths) + 1)
         length = rr / curvature
-        x.addcmul_(length, p)
-        r.addcmul_(length, product, value=-1)
+        x.addcmul_(p, length)
+        r.addcmul_(product, -length)
         del product
         before, rr = rr, r @ r
-        p.mul_(rr / before).add_(r)
-    del r, p
-    return Solved(x, _residual(matvec, b, x), done)
+        growth = rr / before
+        p.mul_(growth).add_(r)
+        lengths.append(length)
+        growths.append(growth)
+    # r is b - (A + damping) x but for rounding, which shows only where little else is left.
+    del p
+    left, size = float(r.add_(x, alpha=damping).norm()), float(b.norm())
+    if lengths and size > 0:
+        scale = _largest_of(lengths, growths) * float(x.norm()) + size
+        if torch.finfo(b.dtype).eps * len(lengths) * scale < _SEEN * left:
+            return Solved(x, left / size, len(lengths))
+    del r
+    return Solved(x, _residual(matvec, b, x), len(lengths))
+
+
+def _largest_of(lengths: list[Tensor], growths: list[Tensor]) -> float:
+    """The largest diagonal entry of Lanczos' matrix, near A's largest eigenvalue from below."""
+    inverse, growth = 1 / torch.stack(lengths), torch.stack(growths)
+    before = torch.cat([torch.zeros_like(inverse[:1]), (growth * inverse)[:-1]])
+    return float((inverse + before).max())
 
 
 def normal_conjugate_gradient(steps: int = 20, tol: float = 1e-10) -> Solve:
@@ -116,7 +135,7 @@ def _normal_conjugate_gradient(
     return Solved(x, _residual(matvec, b, x), done)
 
 
-def neumann(step_size: float | None = None, steps: int = 20) -> Solve:
+def neumann(step_size: float | None = None, steps: int = 20, *, check: bool = True) -> Solve:
     """A solver by the series x = step_size * sum over k <= steps of (I - step_size A)^k b.
 
     For A with eigenvalues in [mu, L] and step_size < 2 / L the relative error is at most
@@ -124,13 +143,14 @@ def neumann(step_size: float | None = None, steps: int = 20) -> Solve:
     shows that A or step_size is not so: the series diverges and the residual is inf. Without a
     step_size it is 1 / L, L by the power method along b, which takes ten more products. With
     steps=0 the answer is step_size b, as if A were a multiple of the identity (Luketina et al.
-    2016, arXiv:1511.06727).
+    2016, arXiv:1511.06727). check=False saves the product that the residual takes: it is then that
+    of one term less, which is larger where step_size is right.
     Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590, Algorithm 3.
     """
     _check_steps(steps)
     if step_size is not None and not step_size > 0:
         raise ValueError(f"step_size={step_size:g} must be positive and below 2 / L")
-    return partial(_neumann, steps=steps, step_size=step_size)
+    return partial(_neumann, steps=steps, step_size=step_size, check=check)
 
 
 # Rounding alone lets a term that should keep its length grow by a few of float32's 1e-7.
@@ -139,21 +159,25 @@ _LONGER = 1 + 1e-5
 _PROBES, _MARGIN = 10, 1.1
 
 
-def _neumann(matvec: Matvec, b: Tensor, *, steps: int, step_size: float | None) -> Solved:
+def _neumann(
+    matvec: Matvec, b: Tensor, *, steps: int, step_size: float | None, check: bool
+) -> Solved:
     probes = 0
     if step_size is None:
         probes, step_size = _PROBES, 1 / (_MARGIN * largest_eigenvalue(matvec, b, _PROBES))
     total, term = b.clone(), b.clone()
-    length = term.norm()
+    size = length = term.norm()
     for done in range(1, steps + 1):
-        term.add_(matvec(term), alpha=-step_size)
-        total += term
+        term.sub_(matvec(term), alpha=step_size)
+        total.add_(term)
         before, length = length, term.norm()
         if not bool(length <= before * _LONGER):  # NaN included
             return Solved(total.mul_(step_size), math.inf, done + probes)
     del term
     x = total.mul_(step_size)
-    return Solved(x, _residual(matvec, b, x), steps + probes)
+    if check or not bool(size > 0):
+        return Solved(x, _residual(matvec, b, x), steps + probes)
+    return Solved(x, float(length / size), steps + probes)
 
 
 def largest_eigenvalue(matvec: Matvec, b: Tensor, steps: int) -> float:

@@ -20,6 +20,7 @@ import torch
 
 from ..inner.hyper import Tensors
 from .kept import kept_for
+from .problem import Problem
 from .training import State, Training
 
 
@@ -35,6 +36,8 @@ REVERSE, FORWARD = Kind("reverse", 0.15), Kind("forward", 0.5)
 # A price never seen, in seconds; what is left of it once inductor's cache on disk holds the code;
 # plain steps in one step of a metagradient.
 _NEW, _AGAIN, _STEPS = 20.0, 0.3, 3.5
+# Seconds that tracing a product with the Hessian takes, and the share of a product that it saves.
+_TRACE_PRODUCT, _OF_PRODUCT = 2.5, 0.25
 # Tracing takes a few seconds and saves the Python of autograd's steps, about 2 ms each.
 _TRACE_STEPS = 1000
 
@@ -82,6 +85,18 @@ def spend(training: Training, seconds: float) -> None:
     """Add to the seconds spent on a problem without a compiler."""
     kept = kept_for(training.problem)
     kept["seconds spent"] = kept.get("seconds spent", 0.0) + seconds
+
+
+def spend_on_products(problem: Problem, seconds: float) -> None:
+    """Add to the seconds spent on a problem's products with the Hessian by autograd."""
+    kept = kept_for(problem)
+    kept["seconds of products"] = kept.get("seconds of products", 0.0) + seconds
+
+
+def worth_tracing_products(problem: Problem) -> bool:
+    """Whether traced ones would have saved by now what they take to make."""
+    spent = float(kept_for(problem).get("seconds of products", 0.0))
+    return spent * _OF_PRODUCT >= _TRACE_PRODUCT
 
 
 def remember(

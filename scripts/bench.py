@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..meta.hypergradient import split_names
+from ..studies import implicit_report
 from ..studies.bench import bench_metagradient
 from ..studies.bench_report import remarks, table, trust_section, write, write_section
 from ..studies.device import find_device
+from ..studies.implicit_bench import bench_implicit, find_cases
 from ..studies.low import bench_bfloat16
 from ..studies.workloads import find_workloads
 from .show import console, telling
@@ -31,6 +33,22 @@ def run_metagradient(only: str, repeats: int, out: Path | None, device: str) -> 
                 screen.print(f"kept in {out}", markup=False)
 
 
+def run_implicit(only: str, repeats: int, out: Path | None) -> None:
+    """Measure the cases named in only, all if none is."""
+    screen = console()
+    cases = find_cases(split_names(only))
+    with telling(screen) as say:
+        for result in bench_implicit(cases, repeats=repeats, say=say):
+            screen.print(implicit_report.table(result))
+            for told in implicit_report.remarks(result):
+                screen.print(told, markup=False)
+            if out is not None:
+                command = f"hyperdescent bench implicit --only {result.case}"
+                text = f"{command} --repeats {repeats} --out {out.name}"
+                implicit_report.write(out, result, text)
+                screen.print(f"kept in {out}", markup=False)
+
+
 def run_bfloat16(only: str, seeds: int, out: Path | None) -> None:
     """Measure what bfloat16 does to the workloads named in only."""
     screen = console()
@@ -47,4 +65,4 @@ def run_bfloat16(only: str, seeds: int, out: Path | None) -> None:
         screen.print(f"kept in {out}", markup=False)
 
 
-__all__ = ["run_bfloat16", "run_metagradient"]
+__all__ = ["run_bfloat16", "run_implicit", "run_metagradient"]

@@ -207,6 +207,24 @@ def metagradient(
 
 
 @benchmarks.command()
+def implicit(
+    only: Annotated[str, typer.Option(help="Cases by name, such as softmax; all without.")] = "",
+    repeats: Annotated[int, typer.Option(help="Rounds of timing; one more does not count.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="A Markdown file; its section of that name is replaced.")
+    ] = None,
+    threads: Threads = 1,
+) -> None:
+    """Time, memory and error of one implicit hypergradient, here and by other libraries."""
+    import torch
+
+    from .bench import run_implicit
+
+    torch.set_num_threads(threads)
+    run_implicit(only, repeats, out)
+
+
+@benchmarks.command()
 def bfloat16(
     only: Annotated[str, typer.Option(help="Workloads by name.")] = "w1-adam,w3",
     seeds: Annotated[int, typer.Option(help="Trainings of each kind, at least 1.")] = 3,

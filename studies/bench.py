@@ -7,12 +7,9 @@ which no line of this project's differentiation takes part.
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -29,7 +26,8 @@ from ..meta.problem import ModuleProblem
 from ..meta.replay import Replay
 from ..meta.training import Training
 from .device import gpu_name, settle
-from .memory import give_back, meter_of
+from .measured import Grown, Say, alone, check_repeats, in_rounds, reason
+from .memory import meter_of
 from .peers import PEERS, Answer, held_out_loss, train_plainly
 from .workloads import SEED, Workload
 
@@ -61,7 +59,6 @@ _ROOM = 0.7
 # Step of the finite differences, in units of lr or of one minus a beta.
 _H = 3e-3
 
-Say = Callable[[str], object]
 Method = Callable[[Workload], Answer | nn.Module]
 
 
@@ -116,24 +113,11 @@ class Result:
         return abs(row.slopes[hyper] / self.truth[hyper].slope - 1)
 
 
-class Grown(NamedTuple):
-    """Memory a method took in a process of its own, or why it was not run. seconds, how: of that
-    one call.
-    """
-
-    mib: float | None
-    exact: bool = True
-    left_out: str = ""
-    seconds: float = 0.0
-    how: str = ""
-
-
 def bench_metagradient(
     workloads: Sequence[Workload], *, repeats: int = 5, say: Say = lambda told: None
 ) -> Iterator[Result]:
     """Measure every method on one workload after the other, yielding each as it is done."""
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats} measures nothing; give at least 1, better 5")
+    check_repeats(repeats)
     return (_measured(workload, repeats, say) for workload in workloads)
 
 
@@ -226,17 +210,15 @@ def _timed(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """(seconds of every method in every round, after one that does not count; how it did them)."""
     problem = workload.problem(torch.float32)
-    methods = {name: find_method(name, workload, problem) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    hows: dict[str, str] = {}
-    for i in range(repeats + 1):
-        for name, method in methods.items():
-            say(f"{workload.name}: time, round {i} of {repeats}, {name}")
-            gc.collect()
-            took, hows[name] = _clocked(method, workload)
-            seconds[name].append(took)
-    give_back()
-    return {name: times[1:] for name, times in seconds.items()}, hows
+    methods = {name: partial(find_method(name, workload, problem), workload) for name in names}
+    seconds, answers = in_rounds(
+        methods,
+        repeats,
+        lambda told: say(f"{workload.name}: {told}"),
+        settle=lambda: settle(workload.device),
+    )
+    hows = {name: x.how if isinstance(x, Answer) else "" for name, x in answers.items()}
+    return seconds, hows
 
 
 def _clocked(method: Method, workload: Workload) -> tuple[float, str]:
@@ -254,13 +236,7 @@ def _grown(workload: Workload, name: str, say: Say) -> Grown:
     if missing:
         return Grown(None, left_out=missing)
     say(f"{workload.name}: memory, {name}")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        try:
-            free = available(workload.device) / 2**20
-            return process.submit(memory_of, workload, name, free).result()
-        except BrokenProcessPool:
-            return Grown(None, left_out="its process ended early; the system may have killed it")
+    return alone(memory_of, workload, name, available(workload.device) / 2**20)
 
 
 def memory_of(workload: Workload, name: str, free: float) -> Grown:
@@ -282,7 +258,7 @@ def memory_of(workload: Workload, name: str, free: float) -> Grown:
                 return Grown(None, left_out=_too_large(needed, free, probe))
         took, how = _clocked(method, workload)
     except Exception as error:  # Of whatever kind another library raises: a row says so.
-        return Grown(None, left_out=f"{type(error).__name__}: {_first_line(error)}")
+        return Grown(None, left_out=reason(error))
     return Grown(meter.mib, meter.exact, seconds=took, how=how)
 
 
@@ -308,7 +284,7 @@ def _differentiated(
             answer = find_method(name, workload, problem)(workload)
             slopes[name] = answer.slopes if isinstance(answer, Answer) else {}
         except Exception as error:  # As above; an hour of measurements must not be lost for it.
-            refusals[name] = f"in float64, {type(error).__name__}: {_first_line(error)}"
+            refusals[name] = f"in float64, {reason(error)}"
     return slopes, refusals
 
 
@@ -341,10 +317,6 @@ def _trained_loss(workload: Workload, problem: ModuleProblem, values: Mapping[st
     model = train_plainly(workload, problem, values)
     with torch.no_grad():
         return float(held_out_loss(model, problem))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 __all__ = ["LARGE", "OURS", "PLAIN", "Result", "Row", "bench_metagradient", "finite_differences"]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ..search.provenance import provenance
 from .bench import LARGE, OURS, PLAIN, Result, Row
 from .low import KNOTS, Trust
 from .peers import PEERS
+from .tables import for_terminal, in_mib, markdown, origin_of, spread, write_section
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,17 +21,8 @@ NAME = "metagradient"
 
 def table(result: Result) -> Table:
     """One workload for a terminal: a row per method, a column per quantity."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     title = f"{result.workload}{_where(result)}: {_described(result)}"
-    shown = Table(title=title, box=SIMPLE, padding=(0, 1), collapse_padding=True)
-    header, *rows = _cells(result)
-    for name in header:
-        shown.add_column(name, justify="right" if name not in header[:2] else "left")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+    return for_terminal(title, _cells(result), words=2)
 
 
 def _cells(result: Result) -> list[list[str]]:
@@ -41,9 +31,9 @@ def _cells(result: Result) -> list[list[str]]:
     doubts = [f"{difference.doubt:.1e}" for difference in result.truth.values()]
     return [
         ["method", "time / plain", "MiB", *(f"error {hyper}" for hyper in hypers)],
-        [PLAIN, _seconds(result), _mib(result.mib), *("" for _ in hypers)],
+        [PLAIN, _seconds(result), in_mib(result.mib), *("" for _ in hypers)],
         *(
-            [row.method, _ratio(row), _mib(row.mib), *(_error(result, row, h) for h in hypers)]
+            [row.method, _ratio(row), in_mib(row.mib), *(_error(result, row, h) for h in hypers)]
             for row in result.rows
         ),
         *([["finite differences are sure to", "", "", *doubts]] if doubts else []),
@@ -73,7 +63,8 @@ def write(file: Path, result: Result, command: str) -> None:
 def section(result: Result, command: str) -> str:
     """The Markdown of one workload."""
     title = f"### {result.workload}{_where(result)}"
-    parts = [title, f"{_described(result)}. {_origin(command, result.gpu)}"]
+    origin = origin_of(command, _packages(), result.gpu)
+    parts = [title, f"{_described(result)}. {origin}"]
     if not result.left_out:
         header, *rows = _cells(result)
         named = {*OURS, *LARGE}
@@ -86,7 +77,7 @@ def section(result: Result, command: str) -> str:
         parts += [
             f"{judged}Medians (lowest-highest) of {len(result.seconds)} rounds.{_how(result)}"
         ]
-        parts += [_markdown(header, ours)]
+        parts += [markdown(header, ours)]
     if reasons := [f"- {told}." for told in remarks(result)]:
         parts += ["\n".join(reasons)]
     return "\n\n".join(parts)
@@ -105,8 +96,8 @@ def trust_section(measured: Sequence[Trust], command: str) -> str:
             f"The gradient in {KNOTS} knots of Adam's learning rate with autocast=torch.bfloat16 "
             "beside the one in float32, same seeds: cosine between the two, and the norm of the "
             "difference in units of float32's; median (lowest-highest) over "
-            f"{len(measured[0].cosines)} seeds. {_origin(command)}",
-            _markdown(header, rows),
+            f"{len(measured[0].cosines)} seeds. {origin_of(command, _packages())}",
+            markdown(header, rows),
         ]
     )
 
@@ -132,44 +123,13 @@ def _introduction() -> str:
     )
 
 
-def write_section(file: Path, text: str, name: str) -> None:
-    """Put text between the file's markers of that name, at its end if it has none."""
-    opening, closing = f"<!-- bench: {name} -->", "<!-- /bench -->"
-    whole = f"{opening}\n{text}\n{closing}"
-    before = file.read_text(encoding="utf-8") if file.exists() else "# Benchmarks\n"
-    head, found, rest = before.partition(opening)
-    if not found:
-        after = f"{before.rstrip()}\n\n{whole}\n"
-    else:
-        _, closed, tail = rest.partition(closing)
-        if not closed:
-            raise ValueError(
-                f"{file} has {opening} without {closing} after it; add that line where the "
-                "section ends, or remove the first"
-            )
-        after = f"{head}{whole}{tail}"
-    file.write_text(after, encoding="utf-8")
-
-
 def _where(result: Result) -> str:
     return f" on {result.gpu}" if result.gpu else ""
 
 
-def _origin(command: str, gpu: str = "") -> str:
-    origin = provenance()
-    driven = f"one {gpu}, driven by " if gpu else ""
-    packages = sorted({p.package for p in PEERS.values() if not p.missing} - {"torch"})
-    versions = [f"torch {origin['torch']}", *(f"{name} {version(name)}" for name in packages)]
-    return (
-        f"Made {str(origin['time'])[:10]} by `{command}` on {driven}{origin['cpu']}, "
-        f"{origin['cpus']} cores, {origin['memory_gib']} GiB, {origin['threads']} thread(s); "
-        f"Python {origin['python']}, hyperdescent {origin['hyperdescent']}, {', '.join(versions)}."
-    )
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _packages() -> list[str]:
+    """What the peers that could be run are installed as."""
+    return [peer.package for peer in PEERS.values() if not peer.missing]
 
 
 def _described(result: Result) -> str:
@@ -183,23 +143,11 @@ def _how(result: Result) -> str:
 
 
 def _seconds(result: Result) -> str:
-    return f"{_spread(result.seconds)} s" if result.seconds else "-"
+    return f"{spread(result.seconds)} s" if result.seconds else "-"
 
 
 def _ratio(row: Row) -> str:
-    return _spread(row.ratios) if row.ratios else "left out" if row.left_out else "-"
-
-
-def _spread(values: Sequence[float]) -> str:
-    """The median and the extremes, to the same digits, such as "2.76 (2.70-2.81)"."""
-    middle = median(values)
-    digits = max(0, 2 - math.floor(math.log10(middle))) if middle < 1 else 2
-    low, high = (f"{x:.{digits}f}" for x in (min(values), max(values)))
-    return f"{middle:.{digits}f} ({low}-{high})"
-
-
-def _mib(mib: float | None) -> str:
-    return "-" if mib is None else f"{mib:,.1f}" if mib < 10 else f"{mib:,.0f}"
+    return spread(row.ratios) if row.ratios else "left out" if row.left_out else "-"
 
 
 def _error(result: Result, row: Row, hyper: str) -> str:

@@ -70,6 +70,25 @@ class TestConjugateGradient:
         assert solved.residual == pytest.approx(true_residual(solved, a, b), rel=1e-6)
         assert solved.steps == steps
 
+    def test_the_residual_takes_a_product_only_where_rounding_may_show(self):
+        a, b = system(100)
+        counts = {}
+        for steps in (7, 400):
+            products = []
+            solver = conjugate_gradient(steps=steps, tol=1e-16)
+            solved = solver(lambda x, products=products: products.append(0) or a @ x, b)
+            counts[steps] = len(products) - solved.steps
+            assert solved.residual == pytest.approx(true_residual(solved, a, b), rel=0.01)
+        assert counts == {7: 0, 400: 1}
+
+    @pytest.mark.parametrize("condition", [10, 1e3, 1e6])
+    def test_the_residual_in_float32_is_true_to_two_digits(self, condition):
+        a, b = system(condition)
+        low = a.float(), b.float()
+        for steps in (5, 20, 60, 300):
+            solved = solve(conjugate_gradient(steps=steps, tol=0.0), *low)
+            assert solved.residual == pytest.approx(true_residual(solved, *low), rel=0.02)
+
     def test_stops_at_the_tolerance_with_the_iterate_that_met_it(self):
         a, b = system(100)
         solved = solve(conjugate_gradient(steps=200, tol=1e-3), a, b)
@@ -150,6 +169,16 @@ class TestNeumann:
         assert solve(neumann(0.5), a - 0.3 * torch.eye(20, dtype=DOUBLE), b).residual > 0.5
         assert solve(neumann(0.5, steps=60), a - 0.3 * torch.eye(20, dtype=DOUBLE), b).residual > 1
         assert solve(neumann(0.5), a * math.nan, b).residual == math.inf
+
+    @pytest.mark.parametrize("steps", [0, 1, 7])
+    def test_unchecked_its_residual_is_that_of_one_term_less(self, steps):
+        a, b = system(10, size=20)
+        products = []
+        solved = neumann(0.9, steps, check=False)(lambda x: products.append(0) or a @ x, b)
+        assert len(products) == solved.steps == steps
+        torch.testing.assert_close(solved.x, solve(neumann(0.9, steps), a, b).x)
+        less = solved.x - 0.9 * torch.linalg.matrix_power(torch.eye(20) - 0.9 * a, steps) @ b
+        assert solved.residual == pytest.approx(float((b - a @ less).norm() / b.norm()))
 
     def test_a_step_size_below_the_limit_converges(self):
         a, b = system(10, size=20)
