@@ -12,6 +12,9 @@ from hyperdescent.scripts import demo
 from hyperdescent.scripts.demo import FRESH_SEEDS, run_demo
 from hyperdescent.studies.record import Records, read
 
+# Where several processes share the tests: one Ray at a time on this machine.
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
