@@ -14,8 +14,11 @@ TORCH_INDEX ?=
 demo: $(VENV)/installed
 	$(BIN)/hyperdescent demo --out runs/demo --budget $(BUDGET)
 
+# A class or the functions of a file stay together, for what they share; those with few tests, not
+# the quick ones, would come last in any other order.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) \
+		--dist loadscope --no-loadscope-reorder
 
 # Format, lint and types; mypy sees the root under the package's name through a link.
 check: $(VENV)/installed-dev

@@ -110,7 +110,6 @@ def of():
     return made
 
 
-@pytest.mark.xdist_group("compiled")
 class TestDoublePrecision:
     @pytest.fixture(autouse=True)
     def nothing_more_is_compiled(self, of):
@@ -291,7 +290,6 @@ def traced():
     return of, trace(run, run.begin(values, 0), values, NAMES, 0)
 
 
-@pytest.mark.xdist_group("traced")
 class TestDistrust:
     """Of traced operations with one of their results changed."""
 

@@ -13,9 +13,6 @@ from hyperdescent.studies.record import read
 from hyperdescent.studies.run import cells_of, run, train_cell
 from hyperdescent.studies.study import Study
 
-# Where several processes share the tests: one Ray at a time on this machine.
-pytestmark = pytest.mark.xdist_group("ray")
-
 # A problem of a user's own module; its training raises for seed 1 and ends the process for seed 2.
 FRAGILE = textwrap.dedent(
     """
