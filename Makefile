@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUDGET ?= 50s
+# Processes that share the tests, a core and 2 GB each.
+WORKERS ?= 2
 # On Linux the package index's own torch brings several GB of CUDA along. On a machine without a
 # GPU give the index of torch's CPU builds instead: make demo TORCH_INDEX=...
 TORCH_INDEX ?=
@@ -12,8 +14,11 @@ TORCH_INDEX ?=
 demo: $(VENV)/installed
 	$(BIN)/hyperdescent demo --out runs/demo --budget $(BUDGET)
 
+# A class or the functions of a file stay together, for what they share; those with few tests, not
+# the quick ones, would come last in any other order.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) \
+		--dist loadscope --no-loadscope-reorder
 
 # Format, lint and types; mypy sees the root under the package's name through a link.
 check: $(VENV)/installed-dev

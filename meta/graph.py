@@ -27,7 +27,6 @@ from .parts import (
     Graph,
     Norm,
     batchable,
-    check_alike,
     computes_low,
     contiguous,
     ends,
@@ -260,10 +259,8 @@ def trace(
     """The graph of a training's step and pullback; CannotTrace if it is more than tensors."""
     form = Form.of(training, state, values, learned, 0, seed)
     form.check()
-    whole = _whole(training, form, state, values, 0, seed)
-    again = _whole(training, form, state, values, 1, seed + 1)
-    check_alike(whole, again)
-    return _divide(form, whole, _examples(training, form, state, values, 0, seed))
+    examples, others = (_examples(training, form, state, values, i, seed + i) for i in (0, 1))
+    return _divide(form, _whole(training, form, state, examples, others), examples)
 
 
 def _examples(
@@ -284,10 +281,9 @@ def _examples(
 
 
 def _whole(
-    training: Training, form: Form, state: State, values: Tensors, i: int, seed: int
+    training: Training, form: Form, state: State, examples: list[Tensor], others: list[Tensor]
 ) -> Graph:
-    """Step i, undivided and without mutations."""
-    examples = _examples(training, form, state, values, i, seed)
+    """A step, undivided and without mutations."""
 
     def joint(*flat: Tensor) -> list[Tensor]:
         take = iter(flat)
@@ -317,7 +313,7 @@ def _whole(
             *grads,
         ]
 
-    return traced(joint, examples, i)
+    return traced(joint, examples, others)
 
 
 def _divide(form: Form, whole: Graph, examples: list[Tensor]) -> StepGraph:

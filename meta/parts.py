@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,18 +26,44 @@ class CannotTrace(Exception):
     """Why a step is not a function of tensors alone."""
 
 
-def traced(function: Callable[..., Any], examples: Sequence[Tensor], seed: int) -> Graph:
-    """The operations of a function on tensors like the examples, none of them in place."""
+def traced(
+    function: Callable[..., Any], examples: Sequence[Tensor], others: Sequence[Tensor]
+) -> Graph:
+    """The operations of a function on tensors like the examples, none of them in place.
+
+    others: of another step; CannotTrace if the function does not do the same with them.
+    """
+    made = _recorded(function, examples, 0)
+    check_alike(made, _recorded(function, others, 1))
+    with _seeded(0, examples):
+        # Each turn takes as long as the recording, and most steps do nothing in place.
+        if _writes(made):
+            made = retraced(torch.func.functionalize(made, remove="mutations"), examples)
+        return retraced(made, examples) if _draw_in_place(made) else made
+
+
+def _recorded(function: Callable[..., Any], examples: Sequence[Tensor], seed: int) -> Graph:
+    with _seeded(seed, examples):
+        return retraced(function, examples)
+
+
+@contextmanager
+def _seeded(seed: int, examples: Sequence[Tensor]) -> Iterator[None]:
     # In one thread: what stands in for tensors while tracing is not made for the one in which
     # autograd would go back through a GPU's operations, beside those on numbers of the host.
     alone = torch.autograd.set_multithreading_enabled(False)
     with numbered(seed), seeded(seed, examples[0].device), alone:
         try:
-            made = retraced(function, examples)
-            made = retraced(torch.func.functionalize(made, remove="mutations"), examples)
-            return retraced(made, examples) if _draw_in_place(made) else made
+            yield
         except Exception as error:  # Whatever a model does that tensors without values cannot.
             raise CannotTrace(first_line(error)) from error
+
+
+def _writes(graph: Graph) -> bool:
+    """Whether anything in it is done in place, as far as torch says; batch norms do not say it."""
+    called = {n.target for n in graph.graph.nodes if n.op == "call_function"}
+    schemas = [getattr(target, "_schema", None) for target in called - {operator.getitem}]
+    return any(s is None or s.is_mutable or "batch_norm" in s.name for s in schemas)
 
 
 def _draw_in_place(graph: Graph) -> bool:
@@ -82,9 +109,9 @@ def _shorten(graph: Graph) -> None:
             val = n.meta["val"]
             n.target, n.args = aten.zeros.default, (list(val.shape),)
             n.kwargs = {"dtype": val.dtype, "device": val.device}
-    graph.graph = fx_graph_cse(graph.graph)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
+    short = fx_graph_cse(graph.graph)
+    short.eliminate_dead_code()
+    graph.graph = short  # Which recompiles.
 
 
 def check_alike(one: Graph, other: Graph) -> None:

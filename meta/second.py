@@ -28,7 +28,6 @@ from .parts import (
     CannotTrace,
     Graph,
     aten,
-    check_alike,
     computes_low,
     contiguous,
     ends,
@@ -92,9 +91,9 @@ def trace_second(
     training: Training, state: State, values: Tensors, learned: Sequence[str], seed: int
 ) -> SecondGraph:
     """The graph for a training's loss; CannotTrace if that is more than tensors."""
-    whole, spec, rest = _whole(training, state, values, learned, 0, seed)
-    again, _, _ = _whole(training, state, values, learned, 1, seed + 1)
-    check_alike(whole, again)
+    with numbered(seed):
+        (rest, spec), (other, _) = (_rest(training, state, values, i, seed + i) for i in (0, 1))
+    whole = _whole(training, state, learned, rest, other, spec)
     narrow_transposed(whole)
     inputs, outputs = ends(whole)
     fixed, v = inputs[:-1], inputs[-1]
@@ -141,10 +140,14 @@ def _rest(
 
 
 def _whole(
-    training: Training, state: State, values: Tensors, learned: Sequence[str], i: int, seed: int
-) -> tuple[Graph, TreeSpec, list[Tensor]]:
-    with numbered(seed):
-        rest, spec = _rest(training, state, values, i, seed)
+    training: Training,
+    state: State,
+    learned: Sequence[str],
+    rest: list[Tensor],
+    other: list[Tensor],
+    spec: TreeSpec,
+) -> Graph:
+    """The gradient and its derivatives along a vector, undivided."""
 
     def joint(p: Tensor, *flat: Tensor) -> list[Tensor]:
         *others, v = flat
@@ -156,8 +159,9 @@ def _whole(
         (g,) = torch.autograd.grad(loss, p, create_graph=True)
         return [g.detach(), *vjp([g], [p, *(hypers[n] for n in learned)], [v])]
 
-    examples = contiguous([state.p.detach(), *rest, torch.ones_like(state.p)])
-    return traced(joint, examples, i), spec, rest
+    p = state.p.detach()
+    examples, others = (contiguous([p, *x, torch.ones_like(p)]) for x in (rest, other))
+    return traced(joint, examples, others)
 
 
 @dataclass(eq=False)

@@ -19,7 +19,6 @@ from .graph import Form
 from .parts import (
     Early,
     Graph,
-    check_alike,
     computes_low,
     contiguous,
     ends,
@@ -174,8 +173,7 @@ def trace(
         out, aside, tangent = step_columns(training, form, around, along, inside, sloped, t, batch)
         return [*out, *aside, *tangent]
 
-    graph = traced(whole, examples(0), 0)
-    check_alike(graph, traced(whole, examples(1), 1))
+    graph = traced(whole, examples(0), examples(1))
     inputs, outputs = ends(graph)
     after = len(form.moved) * 2 + len(form.counted) + len(form.still) + len(form.several)
     after += len(several)

@@ -2,6 +2,7 @@
 against a bound.
 """
 
+import gc
 import json
 import math
 import sys
@@ -31,6 +32,7 @@ ABSENT = Peer("absent", lambda workload, problem: None, "a note", "no_such_packa
 @pytest.fixture
 def quick(monkeypatch):
     """Two peers, one of them not installed, and memory in this process."""
+    gc.freeze()  # Every measurement collects first, and there is more by now than at the start.
     few = {HAND: PEERS[HAND], "absent": ABSENT}
     monkeypatch.setattr(bench, "PEERS", few)
     monkeypatch.setattr(bench_report, "PEERS", few)
