@@ -81,7 +81,7 @@ def flat_step(
 
 
 # Elements at a time of a step in place: what a rule makes on its way stays in cache.
-_BLOCK = 2**15
+_BLOCK = 2**14
 
 
 def flat_step_(

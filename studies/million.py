@@ -49,7 +49,7 @@ class Setting:
     width: int = 980
     steps: int = 600
     lr: float = 1e-3
-    batch: int = 128
+    batch: int = 256
     every: int = 10
     rate: float = 0.5
     start: float = 1e-5
