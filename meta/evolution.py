@@ -21,6 +21,7 @@ from .coordinates import Coordinates
 from .data import mix
 from .estimate import Estimate, Estimator, Note, finished
 from .graph import Uneven
+from .guess import Guess, Past
 from .population import Many
 from .training import Resolved, State, Training, finite
 from .trust import Distrusted
@@ -40,6 +41,8 @@ class ES:
     note.stderr: the standard error of every number, from the spread between pairs. A pair that
     diverged is left out.
 
+    guess: what earlier calls tell of the gradient, as a control variate: of what noise does to the
+    loss only the part that was not expected is left to average. Slopes go on in the carry.
     guide: a cheap estimator; a `share` of the noise's variance is then isotropic, the rest along
     its gradient. What comes out is no longer the gradient but a mixture with the part along the
     guide, with less noise where the guide knows something.
@@ -47,18 +50,21 @@ class ES:
 
     pairs: int = 8
     sigma: float = 0.1
+    guess: Guess | None = None
     guide: Estimator | None = None
     share: float = 0.5
     compile: bool = False
 
     def __post_init__(self) -> None:
         _check(self.pairs, self.sigma)
+        if self.guess and self.guide:
+            raise ValueError("give a guess or a guide: a guide's noise is not that of a gradient")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share={self.share:g} must be between 0 and 1")
 
     def __call__(
-        self, training: Training, point: Tensors, carry: None = None, *, seed: int
-    ) -> tuple[Estimate, None]:
+        self, training: Training, point: Tensors, carry: Past | None = None, *, seed: int
+    ) -> tuple[Estimate, Past | None]:
         space = _Space(training, point)
         noise = space.noise(self.pairs, mix(seed, 0, 8), self.sigma)
         factor, said = 1.0, "ES"
@@ -73,8 +79,10 @@ class ES:
 
         points = space.around(noise)
         (base, *losses), how = _together(attempt, training, points, seed, self.compile)
-        slopes = _slopes(losses, noise, self.sigma) * factor
-        return space.estimate(base, slopes, training.steps, f"{said}, {how}"), None
+        guess = self.guess.at(space.z, carry) if self.guess else None
+        slopes = _slopes(losses, noise, self.sigma, guess) * factor
+        past = self.guess.add(carry, space.z, noise, _changes(losses)) if self.guess else None
+        return space.estimate(base, slopes, training.steps, f"{said}, {how}"), past
 
     def _guided(self, space: _Space, noise: Tensor, grad: Tensors, seed: int) -> Tensor:
         along = space.coordinates.pull(space.z, grad)
@@ -221,10 +229,22 @@ class _Space:
         return finished(torch.tensor(loss, dtype=torch.float64), grad, note)
 
 
-def _slopes(losses: Sequence[float], noise: Tensor, sigma: float) -> Tensor:
-    """noise (loss at plus - loss at minus) / 2 sigma^2 for every pair."""
-    pairs = torch.tensor(losses, dtype=torch.float64).view(-1, 2)
-    return noise * (pairs[:, :1] - pairs[:, 1:]) / (2 * sigma * sigma)
+def _changes(losses: Sequence[float]) -> Tensor:
+    """(loss at plus - loss at minus) / 2 for every pair."""
+    plus, minus = torch.tensor(losses, dtype=torch.float64).view(-1, 2).unbind(1)
+    return (plus - minus) / 2
+
+
+def _slopes(
+    losses: Sequence[float], noise: Tensor, sigma: float, guess: Tensor | None = None
+) -> Tensor:
+    """noise change / sigma^2 for every pair, with the part of the change that a guess expects
+    replaced by what it is in the mean.
+    """
+    changes = _changes(losses)
+    if guess is None:
+        return noise * changes[:, None] / sigma**2
+    return guess + noise * (changes - noise @ guess)[:, None] / sigma**2
 
 
 class _Crowd(Protocol):

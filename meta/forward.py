@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -27,7 +27,7 @@ from .price import FORWARD, not_worth, remember, spend
 from .problem import draws_of
 from .replay import check_at_least
 from .steps import Cotangents, seed_adjoint
-from .tangents import Machine, slopes_of, step_columns, trace
+from .tangents import Machine, slopes_of, step_columns, trace, units
 from .training import State, Training
 from .trust import Distrusted, agrees, directions, early, or_by_autograd
 
@@ -72,8 +72,29 @@ class Forward:
     def __call__(
         self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
     ) -> tuple[Estimate, Reached | None]:
+        return self._columns(training, point, units(point), carry, seed, None)
+
+    def along(
+        self, training: Training, point: Tensors, directions: Sequence[Tensors], *, seed: int
+    ) -> Estimate:
+        """A column of tangents per direction of the learned values instead; the estimate's grad has
+        one entry, "along", of shape (directions,).
+        """
+        if self.every is not None:
+            raise ValueError(f"every={self.every} goes on from tangents in other directions")
+        return self._columns(training, point, directions, None, seed, directions)[0]
+
+    def _columns(
+        self,
+        training: Training,
+        point: Tensors,
+        columns: Sequence[Tensors],
+        carry: Reached | None,
+        seed: int,
+        along: Sequence[Tensors] | None,
+    ) -> tuple[Estimate, Reached | None]:
         def attempt(refused: str) -> tuple[Estimate, Reached | None]:
-            return _Run(self, training, point, carry, seed, refused).estimate()
+            return _Run(self, training, point, columns, carry, seed, refused, along).estimate()
 
         try:
             return or_by_autograd(training.problem, self.compile, attempt)
@@ -99,22 +120,25 @@ class _Run:
         forward: Forward,
         training: Training,
         point: Tensors,
+        columns: Sequence[Tensors],
         carry: Reached | None,
         seed: int,
         refused: str,
+        along: Sequence[Tensors] | None,
     ) -> None:
+        self.along = along
         self.forward, self.training, self.refused = forward, training, refused
         self.leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
         resolved = training.resolve(self.leaves)
         self.plain, self.sums = resolved.detach(), Cotangents(resolved)
-        self.slopes = slopes_of(training, point)
+        self.slopes = slopes_of(training, point, columns)
         if carry is None or carry.done >= training.steps:
             carry = self._begin(seed)
-        columns = sum(value.numel() for value in point.values())
-        if carry.tangents and len(carry.tangents[0]) != columns:
+        if carry.tangents and len(carry.tangents[0]) != len(columns):
             raise ValueError(
-                f"{columns} learned numbers go on from tangents in {len(carry.tangents[0])}; learn "
-                "the same ones until a run of every= is done, or begin a new one with carry=None"
+                f"{len(columns)} learned numbers go on from tangents in {len(carry.tangents[0])}; "
+                "learn the same ones until a run of every= is done, or begin a new one with "
+                "carry=None"
             )
         self.begun = carry
         self.form = Form.of(training, carry.state, self.plain.at(0), self.sums.names, 0, carry.seed)
@@ -187,8 +211,11 @@ class _Run:
                 for z, bar in zip(tangents, adjoint, strict=True)
             ]
         ).sum(0)
-        parts = along.cpu().split([value.numel() for value in self.leaves.values()])
-        direct = self.sums.through(self.leaves)
+        along, direct = along.cpu(), self.sums.through(self.leaves)
+        if self.along is not None:
+            own = [sum((direct[n] * d).sum() for n, d in each.items()) for each in self.along]
+            return {"along": along + torch.tensor(own, dtype=along.dtype)}
+        parts = along.split([value.numel() for value in self.leaves.values()])
         return {
             name: direct[name] + part.view(value.shape)
             for (name, value), part in zip(self.leaves.items(), parts, strict=True)

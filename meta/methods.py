@@ -14,6 +14,7 @@ from .estimate import Estimator
 from .evolution import ES, PES
 from .fixed_point import FixedPoint, OnePass
 from .forward import Forward
+from .forward_gradient import ForwardGradient
 from .implicit import Implicit
 from .linear import dense, neumann, normal_conjugate_gradient, nystrom
 from .meha import MEHA
@@ -27,6 +28,7 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "replay": Replay,
     "truncated": partial(Replay, window=10),
     "forward": Forward,
+    "forward-gradient": ForwardGradient,
     "population": Population,
     "implicit": Implicit,
     "gauss-newton": partial(Implicit, curvature="gauss-newton"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, cast
@@ -41,28 +41,35 @@ def _load_forward_mode() -> None:
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
-def slopes_of(training: Training, point: Tensors) -> Tensors:
-    """d value in force at each step / d learned number: (numbers, steps, *value's shape)."""
+def slopes_of(training: Training, point: Tensors, directions: Sequence[Tensors]) -> Tensors:
+    """The derivative of the value in force at each step along each direction of the learned values:
+    (directions, steps, *value's shape).
+    """
     _load_forward_mode()
     resolved = training.resolve({n: v.detach().requires_grad_() for n, v in point.items()})
     everything = resolved.varying | resolved.constant
     names = [n for n, value in everything.items() if value.requires_grad]
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
-    for name, value in point.items():
-        for entry in torch.eye(value.numel(), dtype=value.dtype):
-            along = {n: torch.zeros_like(v) for n, v in point.items()} | {
-                name: entry.view(value.shape)
-            }
 
-            def tables(at: Tensors) -> Tensors:
-                resolved = training.resolve(at)
-                return {n: resolved.over(n, training.steps) for n in names}
+    def tables(at: Tensors) -> Tensors:
+        resolved = training.resolve(at)
+        return {n: resolved.over(n, training.steps) for n in names}
 
-            slope: Tensors = torch.func.jvp(tables, (dict(point),), (along,))[1]
-            for n in names:
-                rows[n].append(slope[n].detach())
+    for along in directions:
+        slope: Tensors = torch.func.jvp(tables, (dict(point),), (along,))[1]
+        for n in names:
+            rows[n].append(slope[n].detach())
     stacked = {name: torch.stack(made) for name, made in rows.items()}
     return {name: table for name, table in stacked.items() if bool(table.any())}
+
+
+def units(point: Tensors) -> list[Tensors]:
+    """One direction per learned number."""
+    return [
+        {n: torch.zeros_like(v) for n, v in point.items()} | {name: entry.view(value.shape)}
+        for name, value in point.items()
+        for entry in torch.eye(value.numel(), dtype=value.dtype)
+    ]
 
 
 def step_columns(

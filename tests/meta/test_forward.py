@@ -168,7 +168,8 @@ def test_values_that_are_not_learned_have_no_tangents():
         data_weights=True,
     )
     run = training(of=of)
-    assert set(tangents.slopes_of(run, run.start(["lr"]))) == {"lr"}
+    point = run.start(["lr"])
+    assert set(tangents.slopes_of(run, point, tangents.units(point))) == {"lr"}
     assert_same(Forward(compile=False), run, ["lr", "data_weights"])
 
 
