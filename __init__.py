@@ -32,6 +32,8 @@ from .meta.descent import MetaOptimizer
 from .meta.evolution import ES, PES
 from .meta.fixed_point import FixedPoint, OnePass
 from .meta.forward import Forward
+from .meta.forward_gradient import ForwardGradient
+from .meta.guess import Guess
 from .meta.hypergradient import hypergradient, train
 from .meta.implicit import Implicit
 from .meta.meha import MEHA
@@ -63,6 +65,8 @@ __all__ = [
     "Choice",
     "FixedPoint",
     "Forward",
+    "ForwardGradient",
+    "Guess",
     "Hyper",
     "HypergradientDescent",
     "Implicit",

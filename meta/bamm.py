@@ -14,7 +14,7 @@ from torch import Tensor
 from ..inner.hyper import Tensors
 from .curvature import vjp
 from .estimate import Estimate, Note, finished
-from .reach import check_moves_optimum, moved_by, no_graph
+from .reach import check_moves_optimum, moved_by, no_graph, only_once
 from .training import State, Training
 
 
@@ -87,7 +87,10 @@ class BAMM:
                 answer = finished(outer.detach(), grad, note)
             return moved_by(training, state, values, step, g, buffers)
 
-        state = training.run(resolved, seed, start=carry.state, advance=advance)
+        try:
+            state = training.run(resolved, seed, start=carry.state, advance=advance)
+        except RuntimeError as error:
+            return only_once(training, error), None
         done += training.steps
         if state is None or not bool(v.isfinite().all()):
             reason = f"the weights or the multiplier stopped being finite within {done} steps"

@@ -16,7 +16,7 @@ from ..inner.hyper import Tensors
 from .curvature import vjp
 from .estimate import Estimate, Note, finished
 from .implicit import unsolved, warn_if_far
-from .reach import Reached, check_moves_optimum, go_on, no_graph
+from .reach import Reached, check_moves_optimum, go_on, no_graph, only_once
 from .steps import Cotangents, leaf_values, leaves, moved
 from .training import Resolved, Training
 
@@ -97,7 +97,10 @@ def _estimate(
     reached = go_on(training, resolved.detach(), carry, seed)
     if isinstance(reached, Estimate):
         return reached, None
-    return _series(terms, training, resolved, knobs, reached, seed, slots=slots), reached
+    try:
+        return _series(terms, training, resolved, knobs, reached, seed, slots=slots), reached
+    except RuntimeError as error:
+        return only_once(training, error), None
 
 
 def _series(

@@ -32,7 +32,7 @@ from .training import State, Training
 from .trust import Distrusted, agrees, directions, early, or_by_autograd
 
 
-class Reached(NamedTuple):
+class Carried(NamedTuple):
     """Where a run stands: its state, the tangents of what moves in it, one row per learned number,
     steps done, its seed, and the buffers it began with.
     """
@@ -70,8 +70,8 @@ class Forward:
             raise ValueError(f"compile={self.compile!r} is none of True, False and 'auto'")
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
-    ) -> tuple[Estimate, Reached | None]:
+        self, training: Training, point: Tensors, carry: Carried | None = None, *, seed: int
+    ) -> tuple[Estimate, Carried | None]:
         return self._columns(training, point, units(point), carry, seed, None)
 
     def along(
@@ -89,11 +89,11 @@ class Forward:
         training: Training,
         point: Tensors,
         columns: Sequence[Tensors],
-        carry: Reached | None,
+        carry: Carried | None,
         seed: int,
         along: Sequence[Tensors] | None,
-    ) -> tuple[Estimate, Reached | None]:
-        def attempt(refused: str) -> tuple[Estimate, Reached | None]:
+    ) -> tuple[Estimate, Carried | None]:
+        def attempt(refused: str) -> tuple[Estimate, Carried | None]:
             return _Run(self, training, point, columns, carry, seed, refused, along).estimate()
 
         try:
@@ -121,7 +121,7 @@ class _Run:
         training: Training,
         point: Tensors,
         columns: Sequence[Tensors],
-        carry: Reached | None,
+        carry: Carried | None,
         seed: int,
         refused: str,
         along: Sequence[Tensors] | None,
@@ -143,7 +143,7 @@ class _Run:
         self.begun = carry
         self.form = Form.of(training, carry.state, self.plain.at(0), self.sums.names, 0, carry.seed)
 
-    def estimate(self) -> tuple[Estimate, Reached | None]:
+    def estimate(self) -> tuple[Estimate, Carried | None]:
         training, begun, every = self.training, self.begun, self.forward.every
         if departs := self._departs():
             note = Note(Outcome.NOT_DIFFERENTIABLE, departs, training.steps)
@@ -221,10 +221,10 @@ class _Run:
             for (name, value), part in zip(self.leaves.items(), parts, strict=True)
         }
 
-    def _begin(self, seed: int) -> Reached:
+    def _begin(self, seed: int) -> Carried:
         with torch.no_grad():
             state = self.training.begin(self.plain.at(0), seed)
-        return Reached(state, [], 0, seed, state.buffers)
+        return Carried(state, [], 0, seed, state.buffers)
 
     def _first_tangents(self, state: State) -> list[Tensor]:
         """Those of the start: of slots that hypers fill, and zeros."""
@@ -339,4 +339,4 @@ class _Run:
 Advance = Callable[[int, State, list[Tensor]], tuple[State, list[Tensor]]]
 
 
-__all__ = ["Forward", "Reached"]
+__all__ = ["Carried", "Forward"]

@@ -21,7 +21,7 @@ from .estimate import Estimate, Note, finished
 from .linear import Solve, conjugate_gradient
 from .outcome import Outcome
 from .price import spend_on_products, worth_tracing_products
-from .reach import Reached, check_moves_optimum, go_on, held_out, no_graph, total
+from .reach import Reached, check_moves_optimum, go_on, held_out, no_graph, only_once, total
 from .second import Second, machine_of_second, second_by_autograd, second_traced
 from .training import Resolved, State, Training
 from .trust import or_by_autograd
@@ -83,7 +83,10 @@ class Implicit:
         reached = go_on(training, resolved, carry, seed)
         if isinstance(reached, Estimate):
             return reached, None
-        estimate = self._at(training, resolved, reached, list(point), seed)
+        try:
+            estimate = self._at(training, resolved, reached, list(point), seed)
+        except RuntimeError as error:
+            return only_once(training, error), None
         if not self.warm_start:
             warn_if_far(training, estimate)
         return estimate, reached if self.warm_start else None

@@ -12,6 +12,7 @@ from ..inner.hyper import Tensors
 from .curvature import vjp
 from .estimate import Estimate, Note
 from .outcome import Outcome
+from .steps import why_only_once
 from .training import Resolved, State, Training
 
 
@@ -152,6 +153,12 @@ def no_graph(training: Training, loss: Tensor) -> Estimate:
     return Estimate(float(loss), {}, Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps))
 
 
+def only_once(training: Training, error: RuntimeError) -> Estimate:
+    """What to answer where torch has no second derivative; any other error is raised again."""
+    note = Note(Outcome.NOT_DIFFERENTIABLE, why_only_once(error), training.steps)
+    return Estimate(float("nan"), {}, note)
+
+
 def check_moves_optimum(training: Training, point: Tensors, also: Iterable[str] = ()) -> None:
     """Raise ValueError for a name in point that does not move where training leads to.
 
@@ -186,6 +193,7 @@ __all__ = [
     "in_hypers",
     "moved_by",
     "no_graph",
+    "only_once",
     "step_along",
     "total",
 ]

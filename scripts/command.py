@@ -157,7 +157,12 @@ def demo(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="A study in YAML, or by name: data-cleaning.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A study in YAML, or by name: data-cleaning, million-hypers or one-pass."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the records; a second call resumes.")],
     address: Annotated[str | None, typer.Option(help="A Ray cluster; local by default.")] = None,
     serial: Annotated[bool, typer.Option(help="In this process, without Ray.")] = False,

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import examples, mlp
 from torch import nn
 
 from hyperdescent.inner import flat
@@ -13,7 +14,9 @@ from hyperdescent.inner.hyper import positive
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta import linear
+from hyperdescent.meta.bamm import BAMM
 from hyperdescent.meta.differences import directional_difference
+from hyperdescent.meta.fixed_point import FixedPoint, OnePass
 from hyperdescent.meta.implicit import Implicit, Unconverged
 from hyperdescent.meta.linear import conjugate_gradient, neumann
 from hyperdescent.meta.outcome import Outcome
@@ -312,6 +315,29 @@ class TestOutcomes:
         estimate, _ = Implicit()(ridge(outer_loss_fn=errors), self.point, seed=0)
         assert estimate.note.outcome is Outcome.NOT_DIFFERENTIABLE
         assert "no graph" in estimate.note.reason
+
+
+@pytest.mark.parametrize("method", [Implicit(), FixedPoint(), OnePass(), BAMM()])
+def test_an_operation_without_a_second_derivative_is_named(method):
+    def fused(output, target, *, hypers, params):
+        x = output.view(1, 1, 10, 3)
+        attended = F.scaled_dot_product_attention(x, x, x).view(10, 3)
+        penalty = sum(p.square().sum() for p in params.values())
+        return F.cross_entropy(attended, target) + hypers["l2"] * penalty
+
+    problem = problem_from_module(
+        mlp,
+        fused,
+        examples(20, 5),
+        examples(10, 5, seed=1),
+        batch_size=10,
+        hypers={"l2": L2},
+        outer_loss_fn=F.cross_entropy,
+    )
+    run = Training(problem, find_rule("sgd"), 5, given={"lr": 0.1})
+    estimate, carry = method(run, run.start(["l2"]), seed=0)
+    assert estimate.note.outcome is Outcome.NOT_DIFFERENTIABLE and carry is None
+    assert "no derivative for aten::_scaled_dot_product_flash" in estimate.note.reason
 
 
 class TestConvergence:
