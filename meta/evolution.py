@@ -98,7 +98,8 @@ class Particles(NamedTuple):
 
     states: of all, the one without noise first. summed: the noise of each pair up to here, shape
     (pairs, hypers). losses: their last held-out losses. step: done in the present training. seed:
-    of that training. calls: how many windows there were.
+    of that training. calls: how many windows there were. ended: the held-out loss that the last
+    whole training ended with.
     """
 
     states: object
@@ -107,6 +108,7 @@ class Particles(NamedTuple):
     step: int
     seed: int
     calls: int
+    ended: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class PES:
     what was before, which is biased, even in sign, and there to be compared with. objective: the
     "final" loss after training, as a sum of what each window adds to it, or the "mean" of the
     losses at the ends of the windows. Hypers that moved between the calls leave trainings behind
-    that began under older ones. pairs, sigma, note.stderr: as for ES.
+    that began under older ones. The loss returned is what the last whole training ended with, once
+    there is one: those on the way are not to be compared. pairs, sigma, note.stderr: as for ES.
     """
 
     window: int = 10
@@ -146,7 +149,9 @@ class PES:
         space = _Space(training, point)
         if carry is None or carry.step >= training.steps:
             begun = carry.calls if carry else 0
-            carry = Particles(None, torch.zeros(self.pairs, len(space.z)), [], 0, seed, begun)
+            ended = carry.ended if carry else None
+            none = torch.zeros(self.pairs, len(space.z))
+            carry = Particles(None, none, [], 0, seed, begun, ended)
         seed, first = carry.seed, carry.step
         last = min(first + self.window, training.steps)
         fresh = self.kind != "single" or first == 0
@@ -175,8 +180,10 @@ class PES:
         if self.objective == "final":
             slopes = slopes * windows
         how = f"{self.kind}, steps {first} to {last}, {how}"
-        estimate = space.estimate(base, slopes, last - first, how)
-        return estimate, Particles(states, summed, after, last, seed, carry.calls + 1)
+        ended = base if last == training.steps else carry.ended
+        loss = base if ended is None or not math.isfinite(base) else ended
+        estimate = space.estimate(loss, slopes, last - first, how)
+        return estimate, Particles(states, summed, after, last, seed, carry.calls + 1, ended)
 
 
 class _Space:

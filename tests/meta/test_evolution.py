@@ -92,6 +92,16 @@ class TestInfluenceBalancing:
         _, carry = method(balance(), {"x": X}, carry, seed=5)
         assert (carry.step, carry.seed, carry.calls) == (60, 5, 3)
 
+    def test_losses_are_of_whole_trainings_once_there_is_one(self):
+        """Of windows they would go up and down: to a tuner a new training would look like chaos."""
+        method, run, carry, losses = PES(window=40, pairs=2), balance(), None, []
+        for _ in range(5):
+            estimate, carry = method(run, {"x": X}, carry, seed=3)
+            losses.append(estimate.loss)
+        whole, _ = ES(pairs=1)(run, {"x": X}, seed=3)
+        assert losses[2] == losses[3] == losses[4] == pytest.approx(whole.loss, rel=1e-12)
+        assert len(set(losses[:3])) == 3
+
 
 def classifier(loss_fn=F.cross_entropy, outer_loss_fn=None, make=mlp):
     return problem_from_module(
