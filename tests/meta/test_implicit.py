@@ -430,6 +430,16 @@ class TestGaussNewton:
         )
         torch.testing.assert_close(one.grad["l2"], other.grad["l2"], rtol=1e-12, atol=0)
 
+    def test_of_several_batches_it_is_that_of_their_mean(self):
+        """Of a linear model it is the Hessian."""
+        run = logistic(batch_size=20)
+        point = run.start(["l2"])
+        found, expected = (
+            Implicit(TIGHT, batches=3, curvature=curvature)(run, point, seed=0)[0].grad["l2"]
+            for curvature in ("gauss-newton", "hessian")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
     def test_of_accumulated_parts_is_refused(self):
         with pytest.raises(ValueError, match="accumulate=4; give curvature='hessian'"):
             Implicit(curvature="gauss-newton")(

@@ -58,6 +58,24 @@ def test_each_method_trains_from_the_start(small, method):
         assert record.measures["valid"]["loss"] != loss
 
 
+def test_optuna_ends_with_the_best_of_its_trainings(small, monkeypatch):
+    ended = []
+
+    def train_and_tell(problem, start, seed):
+        ended.append(as_it_is(problem, start, seed))
+        return ended[-1]
+
+    as_it_is = one_pass._as_it_is
+    monkeypatch.setattr(one_pass, "_as_it_is", train_and_tell)
+    losses = []
+    for start in range(3):
+        record = train_from_start(OnePassCell("diabetes-mlp", "Optuna, 3 trainings", start))
+        three, ended = [t.measures["valid"]["loss"] for t in ended], []
+        assert len(three) == 3 and record.measures["valid"]["loss"] == min(three)
+        losses.append(three.index(min(three)))
+    assert any(losses)
+
+
 def test_a_rate_that_is_far_too_low_is_raised(small, monkeypatch):
     monkeypatch.setattr(one_pass, "SETTING", replace(SETTING, steps=500))
     monkeypatch.setattr(one_pass, "start_of", lambda seed: {"lr": 1e-5, "weight_decay": 1e-3})

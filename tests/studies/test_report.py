@@ -73,3 +73,10 @@ def test_the_table_shows_every_row_and_what_is_missing():
     assert "2 more cells have not run" in text
     assert "rates" in text and "q(width=8)" in text
     assert "6.0 ±3.6" in text and "3/5" in text
+
+
+def test_a_median_beside_the_mean():
+    records = [record("sgd", seed, loss) for seed, loss in enumerate((1.0, 2.0, 9.0))]
+    shown = table(records, measures=["valid loss", "median valid loss", "median test loss"])
+    mean, median, missing = (next(iter(column.cells)) for column in shown.columns[-3:])
+    assert mean.startswith("4") and (median, missing) == ("2", "-")
