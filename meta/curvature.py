@@ -71,7 +71,9 @@ def _gauss_newton(training: Training, state: State, values: Tensors, i: int, see
     loss beside the output.
     """
     problem = cast(Parted, training.problem)
-    batch, hypers = training.problem.batch(i, seed), training.of_loss(values)
+    batch = training.problem.batch(i, seed)
+    # Constants here: what a graph to them would keep may be as long as the weights.
+    hypers = training.of_loss({name: x.detach() for name, x in values.items()})
     with draws_of(i, seed, state.p.device):
         z = problem.output(training.layout.unflatten(state.p), state.buffers, hypers, batch)
     if not isinstance(z, Tensor):

@@ -146,7 +146,7 @@ class Implicit:
             # An infinite one says that x means nothing, whatever is tolerated.
             if not solved.residual <= self.tolerance or solved.residual == float("inf"):
                 return Estimate(float(loss), {}, unsolved(note, self.tolerance))
-            shares = dict(zip(names, mixed(-solved.x), strict=True))
+            shares = {n: m.neg_() for n, m in zip(names, mixed(solved.x), strict=True)}
             if how.startswith("by autograd"):
                 spend_on_products(training.problem, time.monotonic() - began)
             return finished(loss, total(direct, shares), note)
