@@ -87,8 +87,8 @@ _BLOCK = 2**14
 def flat_step_(
     rule: Rule, layout: Layout, p: Tensor, g: Tensor, s: Tensors, t: Tensor, values: Tensors
 ) -> tuple[Tensor, Tensors]:
-    """flat_step without a graph, the same bits, that may overwrite p and s: where they are long, no
-    other vectors of their length are made.
+    """flat_step without a graph, the same bits, that may overwrite p and s, which share no memory:
+    where they are long, the rule makes no other vectors of their length.
     """
     if rule.over != "element" or p.numel() <= _BLOCK or p.device.type != "cpu":
         return flat_step(rule, layout, p, g, s, t, values)

@@ -23,7 +23,7 @@ def captured(run: Run) -> Run:
     """The same function, as one CUDA graph where its tensors are on a GPU and not too large.
 
     It is captured at the first call, whose shapes all others must have. run may not draw random
-    numbers. What it returns is written to once.
+    numbers. Each call returns tensors of its own.
     """
     made: list[Run] = []
 

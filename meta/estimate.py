@@ -54,7 +54,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Estimate:
-    """loss: the held-out loss. grad: its derivative by full hyper name, in its dtype, in the values
+    """loss: the held-out loss. grad: its derivative by full hyper name, in the values
     themselves (not in unconstrained coordinates); empty if the outcome is not OK.
     """
 

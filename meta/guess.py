@@ -49,6 +49,11 @@ class Guess:
         """The guess at z, 0 without a past."""
         if past is None:
             return torch.zeros_like(z)
+        if past.z.shape[1] != len(z):
+            raise ValueError(
+                f"{len(z)} learned numbers go on from slopes in {past.z.shape[1]}; begin with "
+                "carry=None"
+            )
         distance = (past.z - z).norm(dim=1) / self.length
         near = distance.argsort()[: self.nearest]
         rows, slopes = past.directions[near], past.slopes[near]
@@ -65,9 +70,9 @@ class Guess:
         good = (length > 0) & changes.isfinite()
         moves, changes, length = moves[good], changes[good], length[good]
         new = Past(z.expand_as(moves), moves / length[:, None], changes / length)
-        if past is None:
-            return new
-        return Past(*(torch.cat([old, x])[-self.kept :] for old, x in zip(past, new, strict=True)))
+        if past:
+            new = Past(*(torch.cat([old, x]) for old, x in zip(past, new, strict=True)))
+        return Past(*(x[-self.kept :] for x in new))
 
 
 __all__ = ["Guess", "Past"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,8 +21,8 @@ from .linear import Solve, conjugate_gradient
 from .outcome import Outcome
 from .price import spend_on_products, worth_tracing_products
 from .reach import Reached, check_moves_optimum, go_on, held_out, no_graph, only_once, total
-from .second import Second, machine_of_second, second_by_autograd, second_traced
-from .training import Resolved, State, Training
+from .second import SecondMachine, machine_of_second, second_by_autograd, second_traced
+from .training import Resolved, Training
 from .trust import or_by_autograd
 
 
@@ -74,6 +73,11 @@ class Implicit:
             raise ValueError(unknown("there is no curvature", self.curvature, known))
         if self.compile not in (True, False, "auto", "trace"):
             raise ValueError(f"compile={self.compile!r} is none of True, False, 'auto', 'trace'")
+        if self.compile in (True, "trace") and self.curvature != "hessian":
+            raise ValueError(
+                f"compile={self.compile!r} is of products with the Hessian; those with "
+                f"curvature={self.curvature!r} are done by autograd: give compile='auto'"
+            )
 
     def __call__(
         self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
@@ -83,13 +87,12 @@ class Implicit:
         reached = go_on(training, resolved, carry, seed)
         if isinstance(reached, Estimate):
             return reached, None
-        try:
-            estimate = self._at(training, resolved, reached, list(point), seed)
-        except RuntimeError as error:
-            return only_once(training, error), None
+        estimate = self._at(training, resolved, reached, list(point), seed)
         if not self.warm_start:
             warn_if_far(training, estimate)
-        return estimate, reached if self.warm_start else None
+        if not self.warm_start or estimate.note.outcome is Outcome.NOT_DIFFERENTIABLE:
+            return estimate, None
+        return estimate, reached
 
     def at(self, training: Training, point: Tensors, reached: Reached, *, seed: int) -> Estimate:
         """The same where a training by whatever means has ended; nothing is trained."""
@@ -129,9 +132,16 @@ class Implicit:
 
         def attempt(refused: str) -> Estimate:
             began = time.monotonic()
-            (product, gradient, mixed), how = self._second(
-                training, reached.state, values, names, ahead, seed, refused
-            )
+            machine = None if refused else self._machine(training, values, names, seed)
+            at = training, reached.state, values
+            if machine:
+                product, gradient, mixed = second_traced(machine, *at, ahead, seed)
+                how = "traced" if machine.interpreted else "compiled"
+            else:
+                product, gradient, mixed = second_by_autograd(
+                    *at, names, ahead, seed, self.curvature
+                )
+                how = f"by autograd{f': {refused}' if refused else ''}"
             solved = self.solve(product, b)
             del product  # Before the gradient's graph is made, if it was not part of that.
             g = gradient()
@@ -147,35 +157,27 @@ class Implicit:
             if not solved.residual <= self.tolerance or solved.residual == float("inf"):
                 return Estimate(float(loss), {}, unsolved(note, self.tolerance))
             shares = {n: m.neg_() for n, m in zip(names, mixed(solved.x), strict=True)}
-            if how.startswith("by autograd"):
+            if not machine and self.curvature == "hessian":
                 spend_on_products(training.problem, time.monotonic() - began)
             return finished(loss, total(direct, shares), note)
 
-        return or_by_autograd(training.problem, self.compile, attempt)
+        try:
+            return or_by_autograd(training.problem, self.compile, attempt)
+        except RuntimeError as error:
+            return only_once(training, error)
 
-    def _second(
-        self,
-        training: Training,
-        state: State,
-        values: Tensors,
-        names: list[str],
-        ahead: Sequence[int],
-        seed: int,
-        refused: str,
-    ) -> tuple[Second, str]:
-        """(the second derivatives, how they are computed)."""
-        parts = getattr(training.problem, "accumulate", 1)
+    def _machine(
+        self, training: Training, values: Tensors, names: list[str], seed: int
+    ) -> SecondMachine | None:
+        """What does the products, if not autograd."""
         want = self.compile
         if want == "auto":
             # One graph would be of all parts of a batch at a time.
+            parts = getattr(training.problem, "accumulate", 1)
             want = "trace" if parts == 1 and worth_tracing_products(training.problem) else False
-        if refused or not want or self.curvature != "hessian":
-            how = f"by autograd{f': {refused}' if refused else ''}"
-            curvature = self.curvature
-            return second_by_autograd(training, state, values, names, ahead, seed, curvature), how
-        machine = machine_of_second(training, values, names, seed, interpreted=want == "trace")
-        how = "traced" if want == "trace" else "compiled"
-        return second_traced(machine, training, state, values, ahead, seed), how
+        if not want or self.curvature != "hessian":
+            return None
+        return machine_of_second(training, values, names, seed, interpreted=want == "trace")
 
 
 def warn_if_far(training: Training, estimate: Estimate) -> None:

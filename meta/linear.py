@@ -19,8 +19,9 @@ Matvec = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Solved:
-    """x: the last iterate. residual: |b - A x| / |b| of x itself to two digits, inf where x means
-    nothing. steps: products with A, the one for the residual, where it needs one, not counted.
+    """x: the last iterate. residual: |b - A x| / |b| computed from x itself unless the solver was
+    told not to, inf where x means nothing. steps: products with A, the one for the residual not
+    counted.
     """
 
     x: Tensor
@@ -34,68 +35,58 @@ class Solve(Protocol):
     def __call__(self, matvec: Matvec, b: Tensor) -> Solved: ...
 
 
-# The share of a residual that may be rounding before it is computed anew.
-_SEEN = 0.01
 # Columns of A that `dense` will ask for: at 4096 the matrix and its factor take 256 MiB.
 _DENSE = 4096
 
 
-def conjugate_gradient(steps: int = 20, tol: float = 1e-10, damping: float = 0.0) -> Solve:
+def conjugate_gradient(
+    steps: int = 20, tol: float = 1e-10, damping: float = 0.0, *, check: bool = True
+) -> Solve:
     """A solver of A x = b for symmetric positive definite A, by at most `steps` products with A.
 
     It stops where |b - A x| falls to tol |b|. damping solves (A + damping I) x = b instead; what
     that costs is in the residual, which is always A's. A direction of no positive curvature shows
     that A is not positive definite: the residual is then inf, because the iterate means nothing.
-    That the directions met were positive does not prove that all are.
+    That the directions met were positive does not prove that all are. check=False saves the product
+    that the residual takes: it is then the one that the iteration carries along, which may be
+    smaller where products are rounded.
     Hestenes & Stiefel 1952, doi:10.6028/jres.049.044.
     """
     _check_steps(steps)
     if tol < 0 or damping < 0:
         raise ValueError(f"tol={tol:g} and damping={damping:g} must not be negative")
-    return partial(_conjugate_gradient, steps=steps, tol=tol, damping=damping)
+    return partial(_conjugate_gradient, steps=steps, tol=tol, damping=damping, check=check)
 
 
 def _conjugate_gradient(
-    matvec: Matvec, b: Tensor, *, steps: int, tol: float, damping: float
+    matvec: Matvec, b: Tensor, *, steps: int, tol: float, damping: float, check: bool
 ) -> Solved:
     # In place, because a large vector that is made anew costs more than what is done with it.
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     rr = r @ r
     enough = tol**2 * rr
-    lengths: list[Tensor] = []
-    growths: list[Tensor] = []
-    while len(lengths) < steps and not bool(rr <= enough):
+    done = 0
+    while done < steps and not bool(rr <= enough):
         product = matvec(p)
         if damping:
             product = product + damping * p
+        done += 1
         curvature = p @ product
         if not bool(curvature > 0):  # NaN included
-            return Solved(x, math.inf, len(lengths) + 1)
+            return Solved(x, math.inf, done)
         length = rr / curvature
         x.addcmul_(p, length)
         r.addcmul_(product, -length)
         del product
         before, rr = rr, r @ r
-        growth = rr / before
-        p.mul_(growth).add_(r)
-        lengths.append(length)
-        growths.append(growth)
-    # r is b - (A + damping) x but for rounding, which shows only where little else is left.
+        p.mul_(rr / before).add_(r)
     del p
+    if check:
+        del r
+        return Solved(x, _residual(matvec, b, x), done)
+    # r is b - (A + damping) x but for rounding.
     left, size = float(r.add_(x, alpha=damping).norm()), float(b.norm())
-    if lengths and size > 0:
-        scale = _largest_of(lengths, growths) * float(x.norm()) + size
-        if torch.finfo(b.dtype).eps * len(lengths) * scale < _SEEN * left:
-            return Solved(x, left / size, len(lengths))
-    del r
-    return Solved(x, _residual(matvec, b, x), len(lengths))
-
-
-def _largest_of(lengths: list[Tensor], growths: list[Tensor]) -> float:
-    """The largest diagonal entry of Lanczos' matrix, near A's largest eigenvalue from below."""
-    inverse, growth = 1 / torch.stack(lengths), torch.stack(growths)
-    before = torch.cat([torch.zeros_like(inverse[:1]), (growth * inverse)[:-1]])
-    return float((inverse + before).max())
+    return Solved(x, left / size if size else 0.0, done)
 
 
 def normal_conjugate_gradient(steps: int = 20, tol: float = 1e-10) -> Solve:

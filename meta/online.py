@@ -56,6 +56,7 @@ class HypergradientDescent:
             if isinstance(reached, Estimate):
                 return reached, None
         elif carry:
+            carry.take()
             reached = carry
         else:
             with torch.no_grad():

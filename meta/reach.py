@@ -18,7 +18,9 @@ from .training import Resolved, State, Training
 
 @dataclass(frozen=True)
 class Reached:
-    """Where a training ended, for one other to go on from. steps: done since the start."""
+    """Where a training ended, for one other to go on from, which may do so in the same memory.
+    steps: done since the start.
+    """
 
     state: State
     steps: int
@@ -28,14 +30,14 @@ class Reached:
         object.__setattr__(self, "_version", self.state.p._version)
 
     def __reduce__(self) -> tuple[type[Reached], tuple[State, int]]:
-        return Reached, (self.state, self.steps)  # A copy's tensors count their versions anew.
+        return Reached, (self.take(), self.steps)  # A copy's tensors count their versions anew.
 
     def take(self) -> State:
         """The state, to be overwritten; ValueError if it was already."""
         if self.state.p._version != self._version:
             raise ValueError(
                 f"the training that this carry stopped at step {self.steps} of has gone on since, "
-                "in the same memory: a carry serves one call; copy.deepcopy it for several"
+                "in the same memory: a carry serves one call; for several, copy.deepcopy it before"
             )
         return self.state
 

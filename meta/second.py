@@ -106,7 +106,9 @@ def trace_second(
         if n.op == "call_function" and n in moves:
             still = (x for x in n.all_input_nodes if x not in moves and x.op != "get_attr")
             read.update(dict.fromkeys(map(_looked_at, still)))
-    # Outputs that the vector does not reach are constants, such as zeros.
+    # Outputs that the vector does not reach are constants, such as zeros: taken as they are.
+    still = (x for x in outputs[1:] if x not in moves and x.op != "get_attr")
+    read.update(dict.fromkeys(still))
     kept = [n for n in read if n not in fixed]
     at = {n: k for k, n in enumerate([*fixed, *kept])}
     return SecondGraph(

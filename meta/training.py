@@ -282,7 +282,7 @@ class Training:
         overwrite: bool = False,
     ) -> State:
         """What the rule makes of a gradient after t - 1 other steps."""
-        step = flat_step_ if overwrite else flat_step
+        step = flat_step_ if overwrite and _apart(state, buffers) else flat_step
         p, slots = step(self.rule, self.layout, state.p, g, state.slots, t, self._of_rule(values))
         return State(p, slots, buffers)
 
@@ -361,6 +361,15 @@ class Training:
 
         self.run(self.resolve(point), seed, watch)
         return marks
+
+
+def _apart(state: State, buffers: Tensors) -> bool:
+    """Whether weights and slots share their memory with nothing: a slot or a buffer may be the
+    weights.
+    """
+    written = [x.untyped_storage().data_ptr() for x in (state.p, *state.slots.values())]
+    kept = {x.untyped_storage().data_ptr() for x in buffers.values()}
+    return len({*written}) == len(written) and kept.isdisjoint(written)
 
 
 def finite(state: State) -> bool:

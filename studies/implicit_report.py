@@ -75,8 +75,8 @@ def _introduction() -> str:
             "\n".join(
                 [
                     '- compiled, no compiler: `Implicit(compile=True)`, `compile="trace"`; both '
-                    "compute once what all products share. All of ours say what the solve left, "
-                    "for which Neumann's series has check=False.",
+                    "compute once what all products share. Solvers have check=False: like those "
+                    "of others they make no product to see what the solve left.",
                     *notes,
                 ]
             ),

@@ -68,7 +68,7 @@ def origin_of(command: str, packages: Iterable[str], gpu: str = "") -> str:
 def spread(values: Sequence[float]) -> str:
     """The median and the extremes, to the same digits, such as "2.76 (2.70-2.81)"."""
     middle = median(values)
-    digits = max(0, 2 - math.floor(math.log10(middle))) if middle < 1 else 2
+    digits = max(0, 2 - math.floor(math.log10(middle))) if 0 < middle < 1 else 2
     low, high = (f"{x:.{digits}f}" for x in (min(values), max(values)))
     return f"{middle:.{digits}f} ({low}-{high})"
 

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from nets import VALUES
+from torch import nn
 
 from hyperdescent.inner import flat
 from hyperdescent.inner.flat import Layout, flat_step, flat_step_, initial_slots
 from hyperdescent.inner.hyper import learning_rate
-from hyperdescent.inner.rule import rule, zeros
+from hyperdescent.inner.rule import Slot, rule, zeros
 from hyperdescent.inner.rules import RULES
+from hyperdescent.meta.problem import problem_from_module
+from hyperdescent.meta.training import Training
 
 SIZE = 1000
 
@@ -54,3 +57,43 @@ def test_it_writes_where_it_reads():
     found = RULES["adam"]
     p, _, before = trained(flat_step_, found, found.values(), clone=False)
     assert p.data_ptr() == before.data_ptr()
+
+
+@rule("Anchored", slots={"anchor": Slot(lambda p, values: p)}, lr=learning_rate(0.1))
+def anchored(p, g, s, t, lr):
+    return p - lr * (g + p - s["anchor"]), s
+
+
+class Previous(nn.Module):
+    """A buffer that is the weights of the step before."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, SIZE))
+        self.register_buffer("previous", torch.zeros(SIZE))
+
+    def forward(self, x):
+        apart = self.w - 0.5 * self.previous
+        self.previous = self.w.detach()
+        return x @ apart
+
+
+@pytest.mark.parametrize(
+    ("make", "of"), [(Previous, RULES["sgd"]), (lambda: nn.Linear(SIZE, 1, bias=False), anchored)]
+)
+def test_a_state_that_shares_memory_is_not_overwritten(make, of, monkeypatch):
+    x = torch.randn(8, SIZE, generator=torch.Generator().manual_seed(0))
+    problem = problem_from_module(
+        make,
+        lambda out, y: (out.flatten() - y).square().mean(),
+        (x, x[:, 0]),
+        (x, x[:, 1]),
+        batch_size=8,
+    )
+    run = Training(problem, of, 6, given={"lr": 1e-3})
+    resolved = run.resolve({})
+    here = run.run(resolved, 0, start=run.begin(resolved.at(0), 0), overwrite=True)
+    monkeypatch.setattr(flat, "_BLOCK", 2**30)
+    apart = run.run(resolved, 0)
+    assert torch.equal(here.p, apart.p)
+    assert all(torch.equal(b, here.buffers[n]) for n, b in apart.buffers.items())

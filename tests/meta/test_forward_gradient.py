@@ -186,6 +186,12 @@ class TestGuess:
         # Of 2 and 3; the far one counts for less.
         assert 2 < float(guess.at(z, past)[0]) < 2.5
 
+    def test_slopes_in_other_numbers_are_refused(self):
+        past = Guess(kept=2).add(None, torch.zeros(3), torch.eye(3), torch.ones(3))
+        assert len(past.slopes) == 2
+        with pytest.raises(ValueError, match="2 learned numbers go on from slopes in 3; begin"):
+            Guess().at(torch.zeros(2), past)
+
     def test_what_diverged_is_not_remembered(self):
         z = torch.zeros(2, dtype=DOUBLE)
         moves, changes = torch.eye(2, dtype=DOUBLE), torch.tensor([math.nan, 1.0], dtype=DOUBLE)

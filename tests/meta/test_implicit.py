@@ -243,8 +243,10 @@ class TestWarmStart:
         _, carry = estimator(run, point, seed=0)
         copied = copy.deepcopy(carry)
         once, _ = estimator(run, point, carry, seed=0)
-        with pytest.raises(ValueError, match="a carry serves one call; copy"):
+        with pytest.raises(ValueError, match="a carry serves one call; for several, copy"):
             estimator(run, point, carry, seed=0)
+        with pytest.raises(ValueError, match="a carry serves one call"):
+            copy.copy(carry)
         again, _ = estimator(run, point, copied, seed=0)
         assert torch.equal(once.grad["l2"], again.grad["l2"])
 

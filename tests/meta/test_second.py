@@ -15,6 +15,7 @@ from hyperdescent.meta import price, second
 from hyperdescent.meta.implicit import Implicit
 from hyperdescent.meta.linear import conjugate_gradient
 from hyperdescent.meta.problem import problem_from_module
+from hyperdescent.meta.reach import Reached
 from hyperdescent.meta.training import Training
 
 DOUBLE = torch.float64
@@ -120,6 +121,27 @@ class TestTraced:
         assert len(made) == 1
 
 
+class TestConstants:
+    def test_a_hyper_that_the_gradient_is_no_function_of(self):
+        """Its derivative is zeros, which no vector reaches."""
+
+        def loss(output, target, *, hypers, params):
+            return penalized(output, target, hypers=hypers, params=params) + 0 * hypers["l1"]
+
+        run = training(loss_fn=loss, hypers={"l2": L2, "l1": L2})
+        one, other = (
+            Implicit(solve=SOLVE, tolerance=10.0, compile=compile).at(
+                run,
+                run.start(["l2", "l1"]),
+                Reached(run.run(run.resolve({}), 3), run.steps),
+                seed=3,
+            )
+            for compile in ("trace", False)
+        )
+        assert "traced" in one.note.how and float(one.grad["l1"]) == 0
+        assert_same(one, other)
+
+
 class TestRefused:
     def test_a_loss_that_is_more_than_tensors_is_done_by_autograd(self):
         def branching(output, target, **own):
@@ -166,9 +188,9 @@ class TestRefused:
         assert_same(found, estimate(run, False))
 
     def test_gauss_newton_is_done_by_autograd(self):
-        run = training()
-        found = estimate(run, "trace", curvature="gauss-newton")
-        assert "6 products by autograd" in found.note.how
+        assert "by autograd" in estimate(training(), "auto", curvature="gauss-newton").note.how
+        with pytest.raises(ValueError, match="compile='trace' is of products with the Hessian"):
+            Implicit(compile="trace", curvature="gauss-newton")
 
     def test_other_words_are_refused(self):
         with pytest.raises(ValueError, match="compile='fast' is none of True, False"):
