@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -88,8 +89,9 @@ class CleaningCell:
         arm: dict[str, Json] = {"name": self.method}
         if self.method in METHODS:
             method = METHODS[self.method]
-            # With its options, as it prints itself.
-            arm |= {"estimator": repr(method.make()), "share": method.share}
+            # With its options, as it prints itself, but not where a function lies in memory.
+            told = re.sub(r" at 0x[0-9a-f]+", "", repr(method.make()))
+            arm |= {"estimator": told, "share": method.share}
         return {
             "study": self.study,
             "problem": {"name": self.data, "setting": setting},

@@ -132,6 +132,11 @@ def test_a_folder_of_its_name_is_not_taken_for_a_file(small, monkeypatch, tmp_pa
     assert run_study(Path(cleaning.NAME), Path(cleaning.NAME), None, True) == 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_key_is_the_same_in_every_process(method):
+    assert " at 0x" not in str(CleaningCell("digits", method, 0).inputs)
+
+
 def test_what_decides_the_numbers_is_in_the_key(monkeypatch):
     one = Record("s", CleaningCell("digits", "BAMM", 0).inputs, None).key
     monkeypatch.setattr(cleaning, "SETTINGS", {"digits": replace(SMALL, moves=7)})
