@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .bench import LARGE, OURS, PLAIN, Result, Row
 from .low import KNOTS, Trust
 from .peers import PEERS
-from .tables import for_terminal, in_mib, markdown, origin_of, spread, write_section
+from .tables import doubtful_peak, for_terminal, in_mib, markdown, origin_of, spread, write_section
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,7 +75,8 @@ def section(result: Result, command: str) -> str:
             else ""
         )
         parts += [
-            f"{judged}Medians (lowest-highest) of {len(result.seconds)} rounds.{_how(result)}"
+            f"{judged}Medians (lowest-highest) of {len(result.seconds)} rounds."
+            f"{doubtful_peak(result.exact_memory)}"
         ]
         parts += [markdown(header, ours)]
     if reasons := [f"- {told}." for told in remarks(result)]:
@@ -134,12 +135,6 @@ def _packages() -> list[str]:
 
 def _described(result: Result) -> str:
     return f"{result.what}; {result.rule}, {result.steps:,} steps"
-
-
-def _how(result: Result) -> str:
-    if result.exact_memory:
-        return ""
-    return " This system cannot clear its record of the peak: read small MiB as upper bounds."
 
 
 def _seconds(result: Result) -> str:

@@ -29,7 +29,7 @@ from ..meta.reach import Reached
 from ..meta.training import State, Training
 from .implicit_peers import IMPLICIT_PEERS, SOLVERS, Optimum, Solver, training_loss
 from .measured import Grown, Say, alone, check_repeats, in_rounds, reason
-from .memory import Meter, give_back
+from .memory import Meter
 from .peers import make_optimizer
 from .workloads import SEED, digits, mean_loss, perceptron
 
@@ -385,7 +385,6 @@ def memory_at(optimum: Optimum, way: Way) -> Grown:
     try:
         method = find_way(way, optimum)
         method()
-        give_back()
         meter = Meter()
         method()
     except Exception as error:  # Of whatever kind another library raises: a row says so.

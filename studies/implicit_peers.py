@@ -105,18 +105,23 @@ def training_loss(
     return mean_loss(output, target) + sum((c * w * w).sum() for w, c in pairs) / 2
 
 
+def _begun(optimum: Optimum) -> tuple[list[Tensor], Slopes, Slopes]:
+    """(penalties to differentiate in, the gradient of the held-out loss in the weights, that of the
+    training loss with a graph to both).
+    """
+    weights, penalties = optimum.weights, _leaves(optimum.penalties)
+    (inputs, target), (held_out, held_out_target) = optimum.train, optimum.valid
+    b = torch.autograd.grad(mean_loss(optimum.model(held_out), held_out_target), weights)
+    loss = training_loss(optimum.model(inputs), target, weights, penalties)
+    return penalties, b, torch.autograd.grad(loss, weights, create_graph=True)
+
+
 def by_hand(optimum: Optimum, solver: Solver) -> Callable[[], Slopes]:
     """The gradient's graph is made once and differentiated for every product."""
     weights = optimum.weights
 
     def hypergradient() -> Slopes:
-        penalties = _leaves(optimum.penalties)
-        (inputs, target), (held_out, held_out_target) = optimum.train, optimum.valid
-        b: Slopes = torch.autograd.grad(
-            mean_loss(optimum.model(held_out), held_out_target), weights
-        )
-        loss = training_loss(optimum.model(inputs), target, weights, penalties)
-        gradient = torch.autograd.grad(loss, weights, create_graph=True)
+        penalties, b, gradient = _begun(optimum)
 
         def product(v: Slopes) -> Slopes:
             return torch.autograd.grad(gradient, weights, v, retain_graph=True)
@@ -141,13 +146,7 @@ def by_fixed_point(optimum: Optimum, solver: Solver) -> Callable[[], Slopes]:
     weights = optimum.weights
 
     def hypergradient() -> Slopes:
-        penalties = _leaves(optimum.penalties)
-        (inputs, target), (held_out, held_out_target) = optimum.train, optimum.valid
-        b: Slopes = torch.autograd.grad(
-            mean_loss(optimum.model(held_out), held_out_target), weights
-        )
-        loss = training_loss(optimum.model(inputs), target, weights, penalties)
-        gradient = torch.autograd.grad(loss, weights, create_graph=True)
+        penalties, b, gradient = _begun(optimum)
         stepped = [w - optimum.step_size * g for w, g in zip(weights, gradient, strict=True)]
 
         def transposed(v: Slopes) -> Slopes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .implicit_bench import OURS, PLAIN, ImplicitResult, SolveRow
 from .implicit_peers import IMPLICIT_PEERS, SOLVERS
-from .tables import for_terminal, in_mib, markdown, origin_of, spread, write_section
+from .tables import doubtful_peak, for_terminal, in_mib, markdown, origin_of, spread, write_section
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,13 +46,12 @@ def section(result: ImplicitResult, command: str) -> str:
     packages = [peer.package for peer in IMPLICIT_PEERS.values() if not peer.missing]
     header, *rows = _cells(result)
     bold = [[row[0], f"**{row[1]}**", *row[2:]] if row[1] in OURS else row for row in rows]
-    system = "" if result.exact_memory else " This system cannot clear its record of the peak: "
-    system += "read small MiB as upper bounds." if system else ""
     return "\n\n".join(
         [
             f"### {result.case}",
             f"{_described(result)}. {origin_of(command, packages)}",
-            f"Medians (lowest-highest) of {len(result.seconds)} rounds.{system}",
+            f"Medians (lowest-highest) of {len(result.seconds)} rounds."
+            f"{doubtful_peak(result.exact_memory)}",
             markdown(header, bold),
             "\n".join(f"- {told}." for told in remarks(result)),
         ]

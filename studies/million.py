@@ -28,9 +28,10 @@ from ..meta.outcome import Outcome
 from ..meta.problem import ModuleProblem, problem_from_module
 from ..search.provenance import provenance
 from .memory import Meter, return_freed_blocks
+from .peers import started
 from .problems import accuracy, digits_mlp
 from .record import Json, Measures, Record
-from .workloads import perceptron
+from .workloads import SEED, perceptron
 
 NAME, SEEDS = "million-hypers", 2
 _SEARCH = (1e-8, 1.0)
@@ -185,17 +186,15 @@ def _trained(method: str, problem: ModuleProblem, steps: int) -> Trained | None:
 
 def _by_torch(problem: ModuleProblem, steps: int) -> Trained:
     """As anyone would train it, on the same batches from the same weights."""
-    params, buffers = problem.start(0)
-    model = problem.make_model()
-    model.load_state_dict({**params, **buffers})
-    del params
+    model = started(problem)
     optimizer = torch.optim.Adam(model.parameters(), lr=SETTING.lr)
     for i in range(steps):
-        inputs, target = problem.batch(i, 0)
+        inputs, target = problem.batch(i, SEED)
         optimizer.zero_grad()
         functional.cross_entropy(model(inputs), target).backward()
         optimizer.step()
     params = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
     measures = {split: problem.measure(params, buffers, split) for split in problem.splits}
     return Trained(params, buffers, measures)
 

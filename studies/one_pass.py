@@ -24,7 +24,7 @@ from ..meta.outcome import Outcome
 from ..meta.problem import Problem
 from ..search.provenance import provenance
 from .problems import find_problem
-from .record import Json, Measures, Record
+from .record import Json, Measures, Record, plain
 
 NAME, STARTS = "one-pass", 20
 PROBLEMS = ("digits-mlp", "digits-cnn", "diabetes-mlp")
@@ -59,13 +59,9 @@ class OnePassCell:
 
     @property
     def inputs(self) -> dict[str, Json]:
-        setting: dict[str, Json] = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(SETTING).items()
-        }
         return {
             "study": self.study,
-            "problem": {"name": self.problem, "setting": setting},
+            "problem": {"name": self.problem, "setting": plain(asdict(SETTING))},
             "arm": {"name": self.method},
             "seed": self.seed,
         }

@@ -73,8 +73,23 @@ def spread(values: Sequence[float]) -> str:
     return f"{middle:.{digits}f} ({low}-{high})"
 
 
+def doubtful_peak(exact: bool) -> str:
+    """What to say beside memory where it was not measured exactly."""
+    if exact:
+        return ""
+    return " This system cannot clear its record of the peak: read small MiB as upper bounds."
+
+
 def in_mib(mib: float | None) -> str:
     return "-" if mib is None else f"{mib:,.1f}" if mib < 10 else f"{mib:,.0f}"
 
 
-__all__ = ["for_terminal", "in_mib", "markdown", "origin_of", "spread", "write_section"]
+__all__ = [
+    "doubtful_peak",
+    "for_terminal",
+    "in_mib",
+    "markdown",
+    "origin_of",
+    "spread",
+    "write_section",
+]
