@@ -6,78 +6,121 @@ a handful of kernels however many tensors the model has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .hyper import Tensors
+from .layout import Layout
 from .rule import Rule
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Names and shapes of the tensors in a flat vector, in order."""
-
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-
-    @staticmethod
-    def of(params: Mapping[str, Tensor]) -> Layout:
-        return Layout(tuple(params), tuple(p.shape for p in params.values()))
-
-    @property
-    def sizes(self) -> list[int]:
-        return [shape.numel() for shape in self.shapes]
-
-    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([params[name].reshape(-1) for name in self.names])
-
-    def unflatten(self, flat: Tensor) -> Tensors:
-        # One split, not a slice per tensor: the backward of a slice fills a whole vector of zeros.
-        parts = flat.split(self.sizes)
-        return {
-            n: x.view(shape) for n, shape, x in zip(self.names, self.shapes, parts, strict=True)
-        }
-
-    def spread(self, value: Tensor, like: Tensor) -> Tensor:
-        """A hyperparameter of any grain (shared, per tensor, per element) against a flat vector."""
-        if value.ndim == 0:
-            return value
-        if value.numel() != like.numel():
-            value = value.repeat_interleave(
-                torch.tensor(self.sizes, device=value.device), output_size=like.numel()
-            )
-        return value.to(like)
-
-
 def initial_slots(rule: Rule, layout: Layout, p: Tensor, values: Tensors) -> Tensors:
-    """The slots of a flat parameter vector before the first step."""
-    return rule.init(p, {name: layout.spread(v, p) for name, v in values.items()})
+    """The slots of a flat parameter vector before the first step. Those of a rule over tensors are
+    the tensors' own, one after another in a flat vector.
+    """
+    return {name: initial_slot(rule, name, layout, p, values) for name in rule.slots}
+
+
+def initial_slot(rule: Rule, name: str, layout: Layout, p: Tensor, values: Tensors) -> Tensor:
+    """One of them."""
+    slot = rule.slots[name]
+    if rule.over == "tensor" and not slot.shared:
+        units = zip(_parts(p, layout), _values(layout, values, p), layout.units, strict=True)
+        return torch.cat([slot.init(*unit).reshape(-1) for unit in units])
+    return slot.init(p, values if _raw(rule) else layout.spread_all(values, p), layout)
 
 
 def flat_step(
-    rule: Rule, layout: Layout, p: Tensor, g: Tensor, s: Tensors, t: Tensor, values: Tensors
+    rule: Rule,
+    layout: Layout,
+    p: Tensor,
+    g: Tensor,
+    s: Tensors,
+    t: Tensor,
+    values: Tensors,
+    *,
+    loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensors]:
-    """One step of rule on a flat parameter vector: p, g and unshared slots of shape (numel,)."""
-    if rule.over == "element":
-        return rule(p, g, s, t, {name: layout.spread(v, p) for name, v in values.items()})
-    stepped = []
-    parts = [_parts(layout, x) for x in (p, g)]
-    slots = {n: [x] * len(layout.names) if x.ndim == 0 else _parts(layout, x) for n, x in s.items()}
-    grains = {n: _grains(layout, v, p) for n, v in values.items()}
-    for i, (part, grad) in enumerate(zip(*parts, strict=True)):
-        unit_slots = {name: pieces[i] for name, pieces in slots.items()}
-        unit_values = {name: pieces[i] for name, pieces in grains.items()}
-        stepped.append(rule(part, grad, unit_slots, t, unit_values))
+    """One step of rule on a flat parameter vector: p, g and slots as `initial_slots` makes them.
+    loss: that g is the gradient of, for rules that need it.
+    """
+    if rule.over != "tensor":
+        values = values if _raw(rule) else layout.spread_all(values, p)
+        return rule(p, g, s, t, values, loss=loss, layout=layout)
+    stepped = [
+        rule(part, grad, slots, t, own, loss=loss, layout=unit)
+        for part, grad, slots, own, unit in zip(
+            _parts(p, layout),
+            _parts(g, layout),
+            _slots(rule, layout, s),
+            _values(layout, values, p),
+            layout.units,
+            strict=True,
+        )
+    ]
+    after = {name: [slots[name] for _, slots in stepped] for name in s}
     new_slots = {
-        name: stepped[-1][1][name]
-        if s[name].ndim == 0
-        else torch.cat([unit[name].reshape(-1) for _, unit in stepped])
-        for name in s
+        name: pieces[-1] if s[name].ndim == 0 else torch.cat([x.reshape(-1) for x in pieces])
+        for name, pieces in after.items()
     }
     return torch.cat([part.reshape(-1) for part, _ in stepped]), new_slots
+
+
+def flat_readout(rule: Rule, layout: Layout, p: Tensor, s: Tensors, values: Tensors) -> Tensor:
+    """The weights to use after training, where they are not p."""
+    if rule.readout is None:
+        return p
+    if rule.over != "tensor":
+        values = values if _raw(rule) else layout.spread_all(values, p)
+        return rule.readout(p, s, values, layout)
+    return torch.cat(
+        [
+            rule.readout(part, slots, own, unit).reshape(-1)
+            for part, slots, own, unit in zip(
+                _parts(p, layout),
+                _slots(rule, layout, s),
+                _values(layout, values, p),
+                layout.units,
+                strict=True,
+            )
+        ]
+    )
+
+
+def _raw(rule: Rule) -> bool:
+    """Whether a rule takes hypers in their own grain, to hand them on."""
+    return rule.over == "model" and "layout" in rule.needs
+
+
+def _parts(flat: Tensor, layout: Layout) -> list[Tensor]:
+    shapes = (unit.shapes[0] for unit in layout.units)
+    return [x.view(shape) for x, shape in zip(flat.split(layout.sizes), shapes, strict=True)]
+
+
+def _slots(rule: Rule, layout: Layout, s: Tensors) -> list[Tensors]:
+    """The slots of each tensor."""
+    each: list[Tensors] = [{} for _ in layout.names]
+    for name, x in s.items():
+        if x.ndim == 0:
+            pieces = [x] * len(each)
+        elif rule.slots[name].shared:
+            pieces = _parts(x, layout)
+        else:
+            shapes = [rule.slot_shape(name, unit) for unit in layout.units]
+            flat = x.split([shape.numel() for shape in shapes])
+            pieces = [part.view(shape) for part, shape in zip(flat, shapes, strict=True)]
+        for own, piece in zip(each, pieces, strict=True):
+            own[name] = piece
+    return each
+
+
+def _values(layout: Layout, values: Tensors, like: Tensor) -> list[Tensors]:
+    """The hypers of each tensor."""
+    grains = {
+        name: layout.grains(v.to(like) if v.numel() == like.numel() and v.ndim else v)
+        for name, v in values.items()
+    }
+    return [{name: each[i] for name, each in grains.items()} for i in range(len(layout.names))]
 
 
 # Elements at a time of a step in place: what a rule makes on its way stays in cache.
@@ -85,14 +128,22 @@ _BLOCK = 2**14
 
 
 def flat_step_(
-    rule: Rule, layout: Layout, p: Tensor, g: Tensor, s: Tensors, t: Tensor, values: Tensors
+    rule: Rule,
+    layout: Layout,
+    p: Tensor,
+    g: Tensor,
+    s: Tensors,
+    t: Tensor,
+    values: Tensors,
+    *,
+    loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensors]:
     """flat_step without a graph, the same bits, that may overwrite p and s, which share no memory:
     where they are long, the rule makes no other vectors of their length.
     """
     if rule.over != "element" or p.numel() <= _BLOCK or p.device.type != "cpu":
-        return flat_step(rule, layout, p, g, s, t, values)
-    spread = {name: layout.spread(v, p) for name, v in values.items()}
+        return flat_step(rule, layout, p, g, s, t, values, loss=loss)
+    spread = layout.spread_all(values, p)
     slots = dict(s)
     for at in range(0, p.numel(), _BLOCK):
 
@@ -101,7 +152,7 @@ def flat_step_(
 
         before = {name: block(x) for name, x in s.items()}
         here, values_here = block(p), {name: block(v) for name, v in spread.items()}
-        moved, after = rule(here, block(g), before, t, values_here)
+        moved, after = rule(here, block(g), before, t, values_here, loss=loss)
         # All are made before any is written: a slot may hold the weights of the step before.
         held = {x.data_ptr() for x in (here, *before.values())}
         writes = [(here, moved)]
@@ -114,16 +165,3 @@ def flat_step_(
         for to, x in writes:
             to.copy_(x)
     return p, slots
-
-
-def _parts(layout: Layout, flat: Tensor) -> list[Tensor]:
-    # A number is shown to rules as a vector of one: 0-dim weights would take the float64 of hypers.
-    return [x.view(s or (1,)) for x, s in zip(flat.split(layout.sizes), layout.shapes, strict=True)]
-
-
-def _grains(layout: Layout, value: Tensor, like: Tensor) -> list[Tensor]:
-    if value.ndim == 0:
-        return [value] * len(layout.names)
-    if value.numel() == like.numel():
-        return _parts(layout, value.to(like))
-    return list(value.unbind())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 Scale = Literal["linear", "log", "logit"]
+Grain = Literal["shared", "tensor", "element"]
 
 _TO_FREE: dict[Scale, Callable[[Tensor], Tensor]] = {
     "linear": lambda v: v,
@@ -39,7 +40,9 @@ class Hyper:
     no logarithm). size_power: the start is multiplied by numel**size_power of the tensor it acts
     on. shape: () for one shared number, else one value per knot, tensor or element. when: the
     (option, value) under which it means anything. dtype: of its values; torch.float32 halves what
-    tuning holds of a hyper with as many numbers as the model.
+    tuning holds of a hyper with as many numbers as the model. rough: why its derivative says
+    little of its effect, where that is so, such as of what enters through a sign. finest: the
+    smallest things that may have a value each.
     """
 
     default: float
@@ -52,6 +55,8 @@ class Hyper:
     shape: tuple[int, ...] = ()
     when: tuple[str, object] | None = None
     dtype: torch.dtype = torch.float64
+    rough: str = ""
+    finest: Grain = "element"
 
     def free(self, value: Tensor) -> Tensor:
         """The unconstrained coordinate of a value."""
@@ -159,9 +164,13 @@ def positive(
     *,
     start: float | None = None,
     size_power: float = 0,
+    when: tuple[str, object] | None = None,
+    rough: str = "",
+    finest: Grain = "element",
 ) -> Hyper:
     """A rate or scale in [0, inf), moved by factors: its coordinate is the logarithm."""
-    return Hyper(default, 0.0, math.inf, "log", search, start, size_power)
+    made = Hyper(default, 0.0, math.inf, "log", search, start, size_power)
+    return replace(made, when=when, rough=rough, finest=finest)
 
 
 def learning_rate(default: float, search: tuple[float, float] = (1e-5, 1.0)) -> Hyper:
@@ -170,10 +179,17 @@ def learning_rate(default: float, search: tuple[float, float] = (1e-5, 1.0)) -> 
 
 
 def decay(
-    default: float, search: tuple[float, float] = (0.05, 0.99999), *, start: float | None = None
+    default: float,
+    search: tuple[float, float] = (0.05, 0.99999),
+    *,
+    start: float | None = None,
+    when: tuple[str, object] | None = None,
+    rough: str = "",
+    finest: Grain = "element",
 ) -> Hyper:
     """A kept share in [0, 1): its coordinate is the logit, log(1 - v) up to sign near one."""
-    return Hyper(default, 0.0, 1.0, "logit", search, start)
+    made = Hyper(default, 0.0, 1.0, "logit", search, start)
+    return replace(made, when=when, rough=rough, finest=finest)
 
 
 def weight_decay(default: float) -> Hyper:
@@ -186,14 +202,23 @@ def fraction(
     search: tuple[float, float] = (0.01, 0.99),
     *,
     when: tuple[str, object] | None = None,
+    rough: str = "",
+    finest: Grain = "element",
 ) -> Hyper:
     """A share in [0, 1] on a linear scale."""
-    return Hyper(default, 0.0, 1.0, "linear", search, when=when)
+    made = Hyper(default, 0.0, 1.0, "linear", search)
+    return replace(made, when=when, rough=rough, finest=finest)
+
+
+def temperature(default: float = 1e-3) -> Hyper:
+    """The width of a smooth surrogate for a sign or a mask, in the unit of what it is of."""
+    return positive(default, (1e-6, 10.0), when=("smooth", True))
 
 
 __all__ = [
     "Choice",
     "Discrete",
+    "Grain",
     "Hyper",
     "Integer",
     "Tensors",
@@ -201,5 +226,6 @@ __all__ = [
     "fraction",
     "learning_rate",
     "positive",
+    "temperature",
     "weight_decay",
 ]

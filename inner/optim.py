@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from inspect import Parameter, Signature
 from numbers import Real
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .hyper import Hyper, Tensors
+from .inplace import InPlace, Unit, units
+from .layout import Layout
 from .rule import Rule, unknown
 from .rules import RULES
 
@@ -38,6 +40,17 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[Rule]
     __signature__: ClassVar[Signature]
+    # Whether a state_dict holds the slots; the trained weights while others are used.
+    _lent: bool
+    _evaluating: dict[Tensor, Tensor]
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__({"_lent": False, "_evaluating": {}, **state})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # By the rule: a class that was made of composed rules is no attribute of a module.
+        own = {"_lent": self._lent, "_evaluating": self._evaluating}
+        return _blank, (self.rule,), {**self.__getstate__(), **own}
 
     def __init__(self, params: ParamsT, *args: object, **given: object) -> None:
         for name in given:
@@ -46,6 +59,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise TypeError(unknown(f"{type(self).__name__} has no argument", name, known))
         bound = self.__signature__.bind(params, *args, **given).arguments
         del bound["params"]
+        self._lent, self._evaluating = False, {}
         super().__init__(params, self._grouped(bound, _defaults(self.rule)))
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
@@ -59,8 +73,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise TypeError(unknown(f"{title} has no group argument", name, near))
         group = self._grouped(param_group, self.defaults)
         self._check(group)
-        slots = self.rule.init(torch.zeros(1), self._values(group))
-        group |= {n: slots[n] for n, slot in self.rule.slots.items() if slot.shared}
+        values, one = self._values(group), torch.zeros(1)
+        for name, slot in self.rule.slots.items():
+            if slot.shared:
+                group[name] = slot.init(one, values, Layout.alone(one.shape))
         super().add_param_group({**group, "t": torch.zeros((), dtype=torch.float64)})
         added = self.param_groups[-1]
         for i, p in enumerate(added["params"]):
@@ -81,34 +97,103 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "param groups hold no step counter 't'"
             )
         super().load_state_dict(state_dict)
+        self._lent = True
+        # torch gives slots the dtype of the weights; sums over a tensor are kept in a longer one.
+        given = state_dict["state"]
+        order = [p for group in self.param_groups for p in group["params"]]
+        for i, slots in given.items():  # type: ignore[attr-defined]  # a dict by now
+            self.state[order[i]] = {n: x.to(order[i].device) for n, x in slots.items()}
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch's overloads say the same
-        """One step on every parameter that has a gradient; the closure's loss is returned."""
-        loss = None
+    def state_dict(self) -> dict[str, object]:
+        """A snapshot: later steps do not change it."""
+        self._lent = True
+        return super().state_dict()
+
+    def step(  # type: ignore[override]  # torch's overloads say the same
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        loss: float | Tensor | None = None,
+    ) -> float | Tensor | None:
+        """One step on every parameter that has a gradient; the closure's loss is returned.
+
+        loss: the value that the gradients are of, for rules that need it where there is no closure.
+        """
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if "loss" in self.rule.needs and loss is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the loss: call step(closure), or step(loss=loss) "
+                "after loss.backward()"
+            )
+        if self._evaluating:
+            raise RuntimeError(f"call {type(self).__name__}.train() before the next step")
+        if self._lent:
+            for p, slots in self.state.items():
+                self.state[p] = {n: x.clone() for n, x in slots.items()}
+            self._lent = False
         with torch.no_grad():
+            value = None if loss is None else torch.as_tensor(loss).detach()
             for group in self.param_groups:
-                self._step_group(group)
-        return loss
+                self._step_group(group, value)
+        return loss if closure is not None else None
 
-    def _step_group(self, group: dict[str, object]) -> None:
+    def _step_group(self, group: dict[str, object], loss: Tensor | None) -> None:
         params: list[Tensor] = group["params"]  # type: ignore[assignment]  # torch keeps a list there
-        moving = [(p, self._dense(p.grad)) for p in params if p.grad is not None]
-        if not moving:
+        grads = {p: self._dense(p.grad) for p in params if p.grad is not None}
+        if not grads:
             return
+        if group["maximize"]:
+            grads = {p: -g for p, g in grads.items()}
+            loss = None if loss is None else -loss
+        at, t = self._in_place(group), torch.as_tensor(group["t"]) + 1
+        shared = at.shared
+        for unit in self._units(group, at, [p for p in params if p in grads]):
+            still = [(p, p.clone()) for p in unit.params if p not in grads]
+            each = [grads[p] if p in grads else torch.zeros_like(p) for p in unit.params]
+            shared = at.step(unit, each, self.state, t, loss)
+            for p, before in still:
+                p.copy_(before)
+        group.update(t=t, **shared)
+
+    def _in_place(self, group: Mapping[str, object]) -> InPlace:
         rule = self.rule.choose(**{name: group[name] for name in self.rule.choices})
-        values = self._values(group)
-        shared = {n: group[n] for n, slot in rule.slots.items() if slot.shared}
-        t = torch.as_tensor(group["t"]) + 1
-        for p, grad in moving:
-            unit, g = _unit(p), _unit(-grad if group["maximize"] else grad)
-            slots = {**(self.state[p] or rule.init(unit, values)), **shared}
-            stepped, slots = rule(unit, g, slots, t, values)
-            p.copy_(stepped.view_as(p))
-            self.state[p] = {n: x for n, x in slots.items() if n not in shared}
-        group.update(t=t, **{n: slots[n] for n in shared})
+        # Slots of a whole model, too, are kept by the group, from its first step on.
+        kept = {n: x for n, x in group.items() if n in rule.slots and isinstance(x, Tensor)}
+        return InPlace(rule, self._values(group), kept)
+
+    def _units(
+        self, group: Mapping[str, object], at: InPlace, moving: list[Tensor]
+    ) -> Iterator[Unit]:
+        """The parameters to step, or all of a group where the rule takes them as one."""
+        params: list[Tensor] = group["params"]  # type: ignore[assignment]  # as above
+        names: Sequence[str] = group.get("param_names", [""] * len(params))  # type: ignore[assignment]  # as above
+        which = set(params if at.rule.over == "model" else moving)
+        chosen = [(p, name) for p, name in zip(params, names, strict=True) if p in which]
+        return units(at.rule, [p for p, _ in chosen], [name for _, name in chosen])
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Give the parameters the weights to use, where the rule trains others: averages, or those
+        before a prediction. Before evaluating or saving a model; `train` takes them back.
+        """
+        if self.rule.readout is None or self._evaluating:
+            return
+        for group in self.param_groups:
+            at = self._in_place(group)
+            begun = [p for p in group["params"] if self.state.get(p)]
+            for unit in self._units(group, at, begun):
+                for p, read in zip(unit.params, at.readout(unit, self.state), strict=True):
+                    self._evaluating[p] = p.clone()
+                    p.copy_(read)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Give the parameters the weights that are trained back, after `eval`."""
+        for p, trained in self._evaluating.items():
+            p.copy_(trained)
+        self._evaluating.clear()
 
     def _dense(self, g: Tensor) -> Tensor:
         if g.layout != torch.strided:
@@ -174,6 +259,11 @@ def _registered(name: str) -> type[RuleOptimizer]:
     return _build(RULES[name])
 
 
+def _blank(rule: Rule) -> RuleOptimizer:
+    form = torch_form(rule)
+    return form.__new__(form)
+
+
 def _build(rule: Rule) -> type[RuleOptimizer]:
     namespace = {
         "rule": rule,
@@ -183,11 +273,6 @@ def _build(rule: Rule) -> type[RuleOptimizer]:
         "__signature__": _signature(rule),
     }
     return type(rule.title, (RuleOptimizer,), namespace)
-
-
-def _unit(x: Tensor) -> Tensor:
-    # A number is shown to rules as a vector of one: 0-dim weights would take the float64 of hypers.
-    return x.view(1) if x.ndim == 0 else x
 
 
 def betas_of(rule: Rule) -> tuple[str, ...]:

@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from typing import Literal, Protocol
+from functools import lru_cache, partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .hyper import Choice, Discrete, Hyper, Integer, Tensors
+from .layout import Layout
+
+Over = Literal["element", "tensor", "model"]
+Need = Literal["loss", "layout"]
 
 
-class Update(Protocol):
-    """(p, g, s, t, **hypers, **choices) -> (p, s), out of place; t counts from 1 in float64."""
-
-    def __call__(
-        self, p: Tensor, g: Tensor, s: Tensors, t: Tensor, /, **values: object
-    ) -> tuple[Tensor, Tensors]: ...
+# (p, g, s, t, **needs, **hypers, **choices) -> (p, s), out of place; t counts from 1 in float64.
+Update = Callable[..., tuple[Tensor, Tensors]]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One buffer of optimizer state. shared: one number for all elements, a function of t only."""
+    """One buffer of optimizer state.
 
-    init: Callable[[Tensor, Tensors], Tensor]
+    init(p, values, layout): its start, of any shape, from a unit's weights, hypers and layout.
+    shared: one number for all elements, a function of t only.
+    """
+
+    init: Callable[[Tensor, Tensors, Layout], Tensor]
     shared: bool = False
 
 
-def _zeros(p: Tensor, values: Tensors) -> Tensor:
+def _zeros(p: Tensor, values: Tensors, layout: Layout) -> Tensor:
     return torch.zeros_like(p)
 
 
 zeros = Slot(_zeros)
+
+
+def _weights(p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+    return p.clone()
+
+
+# A buffer that starts as a copy of the weights.
+weights = Slot(_weights)
 
 
 def filled(name: str) -> Slot:
@@ -43,7 +55,7 @@ def filled(name: str) -> Slot:
     return Slot(partial(_filled, name))
 
 
-def _filled(name: str, p: Tensor, values: Tensors) -> Tensor:
+def _filled(name: str, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
     return torch.zeros_like(p) + values[name]
 
 
@@ -52,20 +64,52 @@ def shared(number: float) -> Slot:
     return Slot(partial(_shared, number), shared=True)
 
 
-def _shared(number: float, p: Tensor, values: Tensors) -> Tensor:
+def _shared(number: float, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
     shape = torch.broadcast_shapes(*(v.shape for v in values.values()))
     if shape:  # A float64 vector would make float64 weights of others.
         return torch.full(shape, number, dtype=p.dtype, device=p.device)
     return torch.tensor(number, dtype=torch.float64)
 
 
+def number(start: float = 0.0) -> Slot:
+    """One number for a whole unit, a tensor or the model; not of less than float32."""
+    return Slot(partial(_number, start))
+
+
+def _number(start: float, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+    return torch.full((), start, dtype=at_least_float32(p.dtype), device=p.device)
+
+
+def sized(shape: Callable[[torch.Size], Sequence[int]]) -> Slot:
+    """Zeros of a shape that is a function of the tensor's."""
+    return Slot(partial(_sized, shape))
+
+
+def _sized(
+    shape: Callable[[torch.Size], Sequence[int]], p: Tensor, values: Tensors, layout: Layout
+) -> Tensor:
+    return p.new_zeros(tuple(shape(p.shape)))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What sums over many elements are made in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+Readout = Callable[[Tensor, Tensors, Tensors, Layout], Tensor]
+
+
 @dataclass(frozen=True)
 class Rule:
     """An optimizer's mathematics.
 
-    over: the smallest unit the rule acts on, an "element" (so that all parameters may be one flat
-    vector) or a whole "tensor". chosen: the options in force where they differ from the defaults.
-    check: returns what is wrong with a set of values, or None.
+    over: the smallest unit the rule acts on: an "element" (so that all parameters may be one flat
+    vector), a whole "tensor", or the whole "model" as one flat vector, a param group in the torch
+    form. needs: what else update takes, by name: the "loss" that g is the gradient of, or the
+    unit's "layout", of one tensor or, with hypers in their own grain, of the model. readout(p, s,
+    values, layout): the weights to use, where they are not those at which gradients are taken.
+    chosen: the options in force where they differ from the defaults. check: returns what is wrong
+    with a set of values, or None.
     """
 
     name: str
@@ -74,10 +118,12 @@ class Rule:
     choices: Mapping[str, Discrete]
     slots: Mapping[str, Slot]
     update: Update
-    over: Literal["element", "tensor"] = "element"
+    over: Over = "element"
     check: Callable[[Mapping[str, object]], str | None] | None = None
     chosen: Mapping[str, object] = field(default_factory=dict)
     doc: str = ""
+    needs: tuple[Need, ...] = ()
+    readout: Readout | None = None
 
     def options(self) -> dict[str, object]:
         """Every option and its value in force."""
@@ -109,27 +155,63 @@ class Rule:
         if problem:
             raise ValueError(f"{self.name}: {problem}")
 
-    def init(self, p: Tensor, values: Tensors) -> Tensors:
-        """The slots before the first step, differentiable in the values that fill them."""
-        return {name: slot.init(p, values) for name, slot in self.slots.items()}
+    def rough(self) -> dict[str, str]:
+        """The hypers whose derivative says little of their effect, and why; none where the option
+        `smooth` is on.
+        """
+        if self.options().get("smooth"):
+            return {}
+        return {name: hyper.rough for name, hyper in self.hypers.items() if hyper.rough}
+
+    def init(self, p: Tensor, values: Tensors, layout: Layout | None = None) -> Tensors:
+        """The slots of one unit before the first step, differentiable in the values that fill
+        them.
+        """
+        layout = layout or Layout.alone(p.shape)
+        return {name: slot.init(p, values, layout) for name, slot in self.slots.items()}
+
+    def slot_shape(self, name: str, unit: Layout) -> torch.Size:
+        """The shape of a slot of one tensor."""
+        return _slot_shape(self.slots[name], unit)
 
     def __call__(
-        self, p: Tensor, g: Tensor, s: Tensors, t: Tensor, values: Tensors
+        self,
+        p: Tensor,
+        g: Tensor,
+        s: Tensors,
+        t: Tensor,
+        values: Tensors,
+        *,
+        loss: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> tuple[Tensor, Tensors]:
         """One step on one unit; nothing is changed in place."""
-        return self.update(p, g, s, t, **values, **self.options())
+        given: dict[str, object] = {}
+        if "loss" in self.needs:
+            if loss is None:
+                raise ValueError(
+                    f"{self.name} needs the loss that the gradient is of, and was given none"
+                )
+            given["loss"] = loss
+        if "layout" in self.needs:
+            given["layout"] = layout or Layout.alone(p.shape)
+        return self.update(p, g, s, t, **given, **values, **self.options())
 
     def __reduce__(self) -> tuple[Callable[..., Rule], tuple[object, ...]]:
         # By name: under the name of its function, pickle would find the rule instead.
-        if _registered(self.name) == replace(self, chosen={}):
+        found = _registered(self.name)
+        if found is not None and replace(found, chosen={}) == replace(self, chosen={}):
             return _recall, (self.name, dict(self.chosen))
         return Rule, tuple(getattr(self, each.name) for each in fields(self))
 
 
 def _registered(name: str) -> Rule | None:
-    from .rules import RULES  # Here, because the registered rules are made with this module.
+    from .rules import find_rule  # Here, because the registered rules are made with this module.
 
-    return RULES.get(name)
+    try:
+        return find_rule(name)
+    except (TypeError, ValueError):
+        return None
 
 
 def _recall(name: str, chosen: Mapping[str, object]) -> Rule:
@@ -139,18 +221,34 @@ def _recall(name: str, chosen: Mapping[str, object]) -> Rule:
     return found.choose(**chosen) if chosen else found
 
 
+@lru_cache(maxsize=2**14)
+def _slot_shape(slot: Slot, unit: Layout) -> torch.Size:
+    # By a weight without memory: a slot's start says its shape, and nothing else has to.
+    (shape,) = unit.shapes
+    return slot.init(torch.empty(shape, device="meta"), _Ones(), unit).shape
+
+
+class _Ones(dict[str, Tensor]):
+    """Any hyperparameter is 1."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return torch.ones(())
+
+
 def rule(
     title: str,
     *,
     slots: Mapping[str, Slot] | None = None,
-    over: Literal["element", "tensor"] = "element",
+    over: Over = "element",
+    needs: tuple[Need, ...] = (),
+    readout: Readout | None = None,
     check: Callable[[Mapping[str, object]], str | None] | None = None,
     **declared: Hyper | Discrete,
 ) -> Callable[[Callable[..., tuple[Tensor, Tensors]]], Rule]:
     """Declare an update rule; the function's module docstring is its citation."""
 
     def wrap(update: Callable[..., tuple[Tensor, Tensors]]) -> Rule:
-        takes = list(inspect.signature(update).parameters)[4:]
+        takes = [n for n in list(inspect.signature(update).parameters)[4:] if n not in needs]
         if set(takes) != set(declared):
             odd = sorted(set(takes) ^ set(declared))
             raise TypeError(f"{update.__name__}: declared and taken hyperparameters differ: {odd}")
@@ -163,7 +261,9 @@ def rule(
             update=update,
             over=over,
             check=check,
-            doc=inspect.getmodule(update).__doc__ or "",
+            doc=inspect.getdoc(update) or inspect.getmodule(update).__doc__ or "",
+            needs=needs,
+            readout=readout,
         )
 
     return wrap
@@ -177,6 +277,16 @@ def root(x: Tensor) -> Tensor:
     """
     zero = x == 0
     return torch.where(zero, x, torch.where(zero, 1.0, x).sqrt())
+
+
+def sign(x: Tensor, smooth: bool, temperature: Tensor) -> Tensor:
+    """The sign, or its surrogate tanh(x / temperature), which has a slope."""
+    return torch.tanh(x / temperature) if smooth else x.sign()
+
+
+def mask(x: Tensor, smooth: bool, temperature: Tensor) -> Tensor:
+    """1 where x > 0 and else 0, or its surrogate sigmoid(x / temperature)."""
+    return torch.sigmoid(x / temperature) if smooth else (x > 0).to(x)
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

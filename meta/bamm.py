@@ -71,13 +71,14 @@ class BAMM:
             leaves = {name: values[name].detach().requires_grad_() for name in point}
             y = state.p.detach().requires_grad_()
             known = values | leaves
-            outer = training.outer_loss(state._replace(p=y), known)
+            outer = training.outer_loss_at(y, state, known)
             if not outer.requires_grad:
                 answer = no_graph(training, outer)
                 return state
             slope, *direct = vjp([outer], [y, *leaves.values()], [None])
             inner, buffers = training.inner_loss(state._replace(p=y), known, step, seed)
-            (g,) = torch.autograd.grad(mu * outer + (1 - mu) * inner, y, create_graph=True)
+            both = mu * outer + (1 - mu) * inner
+            (g,) = torch.autograd.grad(both, y, create_graph=True)
             (curved,) = vjp([g], [y], [v])
             v = v - self.rate * (step + 1) ** (-self.tau / 2) * (curved - slope)
             if i == training.steps - 1:
@@ -85,7 +86,7 @@ class BAMM:
                 grad = {n: d - m for n, d, m in zip(point, direct, mixed, strict=True)}
                 note = Note(steps=training.steps, how=f"mu {mu:.3g}")
                 answer = finished(outer.detach(), grad, note)
-            return moved_by(training, state, values, step, g, buffers)
+            return moved_by(training, state, values, step, g, buffers, loss=both.detach())
 
         try:
             state = training.run(resolved, seed, start=carry.state, advance=advance)

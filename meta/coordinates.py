@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..inner.flat import Layout
 from ..inner.hyper import Hyper, Tensors
+from ..inner.layout import Layout
 
 
 class Coordinates:

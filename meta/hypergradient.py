@@ -8,7 +8,7 @@ from typing import overload
 
 from torch import Tensor
 
-from ..inner.hyper import Tensors
+from ..inner.hyper import Grain, Tensors
 from ..inner.rule import Rule
 from ..inner.rules import find_rule
 from ..inner.schedule import Schedule, find_schedule
@@ -17,7 +17,7 @@ from .data import Split
 from .estimate import Estimate, Estimator
 from .methods import find_method
 from .problem import Problem
-from .training import Grain, Training
+from .training import Training
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,10 @@ def train(
 ) -> Trained | None:
     """Train once with given values; None if the weights stopped being finite."""
     training = make_training(problem, rule, steps, schedules, grains, given)
-    state = training.run(training.resolve({}), seed)
+    resolved = training.resolve({})
+    state = training.run(resolved, seed)
     if state is None:
         return None
-    measures = {split: training.measure(state, split) for split in problem.splits}
-    return Trained(training.layout.unflatten(state.p), state.buffers, measures)
+    last = resolved.at(steps - 1)
+    measures = {split: training.measure(state, last, split) for split in problem.splits}
+    return Trained(training.params(state, last), state.buffers, measures)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inner.hyper import Tensors
+from ..inner.hyper import Grain, Tensors
 from ..inner.rule import Rule
 from .coordinates import Coordinates
 from .curvature import vjp
@@ -21,7 +21,7 @@ from .outcome import Outcome
 from .problem import Problem
 from .reach import Reached, go_on
 from .steps import Cotangents, leaf_values, leaves
-from .training import Grain, State, Training
+from .training import State, Training
 
 # Numbers of a hyper whose every move is kept.
 _FEW = 1000
@@ -160,8 +160,9 @@ def train_online(
             skipped[done] = note.reason
         point = seen.add(space.point(z.detach().clone()))
     state = carry.state
-    measures = {split: whole.measure(state, split) for split in problem.splits}
-    trained = Trained(whole.layout.unflatten(state.p), state.buffers, measures)
+    last = whole.resolve(point).at(steps - 1)
+    measures = {split: whole.measure(state, last, split) for split in problem.splits}
+    trained = Trained(whole.params(state, last), state.buffers, measures)
     return Online(trained, seen.values(), losses, Outcome.OK, "", skipped)
 
 

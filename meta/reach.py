@@ -96,22 +96,30 @@ def step_along(
     f, buffers = training.inner_loss(state._replace(p=p), values, i, seed)
     total = inner * f
     if outer:
-        total = total + outer * training.outer_loss(state._replace(p=p), values)
+        total = total + outer * training.outer_loss_at(p, state, values)
     (g,) = torch.autograd.grad(total, p)
     if "weight_decay" in values:
         values = values | {"weight_decay": inner * values["weight_decay"]}
-    return moved_by(training, state, values, i, g if pull is None else g + pull, buffers)
+    g = g if pull is None else g + pull
+    return moved_by(training, state, values, i, g, buffers, loss=total.detach())
 
 
 def moved_by(
-    training: Training, state: State, values: Tensors, i: int, g: Tensor, buffers: Tensors
+    training: Training,
+    state: State,
+    values: Tensors,
+    i: int,
+    g: Tensor,
+    buffers: Tensors,
+    *,
+    loss: Tensor,
 ) -> State:
-    """The state after step i on a gradient at hand, without a graph."""
+    """The state after step i on a gradient at hand and the loss it is of, without a graph."""
     t = torch.tensor(float(i + 1), dtype=torch.float64)
     same = state.buffers
     buffers = {n: b if b is same.get(n) else b.detach() for n, b in buffers.items()}
     with torch.no_grad():
-        return training.apply(state, g.detach(), values, t, buffers)
+        return training.apply(state, g.detach(), values, t, buffers, loss=loss)
 
 
 def in_hypers(
@@ -131,7 +139,7 @@ def held_out(
     """
     leaves = {name: values[name].detach().requires_grad_() for name in names}
     weights = state.p.detach().requires_grad_()
-    loss = training.outer_loss(state._replace(p=weights), values | leaves)
+    loss = training.outer_loss_at(weights, state, values | leaves)
     if not loss.requires_grad:
         return loss, None, {}
     inputs = [weights, *leaves.values()]

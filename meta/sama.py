@@ -75,7 +75,8 @@ def _preconditioned(
     (g,) = torch.autograd.grad(f, p)
     g.requires_grad_()
     t = torch.tensor(float(reached.steps + 1), dtype=torch.float64)
-    after = training.apply(state, g, {n: x.detach() for n, x in values.items()}, t, {})
+    fixed = {n: x.detach() for n, x in values.items()}
+    after = training.apply(state, g, fixed, t, {}, loss=f.detach())
     return -vjp([after.p], [g], [slope])[0]
 
 

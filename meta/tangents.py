@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, cast
@@ -29,7 +29,7 @@ from .parts import (
     traced,
 )
 from .products import narrow_transposed
-from .training import State, Training
+from .training import Loss, State, Training
 from .trust import OnTrial
 
 
@@ -84,10 +84,8 @@ def step_columns(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """A step of the state and of every column: (moved, counted, tangents after it)."""
 
-    def gradient(
-        loss: Callable[[Tensor], tuple[Tensor, Tensors]], p: Tensor
-    ) -> tuple[Tensor, Tensors]:
-        made: tuple[Tensor, Tensors] = torch.func.grad(loss, has_aux=True)(p)
+    def gradient(loss: Loss, p: Tensor) -> tuple[Tensor, tuple[Tensor, Tensors]]:
+        made: tuple[Tensor, tuple[Tensor, Tensors]] = torch.func.grad(loss, has_aux=True)(p)
         return made
 
     counted = [state.buffers[n] for n in form.counted]

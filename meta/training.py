@@ -6,20 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..inner.flat import Layout, flat_step, flat_step_, initial_slots
-from ..inner.hyper import Hyper, Tensors
+from ..inner.flat import flat_readout, flat_step, flat_step_, initial_slots
+from ..inner.hyper import Grain, Hyper, Tensors
+from ..inner.layout import Layout
 from ..inner.rule import Rule, unknown
 from ..inner.schedule import Schedule, constant
 from .data import Split
 from .problem import Problem, draws_of, loss_at
 
-Grain = Literal["shared", "tensor", "element"]
-Gradient = Callable[[Callable[[Tensor], tuple[Tensor, Tensors]], Tensor], tuple[Tensor, Tensors]]
+Loss = Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensors]]]
+Gradient = Callable[[Loss, Tensor], tuple[Tensor, tuple[Tensor, Tensors]]]
 _CHECK_EVERY = 50
 
 
@@ -120,6 +121,14 @@ class Training:
             if name in declared:
                 if grain not in shapes:
                     raise ValueError(unknown(f"{name} has no grain", grain, shapes))
+                order = list(shapes)
+                if order.index(grain) > order.index(declared[name].finest):
+                    raise ValueError(
+                        f"{name}={grain} is too fine: {self.rule.name} has at most one {name} per "
+                        f"{declared[name].finest}"
+                        if declared[name].finest != "shared"
+                        else f"{name} is one number for the whole model in {self.rule.name}"
+                    )
                 declared[name] = declared[name].shaped(*shapes[grain]())
         return declared
 
@@ -258,18 +267,22 @@ class Training:
         through the graph that p is in, if not given.
         """
 
-        def loss(p: Tensor) -> tuple[Tensor, Tensors]:
+        def loss(p: Tensor) -> tuple[Tensor, tuple[Tensor, Tensors]]:
             params = self.layout.unflatten(p)
-            return self.problem.inner_loss(params, state.buffers, self.of_loss(values), batch)
+            value, buffers = self.problem.inner_loss(
+                params, state.buffers, self.of_loss(values), batch
+            )
+            return value, (value, buffers)
 
         if gradient:
-            g, buffers = gradient(loss, state.p)
+            g, (value, buffers) = gradient(loss, state.p)
         else:
             with torch.enable_grad():
-                value, buffers = loss(state.p)
+                value, (_, buffers) = loss(state.p)
                 (g,) = torch.autograd.grad(value, state.p, create_graph=graph)
         with torch.set_grad_enabled(graph):
-            return self.apply(state, g, values, t, buffers, overwrite=overwrite)
+            value = value if graph or gradient else value.detach()
+            return self.apply(state, g, values, t, buffers, loss=value, overwrite=overwrite)
 
     def apply(
         self,
@@ -279,11 +292,13 @@ class Training:
         t: Tensor,
         buffers: Tensors,
         *,
+        loss: Tensor | None = None,
         overwrite: bool = False,
     ) -> State:
-        """What the rule makes of a gradient after t - 1 other steps."""
+        """What the rule makes of a gradient, and of the loss it is of, after t - 1 other steps."""
         step = flat_step_ if overwrite and _apart(state, buffers) else flat_step
-        p, slots = step(self.rule, self.layout, state.p, g, state.slots, t, self._of_rule(values))
+        hypers = self._of_rule(values)
+        p, slots = step(self.rule, self.layout, state.p, g, state.slots, t, hypers, loss=loss)
         return State(p, slots, buffers)
 
     def of_loss(self, values: Tensors) -> Tensors:
@@ -342,24 +357,37 @@ class Training:
         params = self.layout.unflatten(state.p)
         return loss_at(self.problem, params, state.buffers, self.of_loss(values), i, seed)
 
+    def params(self, state: State, values: Tensors) -> Tensors:
+        """The weights to use: those the rule reads out of a state, mostly its p."""
+        hypers = self._of_rule(values)
+        p = flat_readout(self.rule, self.layout, state.p, state.slots, hypers)
+        return self.layout.unflatten(p)
+
     def outer_loss(self, state: State, values: Tensors) -> Tensor:
         """The held-out loss of a state, with a graph to whatever requires grad."""
-        params = self.layout.unflatten(state.p)
+        params = self.params(state, values)
         return self.problem.outer_loss(params, state.buffers, self.of_loss(values))
 
-    def measure(self, state: State, split: Split) -> dict[str, float]:
-        return self.problem.measure(self.layout.unflatten(state.p), state.buffers, split)
+    def outer_loss_at(self, p: Tensor, state: State, values: Tensors) -> Tensor:
+        """The held-out loss of other weights than a state's."""
+        params = self.layout.unflatten(p)
+        return self.problem.outer_loss(params, state.buffers, self.of_loss(values))
+
+    def measure(self, state: State, values: Tensors, split: Split) -> dict[str, float]:
+        return self.problem.measure(self.params(state, values), state.buffers, split)
 
     def curve(self, point: Tensors, seed: int, points: int = 25) -> list[tuple[int, float]]:
         """(step, held-out loss) along training at a point, about `points` of them."""
         every = max(1, self.steps // points)
         marks: list[tuple[int, float]] = []
+        resolved = self.resolve(point)
 
         def watch(i: int, state: State) -> None:
             if i % every == 0 or i == self.steps:
-                marks.append((i, self.measure(state, "valid")["loss"]))
+                values = resolved.at(min(i, self.steps - 1))
+                marks.append((i, self.measure(state, values, "valid")["loss"]))
 
-        self.run(self.resolve(point), seed, watch)
+        self.run(resolved, seed, watch)
         return marks
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..inner.flat import Layout
+from ..inner.layout import Layout
 from .graph import Uneven
 from .kept import kept_for
 from .problem import Problem

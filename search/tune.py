@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inner.hyper import Grain
 from ..inner.rule import Rule
 from ..inner.schedule import Schedule
 from ..meta.coordinates import Coordinates
@@ -24,7 +25,7 @@ from ..meta.hypergradient import make_training, split_names
 from ..meta.outcome import Outcome
 from ..meta.problem import Problem
 from ..meta.replay import Replay
-from ..meta.training import Grain, Training
+from ..meta.training import Training
 from .budget import Clock, seconds
 from .confirm import CANDIDATES, confirm
 from .decision import Decision, choose_route, reconsider

@@ -162,11 +162,14 @@ def train_cell(cell: Cell) -> Record:
     if cell.arm.learn:
         training, point, tuned = _tune(training, cell)
     began = time.perf_counter()
-    state = training.run(training.resolve(point), cell.seed)
+    resolved = training.resolve(point)
+    state = training.run(resolved, cell.seed)
     seconds = time.perf_counter() - began
     measures: Measures = {}
     for split in _held_out(training.problem):
-        measured = {"loss": math.nan} if state is None else training.measure(state, split)
+        measured = {"loss": math.nan}
+        if state is not None:
+            measured = training.measure(state, resolved.at(cell.steps - 1), split)
         measures[split] = {name: _finite(value) for name, value in measured.items()}
     trained = all(value is not None for split in measures.values() for value in split.values())
     return Record(

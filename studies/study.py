@@ -32,10 +32,10 @@ from pydantic import (
     model_validator,
 )
 
+from ..inner.hyper import Grain
 from ..inner.rule import unknown
 from ..inner.rules import find_rule
 from ..inner.schedule import find_schedule
-from ..meta.training import Grain
 from ..search.budget import seconds
 from .problems import check_problem, label_of
 

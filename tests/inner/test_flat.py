@@ -6,8 +6,9 @@ from nets import VALUES
 from torch import nn
 
 from hyperdescent.inner import flat
-from hyperdescent.inner.flat import Layout, flat_step, flat_step_, initial_slots
+from hyperdescent.inner.flat import flat_step, flat_step_, initial_slots
 from hyperdescent.inner.hyper import learning_rate
+from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.rule import Slot, rule, zeros
 from hyperdescent.inner.rules import RULES
 from hyperdescent.meta.problem import problem_from_module
@@ -59,7 +60,7 @@ def test_it_writes_where_it_reads():
     assert p.data_ptr() == before.data_ptr()
 
 
-@rule("Anchored", slots={"anchor": Slot(lambda p, values: p)}, lr=learning_rate(0.1))
+@rule("Anchored", slots={"anchor": Slot(lambda p, values, layout: p)}, lr=learning_rate(0.1))
 def anchored(p, g, s, t, lr):
     return p - lr * (g + p - s["anchor"]), s
 

@@ -1,0 +1,18 @@
+"""The registry: every wrapper defined in a module of this package, and `partition`, by name."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+
+from ..partition import partition
+from ..rule import Rule
+from ..wrap import Wrapper
+
+WRAPPERS: dict[str, Callable[..., Rule]] = {
+    value.name: value
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__))
+    for value in vars(import_module(f"{__name__}.{module}")).values()
+    if isinstance(value, Wrapper)
+} | {"partition": partition}
