@@ -43,8 +43,8 @@ def _mixed(x: Tensor) -> Tensor:
 def _times(x: Tensor, factor: int) -> Tensor:
     """x * factor modulo 2**32, in halves: signed 64 bits would overflow."""
     low, high = factor & 0xFFFF, factor >> 16
-    product: Tensor = x * low + (((x * high) & 0xFFFF) << 16)
-    return product & _MASK
+    product = x * low + (((x * high) & 0xFFFF) << 16)
+    return torch.bitwise_and(product, _MASK)
 
 
 __all__ = ["normal", "uniform"]
