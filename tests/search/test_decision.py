@@ -117,6 +117,8 @@ def test_a_smooth_surrogate_gives_the_gradient_back(space):
 
 
 def test_insisting_on_a_gradient_that_is_no_guide_names_the_way_out(space):
-    with pytest.raises(ValueError, match=r"cannot learn share of signed \(it enters") as told:
+    with pytest.raises(
+        ValueError, match=r"cannot learn share of signed \(share: it enters"
+    ) as told:
         choose_route(space("lr", "share", rule=signed), "gradient")
     assert "give smooth=True, leave it out of learn" in str(told.value)
