@@ -12,14 +12,20 @@ a single pole. v stays >= 0 for every gradient if and only if zero <= max(beta2,
 checked, and in the search ranges always so. The defaults are ours.
 """
 
+import torch
+
 from ..hyper import decay, learning_rate, positive, weight_decay
 from ..rule import root, rule, shared, zeros
 
 
 def second_moment_stays_positive(values):
-    """The condition under which no sequence of gradients makes the second moment negative."""
-    zero, pole, beta2 = values["zero"], values["pole"], values["beta2"]
-    if zero > pole and zero > beta2:
+    """The condition under which no sequence of gradients makes the second moment negative; of
+    several values of each, the worst.
+    """
+    zero, pole, beta2 = (
+        torch.as_tensor(values[n], dtype=torch.float64) for n in ("zero", "pole", "beta2")
+    )
+    if zero.max() > torch.maximum(pole.min(), beta2.min()):
         return "zero must be <= max(beta2, pole), or the second moment can become negative"
     return None
 

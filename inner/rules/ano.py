@@ -11,7 +11,7 @@ from ..rule import root, rule, sign, zeros
 
 def second_moment_stays_positive(values):
     """The condition under which no sequence of gradients makes the second moment negative."""
-    if values["beta2"] < 0.5:
+    if torch.as_tensor(values["beta2"], dtype=torch.float64).min() < 0.5:
         return "beta2 must be >= 0.5, or the second moment can become negative"
     return None
 

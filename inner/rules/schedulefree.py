@@ -12,7 +12,7 @@ from ..rule import root, rule, shared, weights, zeros
 def average_can_be_read(values):
     """With no interpolation the gradient is taken at z, which does not tell the average."""
     name = "momentum" if "momentum" in values else "beta1"
-    if values[name] == 0:
+    if torch.as_tensor(values[name]).min() == 0:
         return f"{name} must be > 0: the average is read from where gradients are taken"
     return None
 

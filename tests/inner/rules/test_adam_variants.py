@@ -76,6 +76,12 @@ class TestAdamSSM:
         problem = RULES["adamssm"].check(given)
         assert (problem is None) == stays
 
+    def test_the_domain_is_checked_of_hypers_per_tensor(self):
+        legal = {"beta2": number(0.9), "pole": number([0.5, 0.6]), "zero": number([0.9, 0.1])}
+        check = RULES["adamssm"].check
+        assert check(legal) is None
+        assert check(legal | {"beta2": number([0.95, 0.8])}) is not None
+
     def test_refuses_what_can_become_negative(self):
         p = [torch.nn.Parameter(torch.ones(1))]
         with pytest.raises(ValueError, match="zero must be <= max"):

@@ -50,7 +50,8 @@ class TestAno:
         # The worst gradient: just small enough to count against it.
         _, s = rule(v, v.sqrt() * (1 - 1e-9), s, number(9.0), values)
         assert (s["v"] >= 0) == stays
-        assert (rule.check({"beta2": beta2}) is None) == stays
+        for given in (beta2, number([0.9, beta2])):
+            assert (rule.check({"beta2": given}) is None) == stays
 
 
 class TestAnolog:
