@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ..meta.hypergradient import split_names
-from ..studies import implicit_report
+from ..studies import implicit_report, optimizers_report
 from ..studies.bench import bench_metagradient
 from ..studies.bench_report import remarks, table, trust_section, write, write_section
 from ..studies.device import find_device
 from ..studies.implicit_bench import bench_implicit, find_cases
 from ..studies.low import bench_bfloat16
+from ..studies.optimizers_bench import bench_optimizers, find_models, find_rivals
 from ..studies.workloads import find_workloads
 from .show import console, telling
 
@@ -49,6 +52,23 @@ def run_implicit(only: str, repeats: int, out: Path | None) -> None:
                 screen.print(f"kept in {out}", markup=False)
 
 
+def run_optimizers(models: str, only: str, repeats: int, out: Path | None, device: str) -> None:
+    """Measure the rules named in only on models; all of both if none is."""
+    screen = console()
+    where, rules = find_device(device), find_rivals(split_names(only))
+    with telling(screen) as say:
+        for model in find_models(split_names(models)):
+            pairs = list(bench_optimizers([model], rules, repeats=repeats, device=where, say=say))
+            screen.print(optimizers_report.table(pairs))
+            if out is not None:
+                threads = torch.get_num_threads()
+                command = f"hyperdescent bench optimizers --model {model.name}"
+                command += f" --repeats {repeats} --threads {threads}"
+                command += f" --device {device}" if pairs[0].gpu else ""
+                optimizers_report.write(out, pairs, f"{command} --out {out.name}")
+                screen.print(f"kept in {out}", markup=False)
+
+
 def run_bfloat16(only: str, seeds: int, out: Path | None) -> None:
     """Measure what bfloat16 does to the workloads named in only."""
     screen = console()
@@ -65,4 +85,4 @@ def run_bfloat16(only: str, seeds: int, out: Path | None) -> None:
         screen.print(f"kept in {out}", markup=False)
 
 
-__all__ = ["run_bfloat16", "run_implicit", "run_metagradient"]
+__all__ = ["run_bfloat16", "run_implicit", "run_metagradient", "run_optimizers"]

@@ -230,6 +230,26 @@ def implicit(
 
 
 @benchmarks.command()
+def optimizers(
+    model: Annotated[str, typer.Option(help="12m, small, or both without.")] = "",
+    only: Annotated[str, typer.Option(help="Rules by name; all with a rival without.")] = "",
+    repeats: Annotated[int, typer.Option(help="Rounds of timing; one more does not count.")] = 9,
+    out: Annotated[
+        Path | None, typer.Option(help="A Markdown file; its section of that name is replaced.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the models are, such as cuda.")] = "cpu",
+    threads: Threads = 1,
+) -> None:
+    """Time and memory of a step of the drop-in optimizers, beside other libraries' forms."""
+    import torch
+
+    from .bench import run_optimizers
+
+    torch.set_num_threads(threads)
+    run_optimizers(model, only, repeats, out, device)
+
+
+@benchmarks.command()
 def bfloat16(
     only: Annotated[str, typer.Option(help="Workloads by name.")] = "w1-adam,w3",
     seeds: Annotated[int, typer.Option(help="Trainings of each kind, at least 1.")] = 3,

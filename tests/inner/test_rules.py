@@ -83,9 +83,9 @@ def test_unknown_hyperparameters_and_options_are_named():
 
 
 def test_names_that_do_not_exist_are_answered_with_those_that_do():
-    with pytest.raises(ValueError, match="there is no rule 'zzz'; known: adagrad, adam, adamw,"):
+    with pytest.raises(ValueError, match=r"there is no rule 'zzz'; known: .*\badam, .*\bsgd"):
         find_rule("zzz")
-    with pytest.raises(ValueError, match=r"'adamm'; did you mean 'adam'\? known: adagrad, "):
+    with pytest.raises(ValueError, match=r"'adamm'; did you mean 'adam'\? known: .*\badam, "):
         find_rule("adamm")
 
 
