@@ -130,7 +130,8 @@ class InPlace:
 
     def _slots(self, unit: Unit, p: Tensor, states: States) -> Tensors:
         """The slots of a unit in flat vectors; those of parameters without any begin."""
-        new = [q for q in unit.params if not states[q]]
+        # Of a model's slots those of one number, or of another length, are all with the group.
+        new = [q for q in unit.params if not {*states[q], *self.shared} >= {*self.rule.slots}]
         if new and unit.whole:
             return initial_slots(self.rule, unit.layout, p, self.values)
         for q in new:
