@@ -30,7 +30,8 @@ def partition(
     """The first rule for the tensors that where(name, shape) picks, the other for the rest.
 
     Hypers, options and slots of the other that the first has too are called prefix + name. In the
-    torch form names are those of `named_parameters`, if it was given those, and else "".
+    torch form names are those of `named_parameters`, if it was given those, and else "". A rule
+    that is to be pickled needs a where that can be, a function of a module.
     """
     from .rules import find_rule  # Here, because some registered rules are made of others.
 
@@ -44,6 +45,7 @@ def partition(
     if not callable(where):
         raise TypeError(f"where={where!r} is no function of the name and the shape of a tensor")
     parted = Parted(one, other, where, prefix)
+    given = "" if prefix == "rest_" else f", prefix={prefix!r}"
     theirs = {parted.called(n): c for n, c in other.choices.items()}
     kept = {n: Slot(PartSlot(parted, True, n)) for n in one.slots}
     kept |= {parted.called(n): Slot(PartSlot(parted, False, n)) for n in other.slots}
@@ -51,7 +53,7 @@ def partition(
     if "loss" not in (*one.needs, *other.needs):
         needs = ("layout",)
     return Rule(
-        name=f"partition({one.name}, {other.name})",
+        name=f"partition({one.name}, {other.name}{given})",
         title=f"Partition{one.title}{other.title}",
         hypers={**one.hypers, **{parted.called(n): parted.hyper(n) for n in other.hypers}},
         choices={**one.choices, **{n: c for n, c in theirs.items() if n not in one.choices}},

@@ -170,6 +170,8 @@ def _renamed(hyper: Hyper, choices: Mapping[str, str]) -> Hyper:
 def _recall(name: str) -> Any:
     from .wrappers import WRAPPERS
 
+    if name not in WRAPPERS:
+        raise ValueError(unknown("there is no wrapper of rules", name, WRAPPERS))
     return WRAPPERS[name]
 
 

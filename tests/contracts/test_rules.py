@@ -38,7 +38,7 @@ COMPOSED = [
     "random_scaling(adam)",
     "xgrad(sgd)",
     # Wrappers in wrappers, and each of the kinds of unit in each.
-    "cautious(clip_norm(nadam))",
+    "cautious(clip_norm(adam))",
     "decoupled_weight_decay(clip_norm(partition(sgd, adam)))",
     "ema(xgrad(adam))",
 ]
