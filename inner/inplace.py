@@ -216,7 +216,8 @@ class InPlace:
     def _joined_slots(self, unit: Unit, p: Tensor, states: States) -> Tensors:
         """The slots of a unit in flat vectors; they begin where there are none."""
         own = [states[q] for q in unit.params]
-        if not any(own) and not self.shared:
+        # Of a model's slots those of one number, or of another length, are all with the group.
+        if not all({*slots, *self.shared} >= {*self.rule.slots} for slots in own):
             return initial_slots(self.rule, unit.layout, p, self.values)
         return {n: _joined([slots[n] for slots in own]) for n in own[0]} | self.shared
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .hyper import Tensors
+from .around import COMMON, rate_of
+from .hyper import Hyper, Tensors
 from .layout import Layout
 from .rule import Need, Rule, Slot
 
@@ -29,30 +30,38 @@ def partition(
     """The first rule for the tensors that where(name, shape) picks, the other for the rest.
 
     Hypers, options and slots of the other that the first has too are called prefix + name. In the
-    torch form names are those of `named_parameters`, if it was given those, and else "".
+    torch form names are those of `named_parameters`, if it was given those, and else "". A rule
+    that is to be pickled needs a where that can be, a function of a module.
     """
     from .rules import find_rule  # Here, because some registered rules are made of others.
 
     one, other = find_rule(first), find_rule(rest)
     for part in (one, other):
         if part.over == "model":
-            raise ValueError(f"{part.name} acts on a whole model, so it cannot have a part of one")
+            raise ValueError(
+                f"{part.name} acts on a whole model, so it cannot have a part of one; wrappers of "
+                'that kind go around the partition: "clip_norm(partition(muon, adamw))"'
+            )
+    if not callable(where):
+        raise TypeError(f"where={where!r} is no function of the name and the shape of a tensor")
     parted = Parted(one, other, where, prefix)
+    given = "" if prefix == "rest_" else f", prefix={prefix!r}"
+    theirs = {parted.called(n): c for n, c in other.choices.items()}
     kept = {n: Slot(PartSlot(parted, True, n)) for n in one.slots}
-    kept |= {parted.slot(n): Slot(PartSlot(parted, False, n)) for n in other.slots}
+    kept |= {parted.called(n): Slot(PartSlot(parted, False, n)) for n in other.slots}
     needs: tuple[Need, ...] = ("loss", "layout")
     if "loss" not in (*one.needs, *other.needs):
         needs = ("layout",)
     return Rule(
-        name=f"partition({one.name}, {other.name})",
+        name=f"partition({one.name}, {other.name}{given})",
         title=f"Partition{one.title}{other.title}",
-        hypers={**one.hypers, **{parted.hyper(n): h for n, h in other.hypers.items()}},
-        choices={**one.choices, **{parted.choice(n): c for n, c in other.choices.items()}},
+        hypers={**one.hypers, **{parted.called(n): parted.hyper(n) for n in other.hypers}},
+        choices={**one.choices, **{n: c for n, c in theirs.items() if n not in one.choices}},
         slots=kept,
         update=parted,
         over="tensor",
         check=PartCheck(parted) if one.check or other.check else None,
-        chosen={**one.chosen, **{parted.choice(n): v for n, v in other.chosen.items()}},
+        chosen={**{parted.called(n): v for n, v in other.chosen.items()}, **one.chosen},
         doc=f"{one.doc}\n\nFor the rest:\n\n{other.doc}",
         needs=needs,
         readout=PartReadout(parted) if one.readout or other.readout else None,
@@ -61,49 +70,78 @@ def partition(
 
 @dataclass(frozen=True)
 class Parted:
-    """The update of a partition."""
+    """The update of a partition. names: what is called something else in the whole, of the hypers,
+    options and slots of the other.
+    """
 
     one: Rule
     other: Rule
     where: Where
     prefix: str
+    names: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        one = {*self.one.hypers, *self.one.choices, *self.one.slots}
+        names: dict[str, str] = {}
+        for name in (*self.other.hypers, *self.other.choices, *self.other.slots):
+            if name == COMMON:
+                continue
+            full = name
+            while full in one or full in names.values():
+                if not self.prefix:
+                    raise ValueError(f"both rules have {name!r}; give a prefix that is not empty")
+                full = f"{self.prefix}{full}"
+            names[name] = full
+        object.__setattr__(self, "names", names)
 
     def __hash__(self) -> int:
         return hash((self.one.name, self.other.name, self.prefix))
 
-    def hyper(self, name: str) -> str:
-        """What a hyper of the other is called."""
-        return self._apart(name, self.one.hypers)
+    def called(self, name: str) -> str:
+        """What a hyper, an option or a slot of the other is called."""
+        return self.names.get(name, name)
 
-    def choice(self, name: str) -> str:
-        # Smooth or not is one decision for the whole.
-        return name if name == "smooth" else self._apart(name, self.one.choices)
-
-    def slot(self, name: str) -> str:
-        return self._apart(name, self.one.slots)
-
-    def _apart(self, name: str, taken: Iterable[str]) -> str:
-        return f"{self.prefix}{name}" if name in taken else name
+    def hyper(self, name: str) -> Hyper:
+        """A hyper of the other in the whole."""
+        hyper = self.other.hypers[name]
+        if hyper.when is None:
+            return hyper
+        option, value = hyper.when
+        return replace(hyper, when=(self.called(option), value))
 
     def picks(self, layout: Layout) -> bool:
+        """Whether a tensor is one of the first rule's."""
         (name,), (shape,) = layout.names, layout.shapes
         return self.where(name, shape)
 
     def hypers_of(self, first: bool, values: Mapping[str, _T]) -> dict[str, _T]:
         if first:
             return {n: values[n] for n in self.one.hypers}
-        return {n: values[self.hyper(n)] for n in self.other.hypers}
+        return {n: values[self.called(n)] for n in self.other.hypers}
 
     def choices_of(self, first: bool, values: Mapping[str, _T]) -> dict[str, _T]:
         if first:
             return {n: values[n] for n in self.one.choices}
-        return {n: values[self.choice(n)] for n in self.other.choices}
+        return {n: values[self.called(n)] for n in self.other.choices}
 
     def slots_of(self, first: bool) -> dict[str, str]:
         """Its slots, by what it calls them."""
         if first:
             return {n: n for n in self.one.slots}
-        return {n: self.slot(n) for n in self.other.slots}
+        return {n: self.called(n) for n in self.other.slots}
+
+    def rate(self, values: Tensors, layout: Layout) -> Tensor:
+        """The learning rate of each tensor, that of its rule, for `rate_of`."""
+        if len(layout.names) == 1:
+            first = self.picks(layout)
+            part = self.one if first else self.other
+            return rate_of(part, self.hypers_of(first, values), layout)
+        grains = {n: layout.grains(v) for n, v in values.items()}
+        each = []
+        for i, unit in enumerate(layout.units):
+            each.append(self.rate({n: x[i] for n, x in grains.items()}, unit))
+        sizes = zip(each, layout.sizes, strict=True)
+        return torch.cat([x.reshape(-1).expand(size) for x, size in sizes])
 
     def __call__(
         self,

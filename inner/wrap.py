@@ -2,11 +2,21 @@
 
 A wrapper is written as a rule is, with the rule inside as one more argument:
 
-    @wrapper(over="model", max_norm=positive(1.0, search=(1e-3, 1e3)))
+    @wrapper(over="model", max_norm=positive(1.0, search=(1e-3, 1e3), finest="shared"))
     def clip_norm(p, g, s, t, inner, max_norm):
         return inner(p, g * (max_norm / root((g * g).sum())).clamp(max=1)), s
 
-and `clip_norm("adamw")` is a rule like any other: with the hypers, options and slots of both.
+and `clip_norm("adamw")` is a rule like any other: with the hypers, options and slots of both, and
+found by its name, "clip_norm(adamw)".
+
+The outermost wrapper is the first to change the gradient and the last to change the step. So
+clip_norm(coupled_weight_decay(sgd)) clips the gradient of the loss, before decay is added to it, as
+torch.nn.utils.clip_grad_norm_ does, and coupled_weight_decay(clip_norm(sgd)) clips their sum;
+decoupled_weight_decay(cautious(adam)) masks Adam's step alone, and
+cautious(decoupled_weight_decay(adam)) masks decay with it. Averages belong outside of all that
+changes steps: ema(lookahead(sgd)).
+
+Names that both have are the rule's; the wrapper's get its own name in front: clip_norm_max_norm.
 """
 
 from __future__ import annotations
@@ -14,57 +24,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-from .flat import flat_readout, flat_step, initial_slot
+from .around import COMMON, Around, AroundReadout, Inner, InnerCheck, InnerSlot, OwnSlot
 from .hyper import Discrete, Hyper, Tensors
-from .layout import Layout
-from .rule import Need, Over, Readout, Rule, Slot, unknown
+from .rule import Need, Over, Rule, Slot, unknown
 
 _WIDER: tuple[Over, ...] = ("element", "tensor", "model")
 # (p, g, s, t, inner, **needs, **hypers, **choices) -> (p, s)
 Body = Callable[..., tuple[Tensor, Tensors]]
-
-
-class Inner:
-    """The rule inside, as a wrapper's function calls it: at most once."""
-
-    def __init__(
-        self,
-        rule: Rule,
-        s: Tensors,
-        t: Tensor,
-        values: Tensors,
-        loss: Tensor | None,
-        layout: Layout,
-        flat: bool,
-    ) -> None:
-        self.rule, self.slots, self.values, self.layout = rule, s, values, layout
-        self._t, self._loss, self._flat = t, loss, flat
-
-    def __call__(self, p: Tensor, g: Tensor) -> Tensor:
-        """The weights after its step."""
-        if self._flat:
-            p, self.slots = flat_step(
-                self.rule, self.layout, p, g, self.slots, self._t, self.values, loss=self._loss
-            )
-        else:
-            p, self.slots = self.rule(
-                p, g, self.slots, self._t, self.values, loss=self._loss, layout=self.layout
-            )
-        return p
-
-    def readout(self, p: Tensor) -> Tensor:
-        """The weights to use, of those it trains."""
-        return _read(self.rule, p, self.slots, self.values, self.layout, self._flat)
-
-
-def _read(rule: Rule, p: Tensor, s: Tensors, values: Tensors, layout: Layout, flat: bool) -> Tensor:
-    if flat:
-        return flat_readout(rule, layout, p, s, values)
-    return rule.readout(p, s, values, layout) if rule.readout else p
+# (p, s, inner) -> the weights to use, element by element; s: the wrapper's slots
+WrapperReadout = Callable[[Tensor, Tensors, Inner], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,7 +45,8 @@ class Wrapper:
     """A function from a rule to a rule; made by `wrapper`.
 
     over, needs, slots, hypers, choices: as of a rule. readout: where the weights to use are not
-    those of the rule inside.
+    those of the rule inside. moves: whether it changes the weights that the rule inside made.
+    replaces: names of hypers that are off in the rule inside, because the wrapper has its own.
     """
 
     name: str
@@ -82,45 +56,58 @@ class Wrapper:
     slots: Mapping[str, Slot]
     hypers: Mapping[str, Hyper]
     choices: Mapping[str, Discrete]
-    readout: Readout | None
+    readout: WrapperReadout | None
+    moves: bool
+    replaces: tuple[str, ...]
     doc: str
 
-    def __call__(self, rule: str | Rule, **defaults: float) -> Rule:
-        """The rule, by name or itself, in this wrapper; defaults: of the wrapper's own hypers."""
+    def __call__(self, rule: str | Rule, **defaults: object) -> Rule:
+        """The rule, by name or itself, in this wrapper; defaults: of the wrapper's own hypers and
+        options.
+        """
         from .rules import find_rule  # Here, because some registered rules are made of others.
 
-        inner = find_rule(rule)
-        for name, value in defaults.items():
-            if name not in self.hypers:
-                raise TypeError(unknown(f"{self.name} has no hyper", name, self.hypers))
-            self.hypers[name].check(name, value)
-        own = {n: replace(h, default=defaults.get(n, h.default)) for n, h in self.hypers.items()}
-        names = self._apart(own, inner.hypers)
-        buffers = self._apart(self.slots, inner.slots)
-        for option, choice in self.choices.items():
-            if inner.choices.get(option, choice) != choice:
-                raise ValueError(
-                    f"{self.name} and {inner.name} have another option {option!r} each"
-                )
-        over = max(self.over, inner.over, key=_WIDER.index)
-        around = Around(self, inner, over, names, buffers)
+        found = find_rule(rule)
+        # Its options in force become those of the whole.
+        inner = replace(found, chosen={})
+        if self.moves and inner.readout:
+            raise ValueError(
+                f"{self.name} would change the weights that {inner.name} made, behind those that "
+                f"it keeps beside them; put {self.name} around what is inside of it, or leave one "
+                "of the two out"
+            )
+        self._refuse_another(inner)
+        own = self._declared(defaults)
+        off = frozenset(n for n in inner.hypers if self._replaces(n))
+        around = Around(
+            wrapper=self,
+            inner=inner,
+            over=max(self.over, inner.over, key=_WIDER.index),
+            hypers=self._named(self.hypers, inner, off),
+            choices=self._named(self.choices, inner, off),
+            slots=self._named(self.slots, inner, off),
+            off=off,
+        )
         given = "".join(f", {n}={v!r}" for n, v in defaults.items())
         needs: tuple[Need, ...] = ("loss", "layout")
         if "loss" not in (*self.needs, *inner.needs):
             needs = ("layout",)
+        overruled = {around.choices[n] for n in defaults if n in self.choices}
         return Rule(
             name=f"{self.name}({inner.name}{given})",
             title="".join(part.capitalize() for part in self.name.split("_")) + inner.title,
-            hypers={**inner.hypers, **{names[n]: h for n, h in own.items()}},
-            choices={**inner.choices, **self.choices},
-            slots={
-                **{n: Slot(InnerSlot(around, n), x.shared) for n, x in inner.slots.items()},
-                **{buffers[n]: Slot(OwnSlot(around, n), x.shared) for n, x in self.slots.items()},
+            hypers={n: h for n, h in inner.hypers.items() if n not in off}
+            | {full: _renamed(own[n], around.choices) for n, full in around.hypers.items()},
+            choices={**inner.choices, **{full: own[n] for n, full in around.choices.items()}},
+            slots={n: Slot(InnerSlot(around, n), x.shared) for n, x in inner.slots.items()}
+            | {
+                full: Slot(OwnSlot(around, n), self.slots[n].shared)
+                for n, full in around.slots.items()
             },
             update=around,
-            over=over,
-            check=inner.check and Checked(inner),
-            chosen=inner.chosen,
+            over=around.over,
+            check=InnerCheck(around) if inner.check else None,
+            chosen={n: v for n, v in found.chosen.items() if n not in overruled},
             doc=f"{self.doc}\n\nAround:\n\n{inner.doc}",
             needs=needs,
             readout=AroundReadout(around) if self.readout or inner.readout else None,
@@ -129,122 +116,62 @@ class Wrapper:
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
         return _recall, (self.name,)  # pickle would find it under the name of its function.
 
-    def _apart(self, own: Mapping[str, object], taken: Mapping[str, object]) -> dict[str, str]:
-        """Names in the whole of what is the wrapper's own."""
-        names = {n: f"{self.name}_{n}" if n in taken else n for n in own}
-        for name in names.values():
-            if name in taken:
+    def _declared(self, defaults: Mapping[str, object]) -> dict[str, Any]:
+        """Its hypers and options, with these defaults."""
+        own: dict[str, Any] = {**self.hypers, **self.choices}
+        for name, value in defaults.items():
+            if name not in own:
+                raise TypeError(unknown(f"{self.name} has no argument", name, own))
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if name in self.hypers and not number:
+                raise TypeError(f"{self.name}: {name}={value!r} is not a number")
+            own[name].check(name, value)
+            own[name] = replace(own[name], default=value)
+        return own
+
+    def _refuse_another(self, inner: Rule) -> None:
+        """Raise ValueError if a wrapper inside is there for what this one replaces."""
+        update: object = inner.update
+        while isinstance(update, Around):
+            if set(update.wrapper.replaces) & set(self.replaces):
                 raise ValueError(
-                    f"{name!r} is there already: {self.name} can be put around it twice"
+                    f"{self.name} would switch {update.wrapper.name} off in {inner.name}; leave "
+                    "one of the two out"
+                )
+            update = update.inner.update
+
+    def _replaces(self, name: str) -> bool:
+        """Whether a hyper is off inside, by itself or under the name that a part of a rule has."""
+        return any(name == each or name.endswith(f"_{each}") for each in self.replaces)
+
+    def _named(self, own: Mapping[str, object], inner: Rule, off: frozenset[str]) -> dict[str, str]:
+        """Names in the whole of what is the wrapper's own."""
+        taken = {*inner.hypers, *inner.choices, *inner.slots} - off
+        if inner.choices.get(COMMON) == self.choices.get(COMMON):
+            taken -= {COMMON}
+        names = {n: f"{self.name}_{n}" if n in taken else n for n in own}
+        for name, full in names.items():
+            if full in taken:
+                raise ValueError(
+                    f"{inner.name} has {full!r} and {name!r} already, so {self.name} cannot name "
+                    "its own; put a wrapper around a rule twice at most"
                 )
         return names
 
 
-@dataclass(frozen=True)
-class Around:
-    """The update of a wrapped rule. names, slots: the wrapper's own, by what it calls them."""
-
-    wrapper: Wrapper
-    inner: Rule
-    over: Over
-    names: Mapping[str, str]
-    slots: Mapping[str, str]
-
-    def __hash__(self) -> int:
-        return hash((self.wrapper.name, self.inner.name))
-
-    @property
-    def flat(self) -> bool:
-        """Whether the rule inside is shown a flat vector of tensors that it has to part."""
-        return self.over == "model"
-
-    def own(self, values: Mapping[str, Any], p: Tensor, layout: Layout) -> Tensors:
-        values = {n: values[full] for n, full in self.names.items()}
-        return layout.spread_all(values, p) if self.flat else values
-
-    def inside(self, values: Mapping[str, Any]) -> Tensors:
-        return {n: values[n] for n in self.inner.hypers}
-
-    def __call__(
-        self,
-        p: Tensor,
-        g: Tensor,
-        s: Tensors,
-        t: Tensor,
-        *,
-        layout: Layout,
-        loss: Tensor | None = None,
-        **values: Any,
-    ) -> tuple[Tensor, Tensors]:
-        rule = self.inner
-        if rule.choices:
-            rule = rule.choose(**{n: values[n] for n in rule.choices})
-        before = {n: s[n] for n in rule.slots}
-        inner = Inner(rule, before, t, self.inside(values), loss, layout, self.flat)
-        given: dict[str, Any] = {"loss": loss, "layout": layout}
-        given = {n: given[n] for n in self.wrapper.needs}
-        given |= {n: values[n] for n in self.wrapper.choices}
-        own = {n: s[full] for n, full in self.slots.items()}
-        p, after = self.wrapper.body(p, g, own, t, inner, **given, **self.own(values, p, layout))
-        return p, {**inner.slots, **{self.slots[n]: x for n, x in after.items()}}
-
-
-@dataclass(frozen=True)
-class AroundReadout:
-    """The weights to use of a wrapped rule."""
-
-    around: Around
-
-    def __call__(self, p: Tensor, s: Tensors, values: Tensors, layout: Layout) -> Tensor:
-        around = self.around
-        if around.wrapper.readout:
-            own = {n: s[full] for n, full in around.slots.items()}
-            return around.wrapper.readout(p, own, around.own(values, p, layout), layout)
-        before = {n: s[n] for n in around.inner.slots}
-        inside = around.inside(values)
-        return _read(around.inner, p, before, inside, layout, around.flat)
-
-
-@dataclass(frozen=True)
-class InnerSlot:
-    """How a slot of the rule inside begins."""
-
-    around: Around
-    name: str
-
-    def __call__(self, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
-        around, inside = self.around, self.around.inside(values)
-        if around.flat:
-            return initial_slot(around.inner, self.name, layout, p, inside)
-        return around.inner.slots[self.name].init(p, inside, layout)
-
-
-@dataclass(frozen=True)
-class OwnSlot:
-    """How a slot of the wrapper begins."""
-
-    around: Around
-    name: str
-
-    def __call__(self, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
-        own = self.around.own(values, p, layout)
-        return self.around.wrapper.slots[self.name].init(p, own, layout)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The condition of the rule inside, on the values that are its own."""
-
-    inner: Rule
-
-    def __call__(self, values: Mapping[str, object]) -> str | None:
-        assert self.inner.check
-        return self.inner.check({n: values[n] for n in (*self.inner.hypers, *self.inner.choices)})
+def _renamed(hyper: Hyper, choices: Mapping[str, str]) -> Hyper:
+    """A hyper of an option as the whole calls that."""
+    if hyper.when is None:
+        return hyper
+    option, value = hyper.when
+    return replace(hyper, when=(choices[option], value))
 
 
 def _recall(name: str) -> Any:
     from .wrappers import WRAPPERS
 
+    if name not in WRAPPERS:
+        raise ValueError(unknown("there is no wrapper of rules", name, WRAPPERS))
     return WRAPPERS[name]
 
 
@@ -253,7 +180,9 @@ def wrapper(
     over: Over = "element",
     needs: tuple[Need, ...] = (),
     slots: Mapping[str, Slot] | None = None,
-    readout: Readout | None = None,
+    readout: WrapperReadout | None = None,
+    moves: bool = False,
+    replaces: tuple[str, ...] = (),
     **declared: Hyper | Discrete,
 ) -> Callable[[Body], Wrapper]:
     """Declare a wrapper; its function's module docstring is its citation."""
@@ -273,6 +202,8 @@ def wrapper(
             hypers={n: d for n, d in kinds.items() if isinstance(d, Hyper)},
             choices={n: d for n, d in kinds.items() if not isinstance(d, Hyper)},
             readout=readout,
+            moves=moves,
+            replaces=replaces,
             doc=inspect.getdoc(body) or inspect.getmodule(body).__doc__ or "",
         )
 

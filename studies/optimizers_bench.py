@@ -24,6 +24,7 @@ from .device import CPU, gpu_name, settle
 from .measured import Grown, Say, alone, check_repeats, in_rounds
 from .memory import meter_of, return_freed_blocks
 
+Maker = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 # Steps per round and optimizer: one of them may be less than the clock's resolution can tell.
 _STEPS = 5
 SEED = 0
@@ -40,7 +41,7 @@ class Model:
     def parameters(self, device: torch.device) -> list[Tensor]:
         """Weights with gradients, the same every time."""
         draw = torch.Generator().manual_seed(SEED)
-        made = []
+        made: list[Tensor] = []
         for shape in self.shapes:
             p = torch.nn.Parameter((0.02 * torch.randn(shape, generator=draw)).to(device))
             p.grad = torch.randn(shape, generator=draw).to(device)
@@ -184,7 +185,7 @@ def _pair(model: Model, name: str, repeats: int, device: torch.device, say: Say)
     if rival.missing:
         none = Grown(None, left_out=rival.missing)
         return Pair(*known, [], [], (none, none), left_out=rival.missing)
-    makers = {"ours": partial(_ours, name), "other": rival.make}
+    makers: dict[str, Maker] = {"ours": partial(_ours, name), "other": rival.make}
     steps = {who: _stepping(make(model.parameters(device))) for who, make in makers.items()}
     seconds, _ = in_rounds(
         steps,
@@ -217,7 +218,7 @@ def memory_of(model: Model, name: str, who: str, device: torch.device) -> Grown:
     """In this process: what an optimizer takes beside weights and gradients, its state included."""
     return_freed_blocks()
     params = model.parameters(device)
-    make = RIVALS[name][0].make if who == "other" else partial(_ours, name)
+    make: Maker = RIVALS[name][0].make if who == "other" else partial(_ours, name)
     # What the first call of a library brings along is no part of it.
     small = Model("", "", ((8, 8),)).parameters(device)
     _stepping(make(small))()

@@ -23,6 +23,8 @@ def find_rule(name: str | Rule) -> Rule:
     """
     if isinstance(name, Rule):
         return name
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} is no rule; give its name, such as 'adamw', or a Rule")
     return RULES[name] if name in RULES else _composed(name)
 
 
@@ -39,16 +41,42 @@ def _read(said: ast.expr) -> Rule:
 
     match said:
         case ast.Name(id=name):
-            if name not in RULES:
-                raise ValueError(unknown("there is no rule", name, RULES))
-            return RULES[name]
+            if name in RULES:
+                return RULES[name]
+            if name in WRAPPERS:
+                raise ValueError(f"{name!r} goes around a rule; name that too: {_example(name)}")
+            raise ValueError(unknown("there is no rule", name, RULES))
         case ast.Call(func=ast.Name(id=name), args=inside, keywords=given):
+            if name in RULES:
+                raise ValueError(
+                    f"{name!r} in {ast.unparse(said)!r} is a rule and goes around none; write its "
+                    "name alone, and give its hypers and options where it is used"
+                )
             if name not in WRAPPERS:
                 raise ValueError(unknown("there is no wrapper of rules", name, WRAPPERS))
+            count = "two rules" if name == "partition" else "one rule"
+            if len(inside) != (2 if name == "partition" else 1):
+                raise ValueError(
+                    f"{name!r} goes around {count}, and {ast.unparse(said)!r} names {len(inside)}; "
+                    f"write {_example(name)}"
+                )
             rules = [_read(each) for each in inside]
-            defaults = {each.arg or "**": ast.literal_eval(each.value) for each in given}
-            return WRAPPERS[name](*rules, **defaults)
+            return WRAPPERS[name](*rules, **{each.arg or "**": _value(each) for each in given})
     raise ValueError(
         f"{ast.unparse(said)!r} is no rule; write a name, or wrappers around one: "
         "clip_norm(adamw, max_norm=0.5)"
     )
+
+
+def _example(name: str) -> str:
+    return f'"{name}({"muon, " * (name == "partition")}adamw)"'
+
+
+def _value(given: ast.keyword) -> object:
+    try:
+        return ast.literal_eval(given.value)
+    except ValueError as error:
+        raise ValueError(
+            f"{ast.unparse(given)!r} is no value that a name can hold; write a number, or call the "
+            'wrapper: clip_norm("adamw", max_norm=x)'
+        ) from error

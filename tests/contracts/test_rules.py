@@ -22,7 +22,26 @@ from hyperdescent.inner.rules import RULES, find_rule
 F64 = torch.float64
 REFERENCE = references()
 # Every wrapper once: they promise what rules do, and so do rules in rules.
-COMPOSED = ["cautious(adam)", "clip_norm(sgd)", "partition(alphagrad, nadam)"]
+COMPOSED = [
+    "cautious(adam)",
+    "cautious_weight_decay(adamw)",
+    "centralize_gradient(adam)",
+    "clip_norm(sgd)",
+    "clip_tensor(adam)",
+    "clip_value(sgd)",
+    "coupled_weight_decay(adam)",
+    "decoupled_weight_decay(sgd)",
+    "ema(adam)",
+    "induced_metric(adam)",
+    "lookahead(adam)",
+    "partition(alphagrad, nadam)",
+    "random_scaling(adam)",
+    "xgrad(sgd)",
+    # Wrappers in wrappers, and each of the kinds of unit in each.
+    "cautious(clip_norm(adam))",
+    "decoupled_weight_decay(clip_norm(partition(sgd, adam)))",
+    "ema(xgrad(adam))",
+]
 
 
 # Large enough that a wrong slope in any of them shows in the path; others take the middle of
@@ -322,7 +341,8 @@ class TestForm:
     @each_variant
     def test_inputs_are_untouched(self, rule):
         values = point(rule)
-        p, g = noise(0, (2, 3)), noise(1, (2, 3))
+        shape = (6,) if rule.over == "model" else (2, 3)
+        p, g = noise(0, shape), noise(1, shape)
         s = {n: x + 0.5 if x.ndim else x for n, x in rule.init(p, values).items()}
         t = torch.tensor(2, dtype=F64)
         given = {"p": p, "g": g, "t": t, **s, **values}
