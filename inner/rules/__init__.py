@@ -9,13 +9,6 @@ from importlib import import_module
 
 from ..rule import Rule, unknown
 
-RULES: dict[str, Rule] = {
-    value.name: value
-    for module in sorted(m.name for m in pkgutil.iter_modules(__path__))
-    for value in vars(import_module(f"{__name__}.{module}")).values()
-    if isinstance(value, Rule)
-}
-
 
 def find_rule(name: str | Rule) -> Rule:
     """The rule called name, or made of others, as "clip_norm(adamw, max_norm=0.5)" says; a Rule is
@@ -52,3 +45,12 @@ def _read(said: ast.expr) -> Rule:
         f"{ast.unparse(said)!r} is no rule; write a name, or wrappers around one: "
         "clip_norm(adamw, max_norm=0.5)"
     )
+
+
+# Last, because some rules are made of others, which are found by the functions above.
+RULES: dict[str, Rule] = {
+    value.name: value
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__))
+    for value in vars(import_module(f"{__name__}.{module}")).values()
+    if isinstance(value, Rule)
+}
