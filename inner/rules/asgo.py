@@ -32,8 +32,8 @@ def asgo_matrix(p, g, s, t, lr, momentum, beta2, weight_decay, matalg_steps):
     Newton-Schulz steps with the coefficients of Polar Express. Its eps of 1e-10 only keeps the
     norm there from 0 and is no hyper. Two departures: where rounding gives it NaN, it takes the
     identity for the root; here eigenvalues are raised by ten roundings, which leaves no NaN and
-    gives rank deficient averages a root in float32. And what is all zero stays, where it divides 0
-    by 0. No bias correction: the scaling cancels it.
+    gives rank deficient averages a root in float32 (slopes through it are right to some 1e-3). And
+    what is all zero stays, where it divides 0 by 0. No bias correction: the scaling cancels it.
 
     Convolutions are matrices of outputs x rest (the authors refuse them). What is no matrix is
     Adam's, with hypers that begin with aux_, and so should embeddings be: see Muon.
