@@ -9,13 +9,6 @@ from importlib import import_module
 
 from ..rule import Rule, unknown
 
-RULES: dict[str, Rule] = {
-    value.name: value
-    for module in sorted(m.name for m in pkgutil.iter_modules(__path__))
-    for value in vars(import_module(f"{__name__}.{module}")).values()
-    if isinstance(value, Rule)
-}
-
 
 def find_rule(name: str | Rule) -> Rule:
     """The rule called name, or made of others, as "clip_norm(adamw, max_norm=0.5)" says; a Rule is
@@ -80,3 +73,12 @@ def _value(given: ast.keyword) -> object:
             f"{ast.unparse(given)!r} is no value that a name can hold; write a number, or call the "
             'wrapper: clip_norm("adamw", max_norm=x)'
         ) from error
+
+
+# Last, because some rules are made of others, which are found by the functions above.
+RULES: dict[str, Rule] = {
+    value.name: value
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__))
+    for value in vars(import_module(f"{__name__}.{module}")).values()
+    if isinstance(value, Rule)
+}
