@@ -439,7 +439,9 @@ class TestForm:
     def test_bfloat16_weights_train(self, rule):
         p = torch.nn.Parameter(noise(0, (8,), torch.bfloat16))
         extra = {"momentum": 0.5} if rule.options().get("nesterov") else {}
-        extra |= {name: 0.1 for name in rule.hypers if name.endswith("lr")}
+        # A rate of 1 says that a rule finds its own: a tenth of it would be another rule.
+        lrs = {n: h.default for n, h in rule.hypers.items() if n.endswith("lr")}
+        extra |= {name: max(0.1, default) for name, default in lrs.items()}
         optimizer = torch_form(rule)([p], **extra)
         before = p.detach().square().sum()
         for _ in range(400):
