@@ -367,6 +367,10 @@ class TestForm:
         values |= {n: rule.hypers[n].value(z.detach()) for n, z in zip(names, free, strict=True)}
         flat, _ = path(rule, values)
         drifts = [LAYOUT.unflatten(noise(step, (SIZE,))) for step in range(STEPS + 1)]
+        losses = [None] * STEPS
+        if "loss" in rule.needs:  # Of all tensors, not of each.
+            starts = [path(rule, values, steps=step)[0] for step in range(STEPS)]
+            losses = [loss_of(p, noise(i + 1, (SIZE,))) for i, p in enumerate(starts)]
         # A value per element takes the shape of its tensor, one per tensor is a number there.
         for i, (name, start) in enumerate(LAYOUT.unflatten(noise(0, (SIZE,))).items()):
             own = {
@@ -382,8 +386,7 @@ class TestForm:
             for step in range(1, STEPS + 1):
                 g = torch.sin(p) + drifts[step][name].view_as(p)
                 t = torch.tensor(step, dtype=F64)
-                # Over tensors none needs the loss, which is of all of them.
-                p, s = rule(p, g, s, t, own, layout=LAYOUT.units[i])
+                p, s = rule(p, g, s, t, own, loss=losses[step - 1], layout=LAYOUT.units[i])
             torch.testing.assert_close(
                 LAYOUT.unflatten(flat)[name].view_as(p), p, rtol=1e-13, atol=1e-14
             )
