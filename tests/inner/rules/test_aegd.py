@@ -1,5 +1,7 @@
 """The energy of AEGD."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -41,8 +43,7 @@ def test_what_the_energy_loses_is_the_slope_along_the_step():
     """r' - r = v (p' - p) of every weight: the identity behind its stability at every rate."""
     for lr in (0.1, 10.0):
         found = descend("aegd", 20, lr=lr)
-        pairs = zip(found, found[1:], strict=False)
-        for (_, _, s, _, _), (p, moved, after, g, loss) in pairs:
+        for (_, _, s, _, _), (p, moved, after, g, loss) in pairwise(found):
             v = g / (2 * (loss + 1).sqrt())
             torch.testing.assert_close(after["r"] - s["r"], v * (moved - p), rtol=1e-9, atol=1e-13)
         # So the squared steps sum to less than lr times the energy squared at the start.
@@ -59,5 +60,5 @@ def test_without_momentum_aegdm_is_aegd():
 def test_the_energy_of_short_weights_falls_too(name):
     """By a factor of 1 + 2 lr v², which bfloat16 would round to 1."""
     found = descend(name, 50, start=0.25, dtype=torch.bfloat16, lr=1e-3)
-    assert all(bool((b[2]["r"] < a[2]["r"]).all()) for a, b in zip(found, found[1:], strict=False))
+    assert all(bool((b[2]["r"] < a[2]["r"]).all()) for a, b in pairwise(found))
     assert found[-1][1].dtype == torch.bfloat16
