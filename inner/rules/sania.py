@@ -2,7 +2,7 @@
 
 Abdukhakimov, Xiang, Kamzolov, Gower & Takac 2023, arXiv:2312.17369. With d = g / B and q = g·d the
 step is (1 - sqrt(1 - 2 (loss - f_star) / q)) * d, or all of d where the model never comes down to
-f_star. B is the sum of squared gradients, or their average free of bias (form="adam"). Without a
+f_star. B is the average of squared gradients, free of bias, or their sum (form="adagrad"). Without a
 root (is_sqrt=False) no diagonal rescaling of the weights changes their path. There is no momentum.
 
 Departures: the root has an infinite slope where 2 (loss - f_star) = q; here its argument bends
@@ -38,7 +38,7 @@ def bent(x, tau):
     eps=positive(0.1, search=(1e-8, 10.0)),
     f_star=Hyper(0.0, -torch.inf, torch.inf, "linear", search=(0.0, 1.0), finest="shared"),
     tau=positive(1e-3, search=(1e-6, 0.1), finest="shared"),
-    form=Choice("adagrad", ("adagrad", "adam")),
+    form=Choice("adam", ("adam", "adagrad")),
     is_sqrt=Choice(False, (False, True)),
 )
 def sania(p, g, s, t, loss, lr, beta2, eps, f_star, tau, form, is_sqrt):

@@ -6,7 +6,7 @@ import torch
 from hyperdescent.inner.rules import RULES
 
 F64 = torch.float64
-SANIA = RULES["sania"]
+SANIA = RULES["sania"].choose(form="adagrad")
 FORMS = ["adagrad", "adam"]
 
 
