@@ -1,8 +1,8 @@
 """Steps of a rule in the memory of a model's own tensors: what the torch forms are made of.
 
-A rule over elements does not care where one tensor ends and the next begins. Long tensors are
-stepped in blocks that stay in cache, short ones gathered until there is a block of them: neither
-takes more memory than the slots, nor one kernel per tensor.
+A rule over elements does not care where one tensor ends and the next begins: long tensors are
+stepped in blocks that stay in cache, short ones are gathered first, and their slots stay gathered,
+each parameter's being a view. Neither takes more memory than the slots, nor a kernel per tensor.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .flat import flat_readout, flat_step_, initial_slots
+from .flat import flat_readout, flat_step, initial_slots
 from .hyper import Tensors
 from .layout import Layout
+from .plan import Plan, Running, make_plan
 from .rule import Rule
 
 # Elements of tensors gathered into one vector, on the host and on another device: there, launches
@@ -26,144 +28,210 @@ _BUNCH, _BUNCH_AWAY = 2**15, 2**24
 States = MutableMapping[Tensor, Tensors]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Unit:
-    """Parameters that a rule steps as one, and their names. whole: those of a model, whose slots
-    may belong to all of them.
+    """Parameters that a rule steps as one, their names, and where they stand in their group. whole:
+    those of a model, whose slots may belong to all of them. flat: slots in one vector each, of
+    which the parameters have views.
     """
 
     params: list[Tensor]
     names: list[str]
+    at: list[int]
     whole: bool = False
     layout: Layout = field(init=False)
+    flat: Tensors = field(default_factory=dict)
+    views: list[Tensors] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        shapes = tuple(p.shape for p in self.params)
-        object.__setattr__(self, "layout", Layout(tuple(self.names), shapes))
+        self.layout = Layout(tuple(self.names), tuple(p.shape for p in self.params))
 
 
-def units(rule: Rule, params: Sequence[Tensor], names: Sequence[str]) -> Iterator[Unit]:
-    """The parameters as the rule takes them."""
-    pairs = list(zip(params, names, strict=True))
+def units(
+    rule: Rule, params: Sequence[Tensor], names: Sequence[str], moving: Sequence[bool]
+) -> Iterator[Unit]:
+    """The parameters that move, as the rule takes them; all of them if it takes them as one."""
     if rule.over == "model":
-        if pairs:
-            yield Unit(list(params), list(names), whole=True)
+        yield _unit(params, names, range(len(params)), whole=True)
         return
-    if rule.over == "tensor":
-        yield from (Unit([p], [name]) for p, name in pairs)
-        return
-    bunches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, str]]] = {}
-    for p, name in pairs:
+    bunches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+    for i, p in enumerate(params):
+        kind, size = (p.device, p.dtype), p.numel()
         limit = _BUNCH if p.device.type == "cpu" else _BUNCH_AWAY
-        if p.numel() >= limit:
-            yield Unit([p], [name])
+        if not moving[i]:
             continue
-        bunch = bunches.setdefault((p.device, p.dtype), [])
-        if bunch and sum(q.numel() for q, _ in bunch) + p.numel() > limit:
-            yield Unit([q for q, _ in bunch], [n for _, n in bunch])
-            bunch.clear()
-        bunch.append((p, name))
-    for bunch in bunches.values():
-        yield Unit([q for q, _ in bunch], [n for _, n in bunch])
+        if rule.over == "tensor" or size >= limit:
+            yield _unit(params, names, [i])
+            continue
+        if sizes.get(kind, 0) + size > limit:
+            yield _unit(params, names, bunches.pop(kind))
+            sizes[kind] = 0
+        bunches.setdefault(kind, []).append(i)
+        sizes[kind] = sizes.get(kind, 0) + size
+    for at in bunches.values():
+        yield _unit(params, names, at)
 
 
-@dataclass(frozen=True)
+def _unit(
+    params: Sequence[Tensor], names: Sequence[str], at: Sequence[int], *, whole: bool = False
+) -> Unit:
+    return Unit([params[i] for i in at], [names[i] for i in at], list(at), whole)
+
+
 class InPlace:
-    """A rule with its values at one step. shared: the slots that are one number for a param group,
-    or, of a rule over models, belong to all of it.
+    """A rule at one step. shared: the slots that are one number for a param group, or, of a rule
+    over models, belong to all of it. plans: those made so far, by what they are for.
     """
 
-    rule: Rule
-    values: Tensors
-    shared: Tensors
+    def __init__(
+        self,
+        rule: Rule,
+        values: Tensors,
+        shared: Tensors,
+        plans: dict[object, Plan | None] | None = None,
+        t: Tensor | None = None,
+        loss: Tensor | None = None,
+    ) -> None:
+        self.rule, self.values, self.shared = rule, values, shared
+        self._plans = {} if plans is None else plans
+        self._t = torch.ones((), dtype=torch.float64) if t is None else t
+        self._loss = loss
+        self._running: dict[object, Running] = {}
 
-    def step(
-        self, unit: Unit, grads: list[Tensor], states: States, t: Tensor, loss: Tensor | None
-    ) -> Tensors:
-        """Step the parameters of a unit and their slots; the shared ones after it are returned."""
-        if len(unit.params) == 1 and not unit.whole:
-            return self._alone(unit, grads[0], states, t, loss)
-        p, g = _joined(unit.params), _joined(grads)
-        slots = self._slots(unit, p, states)
-        p, slots = flat_step_(self.rule, unit.layout, p, g, slots, t, self.values, loss=loss)
-        _part(unit, p, unit.params)
-        return self._keep(unit, slots, states)
-
-    def _alone(
-        self, unit: Unit, g: Tensor, states: States, t: Tensor, loss: Tensor | None
-    ) -> Tensors:
-        (p,) = unit.params
-        one = unit.layout.units[0]
-        whole = p.view(one.shapes[0])
-        slots = states[p] or self.rule.init(whole, self.values, one)
-        held = {**slots, **self.shared}
-        long = self.rule.over == "element" and all(
-            x.is_contiguous() and x.shape == p.shape for x in (p, g, *slots.values())
-        )
-        if long:
-            flat = {n: x.view(-1) if n in slots else x for n, x in held.items()}
-            moved, after = flat_step_(
-                self.rule, one, p.view(-1), g.view(-1), flat, t, self.values, loss=loss
-            )
-            after = {n: x.view(p.shape) if n in slots else x for n, x in after.items()}
+    def step(self, unit: Unit, given: list[Tensor | None], states: States) -> Tensors:
+        """Step the parameters of a unit and their slots; the shared ones after it are returned.
+        Those of a model without a gradient are left where they are.
+        """
+        if unit.whole:
+            return self._model(unit, given, states)
+        grads: list[Tensor] = given  # type: ignore[assignment]  # what has none is in no other unit
+        if self.rule.over == "tensor" or (running := self._plan(unit.params[0])) is None:
+            after = self.shared
+            for p, name, g in zip(unit.params, unit.names, grads, strict=True):
+                after = self._out_of_place(p, name, g, states)
+            return after
+        if len(unit.params) == 1:
+            self._long(unit.params[0], grads[0], states, running)
         else:
-            moved, after = self.rule(
-                whole, g.view_as(whole), held, t, self.values, loss=loss, layout=one
-            )
+            self._bunch(unit, grads, states, running)
+        return running.shared
+
+    def _plan(self, p: Tensor) -> Running | None:
+        kind = (p.dtype, p.device, tuple(self.rule.options().items()))
+        if kind not in self._plans:
+            self._plans[kind] = make_plan(self.rule, p, self.values)
+        plan = self._plans[kind]
+        if plan is None:
+            return None
+        if kind not in self._running:
+            self._running[kind] = Running(plan, self._t, self._loss, self.values, self.shared)
+        return self._running[kind]
+
+    def _long(self, p: Tensor, g: Tensor, states: States, running: Running) -> None:
+        """One tensor, in its own memory."""
+        own = self._own(p, states)
+        held = (p, g, *(own[n] for n in running.slots))
+        flat = [x.reshape(-1) for x in held]
+        running.step(flat)
+        for x, moved in zip(held, flat, strict=True):
+            # A tensor that does not lie in one piece, as of channels_last, is copied there and
+            # back.
+            if x is not g and moved.data_ptr() != x.data_ptr():
+                x.copy_(moved.view_as(x))
+
+    def _bunch(self, unit: Unit, grads: list[Tensor], states: States, running: Running) -> None:
+        """Short tensors, gathered."""
+        if not unit.flat or not all(
+            states[q].get(n) is x
+            for q, views in zip(unit.params, unit.views, strict=True)
+            for n, x in views.items()
+        ):
+            self._gather(unit, states, running)
+        p = _joined(unit.params)
+        running.step([p, _joined(grads), *unit.flat.values()])
+        torch._foreach_copy_(unit.params, _parted(p, unit.params))
+
+    def _gather(self, unit: Unit, states: States, running: Running) -> None:
+        each = [self._own(q, states) for q in unit.params]
+        unit.flat = {n: _joined([slots[n] for slots in each]) for n in running.slots}
+        parts = {n: _parted(x, unit.params) for n, x in unit.flat.items()}
+        unit.views = [{n: parts[n][i] for n in parts} for i in range(len(unit.params))]
+        for q, views in zip(unit.params, unit.views, strict=True):
+            states[q] = dict(views)
+
+    def _own(self, p: Tensor, states: States) -> Tensors:
+        """The slots of a parameter, which begin if it has none."""
+        if not states[p]:
+            states[p] = {n: x for n, x in self._begun(p, "").items() if n not in self.shared}
+        return states[p]
+
+    def _begun(self, p: Tensor, name: str) -> Tensors:
+        one = Layout.alone(p.shape or torch.Size([1]), name)
+        slots = self.rule.init(p.view(one.shapes[0]), self.values, one)
+        return {n: x.view(p.shape) if x.shape == one.shapes[0] else x for n, x in slots.items()}
+
+    def _out_of_place(self, p: Tensor, name: str, g: Tensor, states: States) -> Tensors:
+        """One tensor by the rule as it is written; the shared slots after it."""
+        one = Layout.alone(p.shape or torch.Size([1]), name)
+        unit = p.view(one.shapes[0])
+        own = states[p] or self.rule.init(unit, self.values, one)
+        before = {**own, **self.shared}
+        moved, after = self.rule(
+            unit, g.view_as(unit), before, self._t, self.values, loss=self._loss, layout=one
+        )
         # A slot may hold the weights of the step before.
         after = {n: x.clone() if x.data_ptr() == p.data_ptr() else x for n, x in after.items()}
-        if moved.data_ptr() != p.data_ptr():
-            p.copy_(moved.view_as(p))
+        p.copy_(moved.view_as(p))
         states[p] = {n: x for n, x in after.items() if n not in self.shared}
         return {n: after[n] for n in self.shared}
+
+    def _model(self, unit: Unit, grads: list[Tensor | None], states: States) -> Tensors:
+        """A param group as one vector; the slots after it that are not one entry per element."""
+        pairs = list(zip(unit.params, grads, strict=True))
+        p = _joined(unit.params)
+        g = _joined([torch.zeros_like(q) if grad is None else grad for q, grad in pairs])
+        slots = self._joined_slots(unit, p, states)
+        p, after = flat_step(
+            self.rule, unit.layout, p, g, slots, self._t, self.values, loss=self._loss
+        )
+        parts = zip(pairs, _parted(p, unit.params), strict=True)
+        moved = [(q, x) for (q, grad), x in parts if grad is not None]
+        torch._foreach_copy_([q for q, _ in moved], [x for _, x in moved])
+        rest: Tensors = {}
+        for name, x in after.items():
+            if x.shape != p.shape:
+                rest[name] = x
+                continue
+            for q, piece in zip(unit.params, _parted(x, unit.params), strict=True):
+                states[q][name] = piece.clone()  # A view would keep all others' memory.
+        return rest
 
     def readout(self, unit: Unit, states: States) -> list[Tensor]:
         """The weights to use of every parameter."""
         p = _joined(unit.params)
-        if self.rule.over == "tensor":
-            slots = {n: x.reshape(-1) for n, x in states[unit.params[0]].items()} | self.shared
-        else:
-            slots = self._slots(unit, p, states)
-        read = flat_readout(self.rule, unit.layout, p, slots, self.values)
-        pieces = read.split(unit.layout.sizes)
-        return [x.view_as(p) for x, p in zip(pieces, unit.params, strict=True)]
+        slots = self._joined_slots(unit, p, states)
+        return _parted(flat_readout(self.rule, unit.layout, p, slots, self.values), unit.params)
 
-    def _slots(self, unit: Unit, p: Tensor, states: States) -> Tensors:
-        """The slots of a unit in flat vectors; those of parameters without any begin."""
-        new = [q for q in unit.params if not states[q]]
-        if new and unit.whole:
+    def _joined_slots(self, unit: Unit, p: Tensor, states: States) -> Tensors:
+        """The slots of a unit in flat vectors; they begin where there are none."""
+        own = [states[q] for q in unit.params]
+        if not any(own) and not self.shared:
             return initial_slots(self.rule, unit.layout, p, self.values)
-        for q in new:
-            states[q] = self.rule.init(q.view(q.shape or (1,)), self.values)
-        each = [states[q] for q in unit.params]
-        names = (n for n in each[0] if n not in self.shared)
-        return {n: _joined([slots[n] for slots in each]) for n in names} | self.shared
+        return {n: _joined([slots[n] for slots in own]) for n in own[0]} | self.shared
 
-    def _keep(self, unit: Unit, slots: Tensors, states: States) -> Tensors:
-        """Give every parameter its part of those slots that have an entry per element."""
-        rest: Tensors = {}
-        for name, x in slots.items():
-            if name in self.shared or x.shape != (sum(unit.layout.sizes),):
-                rest[name] = x
-                continue
-            if all(name in states[q] for q in unit.params):
-                _part(unit, x, [states[q][name] for q in unit.params])
-                continue
-            for q, piece in zip(unit.params, x.split(unit.layout.sizes), strict=True):
-                # A copy with q's strides: a view would keep all others' memory.
-                states[q] = {**states[q], name: torch.empty_like(q, dtype=x.dtype)}
-                states[q][name].copy_(piece.view_as(q))
-        return rest
+
+# torch's own for gradients in buckets: no call from Python per tensor.
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([x.reshape(-1) for x in tensors])
+    joined: Tensor = _flatten_dense_tensors(tensors)
+    return joined
 
 
-def _part(unit: Unit, flat: Tensor, into: list[Tensor]) -> None:
-    pieces = flat.split(unit.layout.sizes)
-    shaped = [x.view(shape) for x, shape in zip(pieces, unit.layout.shapes, strict=True)]
-    torch._foreach_copy_(into, shaped)
+def _parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A flat vector in the shapes of tensors."""
+    return list(_unflatten_dense_tensors(flat, like))
 
 
 __all__ = ["InPlace", "Unit", "units"]

@@ -24,14 +24,14 @@ def uniform(t: Tensor, shape: Sequence[int], *, seed: int = 0, stream: int = 0) 
     key = _mixed(t.long() & _MASK)
     key = _mixed((key + seed * 0x9E3779B9 + stream * 0x7F4A7C15) & _MASK)
     index = torch.arange(count, device=t.device)
-    bits = _mixed(_mixed((index + key) & _MASK) ^ key)
-    share: Tensor = (bits.double() + 0.5) / 2**32
-    return share.reshape(tuple(shape))
+    bits = _mixed(torch.bitwise_xor(_mixed((index + key) & _MASK), key))
+    return ((bits.double() + 0.5) / 2**32).reshape(tuple(shape))
 
 
 def normal(t: Tensor, shape: Sequence[int], *, seed: int = 0, stream: int = 0) -> Tensor:
     """Standard normal numbers in float64 on t's device."""
-    return torch.special.ndtri(uniform(t, shape, seed=seed, stream=stream))
+    quantiles: Tensor = torch.special.ndtri(uniform(t, shape, seed=seed, stream=stream))
+    return quantiles
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from inspect import Parameter, Signature
 from numbers import Real
@@ -21,6 +21,7 @@ from torch.optim.optimizer import ParamsT
 from .hyper import Hyper, Tensors
 from .inplace import InPlace, Unit, units
 from .layout import Layout
+from .plan import Plan
 from .rule import Rule, unknown
 from .rules import RULES
 
@@ -35,6 +36,10 @@ that were zero until then; torch.optim would count its steps from its first. To 
 1, add it as a group of its own."""
 
 
+# Ways to part the parameters that are remembered: which have a gradient may change at every step.
+_KEPT = 16
+
+
 class RuleOptimizer(torch.optim.Optimizer):
     """A rule applied in place to param groups; made by `torch_form`."""
 
@@ -43,9 +48,13 @@ class RuleOptimizer(torch.optim.Optimizer):
     # Whether a state_dict holds the slots; the trained weights while others are used.
     _lent: bool
     _evaluating: dict[Tensor, Tensor]
+    # What steps were made of so far: plans, and the parameters as the rule takes them.
+    _plans: dict[object, Plan | None]
+    _parted: dict[object, list[Unit]]
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__({"_lent": False, "_evaluating": {}, **state})
+        own = {"_lent": False, "_evaluating": {}, "_plans": {}, "_parted": {}}
+        super().__setstate__({**own, **state})
 
     def __reduce__(self) -> tuple[object, ...]:
         # By the rule: a class that was made of composed rules is no attribute of a module.
@@ -59,7 +68,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise TypeError(unknown(f"{type(self).__name__} has no argument", name, known))
         bound = self.__signature__.bind(params, *args, **given).arguments
         del bound["params"]
-        self._lent, self._evaluating = False, {}
+        self._lent, self._evaluating, self._plans, self._parted = False, {}, {}, {}
         super().__init__(params, self._grouped(bound, _defaults(self.rule)))
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
@@ -141,37 +150,45 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, object], loss: Tensor | None) -> None:
         params: list[Tensor] = group["params"]  # type: ignore[assignment]  # torch keeps a list there
-        grads = {p: self._dense(p.grad) for p in params if p.grad is not None}
-        if not grads:
+        grads = [p.grad for p in params]
+        moving = tuple(g is not None for g in grads)
+        if not any(moving):
             return
+        if any(g is not None and g.layout != torch.strided for g in grads):
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients; build the layer that "
+                "made them with sparse=False"
+            )
         if group["maximize"]:
-            grads = {p: -g for p, g in grads.items()}
+            grads = [g if g is None else -g for g in grads]
             loss = None if loss is None else -loss
-        at, t = self._in_place(group), torch.as_tensor(group["t"]) + 1
+        t = torch.as_tensor(group["t"]) + 1
+        at = self._in_place(group, t, loss)
         shared = at.shared
-        for unit in self._units(group, at, [p for p in params if p in grads]):
-            still = [(p, p.clone()) for p in unit.params if p not in grads]
-            each = [grads[p] if p in grads else torch.zeros_like(p) for p in unit.params]
-            shared = at.step(unit, each, self.state, t, loss)
-            for p, before in still:
-                p.copy_(before)
+        for unit in self._units(group, at.rule, moving):
+            shared = at.step(unit, [grads[i] for i in unit.at], self.state)
         group.update(t=t, **shared)
 
-    def _in_place(self, group: Mapping[str, object]) -> InPlace:
+    def _in_place(
+        self, group: Mapping[str, object], t: Tensor | None = None, loss: Tensor | None = None
+    ) -> InPlace:
         rule = self.rule.choose(**{name: group[name] for name in self.rule.choices})
         # Slots of a whole model, too, are kept by the group, from its first step on.
         kept = {n: x for n, x in group.items() if n in rule.slots and isinstance(x, Tensor)}
-        return InPlace(rule, self._values(group), kept)
+        return InPlace(rule, self._values(group), kept, self._plans, t, loss)
 
     def _units(
-        self, group: Mapping[str, object], at: InPlace, moving: list[Tensor]
-    ) -> Iterator[Unit]:
+        self, group: Mapping[str, object], rule: Rule, moving: tuple[bool, ...]
+    ) -> list[Unit]:
         """The parameters to step, or all of a group where the rule takes them as one."""
         params: list[Tensor] = group["params"]  # type: ignore[assignment]  # as above
-        names: Sequence[str] = group.get("param_names", [""] * len(params))  # type: ignore[assignment]  # as above
-        which = set(params if at.rule.over == "model" else moving)
-        chosen = [(p, name) for p, name in zip(params, names, strict=True) if p in which]
-        return units(at.rule, [p for p, _ in chosen], [name for _, name in chosen])
+        key = (tuple(map(id, params)), moving)
+        if key not in self._parted:
+            if len(self._parted) >= _KEPT:
+                self._parted.clear()
+            names: Sequence[str] = group.get("param_names", [""] * len(params))  # type: ignore[assignment]  # as above
+            self._parted[key] = list(units(rule, params, names, moving))
+        return self._parted[key]
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -182,8 +199,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             at = self._in_place(group)
-            begun = [p for p in group["params"] if self.state.get(p)]
-            for unit in self._units(group, at, begun):
+            begun = tuple(bool(self.state.get(p)) for p in group["params"])
+            for unit in self._units(group, at.rule, begun) if any(begun) else []:
                 for p, read in zip(unit.params, at.readout(unit, self.state), strict=True):
                     self._evaluating[p] = p.clone()
                     p.copy_(read)
@@ -194,14 +211,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         for p, trained in self._evaluating.items():
             p.copy_(trained)
         self._evaluating.clear()
-
-    def _dense(self, g: Tensor) -> Tensor:
-        if g.layout != torch.strided:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients; build the layer that "
-                "made them with sparse=False"
-            )
-        return g
 
     def _grouped(
         self, given: Mapping[str, object], defaults: Mapping[str, object]

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inner.flat import flat_readout, flat_step, initial_slots
 from ..inner.hyper import Tensors
+from ..inner.layout import Layout
 from ..inner.optim import betas_of, torch_form
 from ..inner.rule import Rule, unknown
 from ..inner.rules import RULES
@@ -38,7 +40,9 @@ def differentiable_form(rule: Rule) -> type:
     namespace = {
         "rule": rule,
         "_apply_override": _apply_override,
+        "step": _step,
         "_update": _update,
+        "readout": _readout,
         "__doc__": rule.doc,
         "__module__": __name__,
     }
@@ -54,7 +58,7 @@ def _higher() -> ModuleType:
     return higher  # type: ignore[no-any-return]  # untyped
 
 
-# These two become methods; self is higher's DifferentiableOptimizer.
+# Those with self become methods; self is higher's DifferentiableOptimizer.
 
 
 def _apply_override(self: Any, override: Mapping[str, Sequence[Any]]) -> None:
@@ -81,33 +85,125 @@ def _apply_override(self: Any, override: Mapping[str, Sequence[Any]]) -> None:
     _higher().optim.DifferentiableOptimizer._apply_override(self, alone)
 
 
+def _step(self: Any, loss: Tensor, *args: Any, **given: Any) -> Any:
+    """One step on a loss, as higher does it; readout() after the last one."""
+    self._loss = loss
+    return _higher().optim.DifferentiableOptimizer.step(self, loss, *args, **given)
+
+
 def _update(self: Any, grouped_grads: list[list[Tensor | None]], **_: object) -> None:
     _split_betas(self.param_groups, self.rule)
     # Without this, higher's test mode would keep a graph through slots that hold weights.
     with torch.set_grad_enabled(self._track_higher_grads):
         for group, slots, grads in zip(self.param_groups, self.state, grouped_grads, strict=True):
-            _update_group(self.rule, group, slots, grads)
+            if self.rule.over == "model":
+                _update_model(self.rule, group, slots, grads, self._loss)
+            else:
+                _update_group(self.rule, group, slots, grads, self._loss)
+
+
+def _readout(self: Any) -> list[Tensor]:
+    """The weights to use, in the order of the param groups, where the rule trains others."""
+    read: list[Tensor] = []
+    for group, state in zip(self.param_groups, self.state, strict=True):
+        rule, values = _of_group(self.rule, group)
+        if rule.over == "model":
+            layout = _layout(group)
+            p = layout.flatten(dict(zip(layout.names, group["params"], strict=True)))
+            slots = _joined(rule, layout, group, state)
+            read += layout.unflatten(flat_readout(rule, layout, p, slots, values)).values()
+        else:
+            for i, p in enumerate(group["params"]):
+                one = Layout.alone(p.shape or torch.Size([1]), _name(group, i))
+                unit = p.reshape(one.shapes[0])
+                known = rule.readout and state[i]
+                read.append(
+                    rule.readout(unit, state[i], values, one).view_as(p)
+                    if rule.readout and known
+                    else p
+                )
+    return read
+
+
+def _of_group(rule: Rule, group: dict[str, Any]) -> tuple[Rule, Tensors]:
+    """The rule with a group's options, and its hypers."""
+    rule = rule.choose(**{name: group[name] for name in rule.choices})
+    values = {n: torch.as_tensor(group[n], dtype=torch.float64).reshape(()) for n in rule.hypers}
+    return rule, values
+
+
+def _name(group: dict[str, Any], i: int) -> str:
+    names: list[str] = group.get("param_names", [])
+    return names[i] if names else str(i)
+
+
+def _layout(group: dict[str, Any]) -> Layout:
+    params = group["params"]
+    return Layout.of({_name(group, i): p for i, p in enumerate(params)})
 
 
 def _update_group(
-    rule: Rule, group: dict[str, Any], state: dict[int, Tensors], grads: list[Tensor | None]
+    rule: Rule,
+    group: dict[str, Any],
+    state: dict[int, Tensors],
+    grads: list[Tensor | None],
+    loss: Tensor,
 ) -> None:
     """One step on one param group, as the torch form does it, but out of place."""
-    rule = rule.choose(**{name: group[name] for name in rule.choices})
-    values = {n: torch.as_tensor(group[n], dtype=torch.float64).reshape(()) for n in rule.hypers}
+    rule, values = _of_group(rule, group)
     shared = {n: group[n] for n, slot in rule.slots.items() if slot.shared}
     moving = [(i, g) for i, g in enumerate(grads) if g is not None]
     t = group["t"] + 1
     for i, g in moving:
         p = group["params"][i]
-        # A number is shown to rules as a vector of one, as in the torch form.
-        unit, g = (x.reshape(x.shape or (1,)) for x in (p, -g if group["maximize"] else g))
-        before = {**(state[i] or rule.init(unit, values)), **shared}
-        stepped, after = rule(unit, g, before, t, values)
+        one = Layout.alone(p.shape or torch.Size([1]), _name(group, i))
+        unit, g = (x.reshape(one.shapes[0]) for x in (p, -g if group["maximize"] else g))
+        before = {**(state[i] or rule.init(unit, values, one)), **shared}
+        stepped, after = rule(unit, g, before, t, values, loss=loss, layout=one)
         group["params"][i] = stepped.view_as(p)
         state[i] = {n: x for n, x in after.items() if n not in shared}
     if moving:
         group.update(t=t, **{n: after[n] for n in shared})
+
+
+def _update_model(
+    rule: Rule,
+    group: dict[str, Any],
+    state: dict[int, Tensors],
+    grads: list[Tensor | None],
+    loss: Tensor,
+) -> None:
+    """The same for a rule that takes a param group as one vector."""
+    rule, values = _of_group(rule, group)
+    params, layout = group["params"], _layout(group)
+    sign = -1 if group["maximize"] else 1
+    full = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+    p, g = (torch.cat([x.reshape(-1) for x in each]) for each in (params, full))
+    begun = any(state[i] for i in range(len(params))) or any(n in group for n in rule.slots)
+    slots = _joined(rule, layout, group, state) if begun else initial_slots(rule, layout, p, values)
+    t = group["t"] + 1
+    p, slots = flat_step(rule, layout, p, sign * g, slots, t, values, loss=sign * loss)
+    for i, (stepped, grad) in enumerate(zip(layout.unflatten(p).values(), grads, strict=True)):
+        if grad is not None:
+            params[i] = stepped
+    for name, x in slots.items():
+        if x.shape == p.shape:
+            for i, piece in enumerate(layout.unflatten(x).values()):
+                state[i] = {**state[i], name: piece}
+        else:
+            group[name] = x
+    group["t"] = t
+
+
+def _joined(
+    rule: Rule, layout: Layout, group: dict[str, Any], state: dict[int, Tensors]
+) -> Tensors:
+    """The slots of a param group in flat vectors, as a rule over models takes them."""
+    count = range(len(layout.names))
+    return {
+        n: group[n] if n in group else torch.cat([state[i][n].reshape(-1) for i in count])
+        for n in rule.slots
+    }
 
 
 def _split_betas(groups: list[dict[str, Any]], rule: Rule) -> None:

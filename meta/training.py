@@ -149,6 +149,18 @@ class Training:
             for suffix, knob in knobs.items()
         }
 
+    def rough(self) -> dict[str, str]:
+        """The hypers whose derivative says little of their effect, by full name, and why."""
+        of_rule = self.rule.rough()
+        found = {}
+        for name, hyper in self.hypers.items():
+            base = name.partition(".")[0]
+            declared = self.rule.hypers.get(base)
+            lifted = declared and declared.rough == hyper.rough and base not in of_rule
+            if hyper.rough and not lifted:
+                found[name] = hyper.rough
+        return found
+
     def expand(self, names: Iterable[str]) -> list[str]:
         """Full names from names of hypers: "lr" stands for all knobs of its schedule."""
         full: list[str] = []

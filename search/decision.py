@@ -29,15 +29,25 @@ def choose_route(space: Space, asked: str = "auto") -> Decision:
     discrete = ", ".join(
         f"{name} ({type(option).__name__.lower()})" for name, option in space.discrete.items()
     )
+    rough = "; ".join(f"{name}: {why}" for name, why in space.rough.items())
     if asked == "gradient" and discrete:
         raise ValueError(
             f"route='gradient' cannot learn {discrete}: there is no gradient; leave it out of "
             "learn or use route='auto'"
         )
+    if asked == "gradient" and rough:
+        rule = space.training.rule
+        smooth = "give smooth=True, " if "smooth" in rule.choices else ""
+        raise ValueError(
+            f"route='gradient' cannot learn {', '.join(space.rough)} of {rule.name} ({rough}): "
+            f"{smooth}leave it out of learn or use route='auto'"
+        )
     if asked == "search":
         return Decision("search", "search was asked for")
     if discrete:
         return Decision("search", f"there is no gradient in {discrete}")
+    if rough:
+        return Decision("search", f"there is no useful gradient in {rough}")
     smooth = f"all {space.size} learned numbers are smooth in the held-out loss"
     return Decision("gradient", f"asked for; {smooth}" if asked == "gradient" else smooth)
 

@@ -65,6 +65,11 @@ class Space:
         start = self.training.start(names) if names else {}
         return {name: _around(self.training.hypers[name], start[name]) for name in names}
 
+    @cached_property
+    def rough(self) -> dict[str, str]:
+        """The smooth hypers whose derivative is no guide, and why."""
+        return {name: why for name, why in self.training.rough().items() if name in self.smooth}
+
     @property
     def size(self) -> int:
         """How many numbers the smooth hypers are."""

@@ -11,6 +11,19 @@ from ..rule import root, rule, zeros
 from .adam import decayed, moments
 
 
+def rectified(v, t, beta2, eps):
+    """What the corrected first moment is multiplied by: 1 until the variance can be trusted."""
+    c2 = 1 - beta2**t
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / c2
+    adaptive = length > 5
+    # A branch not taken still has a slope, and 0 * inf is NaN: both get harmless arguments there.
+    n, k = torch.where(adaptive, length, 6.0), torch.where(adaptive, longest, 6.0)
+    rectified = torch.sqrt((n - 4) * (n - 2) * k / ((k - 4) * (k - 2) * n) * c2)
+    # adaptive as a factor and not a branch: t may be a number on another device than the weights.
+    return torch.where(adaptive, rectified, 1.0) / (adaptive * (root(v) + eps) + ~adaptive)
+
+
 @rule(
     "RAdam",
     slots={"m": zeros, "v": zeros},
@@ -24,14 +37,5 @@ from .adam import decayed, moments
 def radam(p, g, s, t, lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay):
     p, g = decayed(p, g, lr, weight_decay, decoupled_weight_decay)
     m, v = moments(g, s, beta1, beta2)
-    c2 = 1 - beta2**t
-    longest = 2 / (1 - beta2) - 1
-    length = longest - 2 * t * beta2**t / c2
-    adaptive = length > 5
-    # A branch not taken still has a slope, and 0 * inf is NaN: both get harmless arguments there.
-    n, k = torch.where(adaptive, length, 6.0), torch.where(adaptive, longest, 6.0)
-    rectified = torch.sqrt((n - 4) * (n - 2) * k / ((k - 4) * (k - 2) * n) * c2)
-    # adaptive as a factor and not a branch: t may be a number on another device than the weights.
-    scale = torch.where(adaptive, rectified, 1.0) / (adaptive * (root(v) + eps) + ~adaptive)
-    step = m / (1 - beta1**t) * scale
+    step = m / (1 - beta1**t) * rectified(v, t, beta2, eps)
     return p - lr * step, {"m": m, "v": v}

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from hyperdescent.inner.hyper import Choice, decay, learning_rate, temperature
+from hyperdescent.inner.rule import rule, sign
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta.descent import Descent
@@ -10,6 +12,17 @@ from hyperdescent.meta.outcome import Outcome
 from hyperdescent.meta.training import Training
 from hyperdescent.search.decision import choose_route, reconsider
 from hyperdescent.search.space import Space
+
+
+@rule(
+    "Signed",
+    lr=learning_rate(0.1),
+    share=decay(0.5, rough="it enters through a sign"),
+    smooth=Choice(False, (False, True)),
+    temperature=temperature(),
+)
+def signed(p, g, s, t, lr, share, smooth, temperature):
+    return p - lr * sign(g - share, smooth, temperature), s
 
 
 @pytest.fixture
@@ -83,3 +96,29 @@ class TestReconsider:
         decision = reconsider(self.descent(Outcome.NOISY), many)
         assert decision.route == "gradient"
         assert decision.reason.endswith("1001 numbers are too many to search")
+
+
+def test_hypers_whose_derivative_is_no_guide_are_searched_with_the_reason(space):
+    assert choose_route(space("lr", rule=signed)).route == "gradient"
+    decision = choose_route(space("lr", "share", rule=signed))
+    assert decision.route == "search"
+    assert decision.reason == "there is no useful gradient in share: it enters through a sign"
+
+
+def test_knobs_of_a_schedule_of_them_are_searched_too(space):
+    cosine = {"share": find_schedule("cosine")}
+    decision = choose_route(space("share", rule=signed, schedules=cosine))
+    assert decision.route == "search" and "share.peak: it enters" in decision.reason
+
+
+def test_a_smooth_surrogate_gives_the_gradient_back(space):
+    smooth = signed.choose(smooth=True)
+    assert choose_route(space("lr", "share", "temperature", rule=smooth)).route == "gradient"
+
+
+def test_insisting_on_a_gradient_that_is_no_guide_names_the_way_out(space):
+    with pytest.raises(
+        ValueError, match=r"cannot learn share of signed \(share: it enters"
+    ) as told:
+        choose_route(space("lr", "share", rule=signed), "gradient")
+    assert "give smooth=True, leave it out of learn" in str(told.value)
