@@ -2,8 +2,9 @@
 
 Abdukhakimov, Xiang, Kamzolov, Gower & Takac 2023, arXiv:2312.17369. With d = g / B and q = g·d the
 step is (1 - sqrt(1 - 2 (loss - f_star) / q)) * d, or all of d where the model never comes down to
-f_star. B is the average of squared gradients, free of bias, or their sum (form="adagrad"). Without a
-root (is_sqrt=False) no diagonal rescaling of the weights changes their path. There is no momentum.
+f_star. B is the average of squared gradients, free of bias, or their sum (form="adagrad"). Where no
+root is taken of it (is_sqrt=False), no diagonal rescaling of the weights changes their path. There
+is no momentum.
 
 Departures: the root has an infinite slope where 2 (loss - f_star) = q; here its argument bends
 towards 0 within a distance of tau, and tau = 0 is the paper's. eps is added to B, as in the
