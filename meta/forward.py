@@ -239,7 +239,8 @@ class _Run:
             made: Tensors = torch.func.jvp(slots, ({n: values[n] for n in slope},), (slope,))[1]
             return made
 
-        slots = torch.vmap(filled)(slopes)
+        # jvp refuses a function that gives nothing.
+        slots = torch.vmap(filled)(slopes) if self.training.rule.slots else {}
         columns = len(next(iter(slopes.values())))
         return [
             slots[name] if kind == "slots" else torch.zeros(columns, *x.shape).to(x)

@@ -387,6 +387,10 @@ class TestForm:
         values |= {n: rule.hypers[n].value(z.detach()) for n, z in zip(names, free, strict=True)}
         flat, _ = path(rule, values)
         drifts = [LAYOUT.unflatten(noise(step, (SIZE,))) for step in range(STEPS + 1)]
+        losses = [None] * STEPS
+        if "loss" in rule.needs:  # Of all tensors, not of each.
+            starts = [path(rule, values, steps=step)[0] for step in range(STEPS)]
+            losses = [loss_of(p, noise(i + 1, (SIZE,))) for i, p in enumerate(starts)]
         # A value per element takes the shape of its tensor, one per tensor is a number there.
         for i, (name, start) in enumerate(LAYOUT.unflatten(noise(0, (SIZE,))).items()):
             own = {
@@ -402,8 +406,7 @@ class TestForm:
             for step in range(1, STEPS + 1):
                 g = torch.sin(p) + drifts[step][name].view_as(p)
                 t = torch.tensor(step, dtype=F64)
-                # Over tensors none needs the loss, which is of all of them.
-                p, s = rule(p, g, s, t, own, layout=LAYOUT.units[i])
+                p, s = rule(p, g, s, t, own, loss=losses[step - 1], layout=LAYOUT.units[i])
             torch.testing.assert_close(
                 LAYOUT.unflatten(flat)[name].view_as(p), p, rtol=1e-13, atol=1e-14
             )
@@ -459,7 +462,9 @@ class TestForm:
     def test_bfloat16_weights_train(self, rule):
         p = torch.nn.Parameter(noise(0, (8,), torch.bfloat16))
         extra = {"momentum": 0.5} if rule.options().get("nesterov") else {}
-        extra |= {name: 0.1 for name in rule.hypers if name.endswith("lr")}
+        # A rate of 1 says that a rule finds its own: a tenth of it would be another rule.
+        lrs = {n: h.default for n, h in rule.hypers.items() if n.endswith("lr")}
+        extra |= {name: max(0.1, default) for name, default in lrs.items()}
         optimizer = torch_form(rule)([p], **extra)
         before = p.detach().square().sum()
         for _ in range(400):

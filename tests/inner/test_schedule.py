@@ -5,10 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from pytorch_optimizer.lr_scheduler import CosineAnnealingWarmupRestarts, REXScheduler
 from torch.optim import lr_scheduler
 
 from hyperdescent.inner.hyper import decay, learning_rate
 from hyperdescent.inner.schedule import SCHEDULES, Schedule, find_schedule, piecewise
+from hyperdescent.inner.shapes import sgdr
 
 DOUBLE = torch.float64
 LR, BETA = learning_rate(1e-3), decay(0.9)
@@ -22,6 +24,9 @@ KNOBS = {
     "power": 1.7,
     "div": 10.0,
     "final_div": 50.0,
+    "period": 0.2,
+    "mult": 2.0,
+    "gamma": 0.6,
 }
 
 
@@ -67,18 +72,100 @@ TORCH = {
         final_div_factor=50,
         cycle_momentum=False,
     ),
+    "exponential": partial(lr_scheduler.ExponentialLR, gamma=0.1 ** (1 / STEPS)),
+    "step_decay:4": partial(lr_scheduler.StepLR, step_size=5, gamma=0.6),
+    "sgdr": partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=4, T_mult=2, eta_min=0.1 * 0.3),
 }
 
 
 @pytest.mark.parametrize("spec", TORCH)
 def test_is_torchs(spec):
-    given = {"polynomial": {"floor": 0.0}}.get(spec, {})
+    given = {"polynomial": {"floor": 0.0}, "sgdr": {"gamma": 1.0}}.get(spec, {})
     # torch's one-cycle refuses to be asked for the step after its last, so it gets one step more.
     steps = STEPS + 1 if spec == "one_cycle" else STEPS
     expected = torchs(TORCH[spec])[:STEPS]
     torch.testing.assert_close(
         table(spec, steps=steps, **given)[:STEPS], expected, rtol=1e-12, atol=0
     )
+
+
+# Of pytorch_optimizer; before its first step() the rate is another one.
+THEIRS = {
+    "rex": partial(REXScheduler, total_steps=STEPS, max_lr=0.3, min_lr=0.03),
+    "sgdr": partial(
+        CosineAnnealingWarmupRestarts,
+        first_cycle_steps=4,
+        cycle_mult=2.0,
+        max_lr=0.3,
+        min_lr=0.03,
+        gamma=0.6,
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", THEIRS)
+def test_is_pytorch_optimizers(spec):
+    expected = torchs(THEIRS[spec])[1:]
+    torch.testing.assert_close(table(spec)[1:], expected, rtol=1e-12, atol=0)
+
+
+def test_inverse_sqrt_is_that_of_transformers():
+    width, warmup = 512, 5
+
+    def rate(i):
+        return width**-0.5 * min((i + 1) ** -0.5, (i + 1) * warmup**-1.5)
+
+    expected = torchs(partial(lr_scheduler.LambdaLR, lr_lambda=rate), lr=1.0)
+    peak = (width * warmup) ** -0.5
+    actual = table("inverse_sqrt", peak=peak, warmup=warmup / STEPS)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+def test_inverse_sqrt_without_a_warmup_begins_at_the_peak():
+    expected = [0.3 / math.sqrt(i + 1) for i in range(STEPS)]
+    actual = table("inverse_sqrt", warmup=0.0)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=DOUBLE))
+
+
+class TestRestarts:
+    def counted(self, first, mult, steps, gamma, floor=0.1, peak=0.3):
+        """Cycle by cycle, in Python numbers."""
+        rates, begin, length, top = [], 0.0, float(first), 1.0
+        for i in range(steps):
+            while i >= begin + length - 1e-9:
+                begin, length, top = begin + length, length * mult, top * gamma
+            down = (1 + math.cos(math.pi * (i - begin) / length)) / 2
+            rates.append(peak * (floor + (top - floor) * down))
+        return torch.tensor(rates, dtype=DOUBLE)
+
+    @pytest.mark.parametrize("mult", [1.0, 1.25, 2.0, 3.0])
+    @pytest.mark.parametrize("first", [1, 3, 7, 10, 4.3])
+    def test_every_restart_is_in_time(self, mult, first):
+        """Also where logarithms round to just below a whole number of cycles."""
+        steps = 500
+        actual = table("sgdr", steps=steps, period=first / steps, mult=mult, gamma=0.99)
+        expected = self.counted(first, mult, steps, 0.99)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+    def test_one_cycle_of_the_whole_training_is_a_cosine(self):
+        torch.testing.assert_close(table("sgdr", period=1.0), table("cosine"), rtol=1e-13, atol=0)
+
+    @pytest.mark.parametrize("mult", [1.0, 1 + 1e-7, 1 + 2e-6, 1 + 1e-4])
+    def test_the_slope_in_mult_where_cycles_are_nearly_equal(self, mult):
+        values = knobs(sgdr(), period=0.22, mult=mult, gamma=0.6)
+        values = {n: v.requires_grad_() for n, v in values.items()}
+        (slope,) = torch.autograd.grad(sgdr().table(STEPS, values, LR)[16], values["mult"])
+        # Step 16 is in cycle 3, begun at 4.4 (1 + m + m²), of 4.4 m³ steps.
+        first, m, floor, top = 4.4, mult, 0.1, 0.6**3
+        done = (16 - first * (1 + m + m * m)) / (first * m**3)
+        moved = -(1 + 2 * m) / m**3 - 3 * done / m
+        expected = -0.3 * (top - floor) * math.pi / 2 * math.sin(math.pi * done) * moved
+        assert float(slope) == pytest.approx(expected, rel=1e-5)
+
+
+def test_too_few_stages():
+    with pytest.raises(ValueError, match="at least 2 stages, not 1; use 'constant'"):
+        find_schedule("step_decay:1")
 
 
 def wsd(shape, i, warmup=0.25, down=0.35, floor=0.1, peak=0.3):
@@ -148,9 +235,10 @@ SPECS = [
     "piecewise:5",
     "warmup_stable_decay:cosine",
     "warmup_stable_decay:1-sqrt",
+    "step_decay:5",
 ]
 # Shares of training that end between two steps: a clamp has no slope where it begins to act.
-BETWEEN = {"warmup": 0.22, "decay": 0.33, "up": 0.37}
+BETWEEN = {"warmup": 0.22, "decay": 0.33, "up": 0.37, "period": 0.22, "mult": 1.7}
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -206,7 +294,7 @@ class TestFinding:
         assert isinstance(find_schedule("cosine"), Schedule)
 
     def test_the_argument_is_kept_in_the_name(self):
-        for spec in ("piecewise:4", "warmup_stable_decay:cosine", "cosine"):
+        for spec in ("piecewise:4", "warmup_stable_decay:cosine", "step_decay:7", "cosine"):
             assert find_schedule(spec).name == spec
 
     @pytest.mark.parametrize(
@@ -218,6 +306,8 @@ class TestFinding:
             ("piecewise:many", "piecewise.*'many'"),
             ("warmup_stable_decay:sqrt", "has no shape 'sqrt'; did you mean '1-sqrt'"),
             ("warmup_stable_decay:2", "warmup_stable_decay.*2"),
+            ("step_decay:many", "step_decay cannot take 'many'"),
+            ("sgdr:2", "sgdr cannot take '2'"),
         ],
     )
     def test_what_does_not_exist_is_refused(self, spec, message):

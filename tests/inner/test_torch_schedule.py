@@ -1,8 +1,10 @@
-"""What a HyperScheduler refuses; that it sets the values is tested on learned results."""
+"""The values a HyperScheduler sets, on learned results too in other tests; what it refuses."""
 
 import pytest
 import torch
 
+from hyperdescent.inner.hyper import decay, learning_rate
+from hyperdescent.inner.schedule import SCHEDULES, find_schedule
 from hyperdescent.inner.torch_schedule import HyperScheduler
 
 
@@ -28,4 +30,23 @@ def test_a_group_that_is_added_later():
     sgd.step()
     sgd.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     with pytest.raises(ValueError, match="lr has 1 schedules for 2 parameter groups; give one"):
+        scheduler.step()
+
+
+@pytest.mark.parametrize("spec", SCHEDULES)
+def test_it_sets_the_values_of_every_schedule(spec):
+    schedule, steps = find_schedule(spec), 12
+    tables = {}
+    for name, hyper in {"lr": learning_rate(0.2), "momentum": decay(0.9)}.items():
+        knobs = {
+            n: torch.full(knob.shape, knob.default, dtype=torch.float64)
+            for n, knob in schedule.knobs(hyper, steps).items()
+        }
+        tables[name] = schedule.table(steps, knobs, hyper).tolist()
+    sgd = optimizer(2)
+    scheduler = HyperScheduler(sgd, tables)
+    for i in [*range(steps), steps - 1]:
+        for group in sgd.param_groups:
+            assert (group["lr"], group["momentum"]) == (tables["lr"][i], tables["momentum"][i])
+        sgd.step()
         scheduler.step()

@@ -195,6 +195,9 @@ KNOBS = {
     "warmup": 0.33,  # 3.96 steps
     "decay": 0.41,  # 4.92 steps: far from the infinite slope where 1 - sqrt begins
     "up": 0.33,
+    "period": 0.29,  # 3.48 steps, and 5.9 more: restarts are far from steps
+    "mult": 1.7,
+    "gamma": 0.6,
     "floor": 0.2,
     "power": 1.5,
     "div": 5.0,
