@@ -22,7 +22,7 @@ from .rule import Rule
 
 # Elements of tensors gathered into one vector, on the host and on another device: there, launches
 # cost more than memory.
-_BUNCH, _BUNCH_AWAY = 2**15, 2**24
+_BUNCH, _BUNCH_AWAY = 2**17, 2**24
 
 # The slots of every parameter, as torch.optim.Optimizer.state holds them.
 States = MutableMapping[Tensor, Tensors]

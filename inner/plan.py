@@ -23,7 +23,7 @@ from .rule import Rule
 aten = torch.ops.aten
 
 # Elements at a time: what a step makes on its way stays in cache.
-BLOCK = 2**15
+BLOCK = 2**17
 
 # Kernels that take numbers beside tensors.
 _MIXED: dict[object, Callable[..., Tensor]] = {
