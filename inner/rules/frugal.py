@@ -33,7 +33,7 @@ def active(shape, projector, density, change, seed):
     elif projector == "rows":
         shape = (shape[0], *(1 for _ in shape[1:]))
     drawn = noise.uniform(change, shape, seed=seed)
-    order = drawn.flatten().argsort().argsort().reshape(shape).to(density.device)
+    order = drawn.flatten().argsort().argsort().reshape(shape)
     return order < torch.floor(density * order.numel())
 
 
@@ -85,7 +85,7 @@ def frugal(
         return p - lr * direction(m, v, t, beta1, beta2, eps), {"m": m, "v": v}
     change = torch.floor((t - 1) / update_gap)
     age = t - change * update_gap
-    on = active(p.shape, projector, density, change, seed).to(p)
+    on = active(p.shape, projector, density, change.to(p.device), seed).to(p)
     kept = {name: x * (age > 1) for name, x in s.items()}
     m, v = moments(on * g, kept, beta1, beta2)
     # Where an entry has no state the root has a slope that nothing must meet.
