@@ -1,17 +1,19 @@
 """DynAG: AlphaGrad that finds its alpha. Sane 2025, github.com/Soham4001A/DynamicAlphaGrad.
 
-The successor of `alphagrad` by its author; there is no paper, so this is his code (class DAG of
-optim/sgd.py). Each tensor's alpha goes towards what would put the share p_star of the entries of a
-normal gradient beyond tau, times (p_star / the share that was beyond it)^saturation_power. After
-warmup_steps tanh is also made steeper and lower, by one factor s, as far as updates have become
-smaller than shrink_ratio times what they were in the warm-up.
+The successor of `alphagrad` by its author; there is no paper, so this is his code (classes
+DynamicAlphaGrad and DAG of optim/sgd.py, with the constants of the latter). Each tensor's alpha
+goes towards what would put the share p_star of the entries of a normal gradient beyond tau, times
+(p_star / the share that was beyond it)^saturation_power.
 
-Decided where his versions differ: the share is of |alpha g / |g|| > tau, before s and at every
-step; the size of an update is that of the direction, so that a falling learning rate shrinks
-nothing; the first direction enters the momentum buffer undamped, as in `alphagrad`. Departures,
-because a rule over tensors sees one at a time: s is each tensor's own, and the number of all
-weights, by which alpha is multiplied by (n / model_size)^size_power, has to be given: with 0 that
-factor is 1, as for a model of one tensor.
+A rule over tensors sees one at a time, so the number of all weights, by which alpha is multiplied
+by (n / model_size)^(1/3), has to be given: with 0 that factor is 1, as for a model of one tensor.
+
+shrink=True is DAG: after warmup_steps tanh becomes steeper and lower, by one factor s, as far as
+updates have become smaller than shrink_ratio times what they were in the warm-up. It is off unless
+asked for, because s is each tensor's own here and the whole model's there. Decided where his
+versions differ: the share is of |alpha g / |g|| > tau, before s and at every step; the size of an
+update is that of the direction, so that a falling learning rate shrinks nothing; the first
+direction enters the momentum buffer undamped, as in `alphagrad`.
 """
 
 import torch
@@ -19,6 +21,8 @@ import torch
 from ..hyper import Choice, Integer, decay, fraction, learning_rate, positive, weight_decay
 from ..rule import number, root, rule, zeros
 from .sgd import heavy_ball, nesterov_needs_momentum
+
+_SHRINK = ("shrink", True)
 
 
 def shrinking(s, t, warmup_steps, shrink_ratio, shrink_min):
@@ -61,15 +65,15 @@ def measured(d, s, t, warmup_steps, shrink_decay):
         rough="part of its effect is through a count of the entries beyond it",
     ),
     p_star=decay(0.1, search=(0.01, 0.5), finest="tensor"),
-    size_power=fraction(1 / 3, search=(0.0, 1.0), finest="tensor"),
     saturation_power=positive(0.3, search=(0.03, 1.0), finest="tensor"),
     alpha_decay=decay(0.9, finest="tensor"),
     eps=positive(1e-5, search=(1e-8, 1e-1), finest="tensor"),
-    shrink_ratio=positive(0.3, search=(0.03, 3.0), finest="tensor"),
-    shrink_min=fraction(0.1, finest="tensor"),
-    shrink_decay=decay(0.98, finest="tensor"),
+    shrink_ratio=positive(0.3, search=(0.03, 3.0), when=_SHRINK, finest="tensor"),
+    shrink_min=fraction(0.1, when=_SHRINK, finest="tensor"),
+    shrink_decay=decay(0.98, when=_SHRINK, finest="tensor"),
     nesterov=Choice(False, (False, True)),
-    warmup_steps=Integer(500, 1, 10**6, log=True),
+    shrink=Choice(False, (False, True)),
+    warmup_steps=Integer(500, 1, 10**6, log=True, when=_SHRINK),
     model_size=Integer(0, 0, 2**48),
 )
 def dynag(
@@ -85,29 +89,29 @@ def dynag(
     nesterov,
     tau,
     p_star,
-    size_power,
     saturation_power,
     alpha_decay,
     eps,
     shrink_ratio,
     shrink_min,
     shrink_decay,
+    shrink,
     warmup_steps,
     model_size,
 ):
     n, real = g.numel(), s["alpha"].dtype
-    shrink = shrinking(s, t, warmup_steps, shrink_ratio, shrink_min)
+    lower = shrinking(s, t, warmup_steps, shrink_ratio, shrink_min) if shrink else 1
     # In the precision of the numbers, which for bfloat16 weights is a higher one.
     length = root((g * g).to(real).sum())
-    goal = shrink * tau / torch.special.ndtri(1 - p_star / 2)
+    goal = lower * tau / torch.special.ndtri(1 - p_star / 2)
     goal = goal * (length + eps) / (length / n**0.5 + eps)
-    goal = goal * (n / (model_size or n)) ** size_power
+    goal = goal * (n / (model_size or n)) ** (1 / 3)
     goal = goal * (p_star / (s["saturation"] + eps)) ** saturation_power
     alpha = (alpha_decay * s["alpha"] + (1 - alpha_decay) * goal).clamp(1e-12, 1e12)
     steep = alpha * g / (length + eps)
     saturation = (steep.abs() > tau).to(real).mean()
-    d = k * shrink * torch.tanh(steep / shrink) + weight_decay * p
-    d, after = heavy_ball(d, s, t, momentum, dampening, nesterov)
-    after |= measured(d, s, t, warmup_steps, shrink_decay)
-    numbers = {"alpha": alpha, "saturation": saturation, **after}
-    return p - lr * d, {name: x.to(s[name].dtype) for name, x in numbers.items()}
+    d = k * lower * torch.tanh(steep / lower) + weight_decay * p
+    d, buffer = heavy_ball(d, s, t, momentum, dampening, nesterov)
+    sizes = measured(d, s, t, warmup_steps, shrink_decay) if shrink else {}
+    after = {**s, **buffer, **sizes, "alpha": alpha, "saturation": saturation}
+    return p - lr * d, {name: x.to(s[name].dtype) for name, x in after.items()}

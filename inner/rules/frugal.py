@@ -20,8 +20,16 @@ inactive_lr_scale=0.
 import torch
 
 from .. import noise
-from ..hyper import Choice, Integer, decay, fraction, learning_rate, positive, temperature
-from ..hyper import weight_decay as decay_of_weights
+from ..hyper import (
+    Choice,
+    Integer,
+    decay,
+    fraction,
+    learning_rate,
+    positive,
+    temperature,
+    weight_decay,
+)
 from ..rule import rule, sign, zeros
 from .adam import decayed, direction, moments
 
@@ -45,7 +53,7 @@ def active(shape, projector, density, change, seed):
     beta1=decay(0.9),
     beta2=decay(0.999),
     eps=positive(1e-8, search=(1e-12, 1e-2)),
-    weight_decay=decay_of_weights(1e-2),
+    weight_decay=weight_decay(1e-2),
     proj_params_lr_scale=positive(1.0, search=(0.01, 10.0)),
     inactive_lr_scale=positive(1.0, search=(0.01, 10.0)),
     density=fraction(

@@ -3,8 +3,7 @@
 import torch
 
 from .. import noise
-from ..hyper import Choice, Integer, decay, learning_rate, positive
-from ..hyper import weight_decay as decay_of_weights
+from ..hyper import Choice, Integer, decay, learning_rate, positive, weight_decay
 from ..rule import Slot, at_least_float32, root, rule, zeros
 from .adam import decayed
 
@@ -88,28 +87,22 @@ def stepped(p, step, lr, weight_decay):
 
 
 _EMA = ("second_moment", "ema")
-_COMMON = {
-    "lr": learning_rate(1e-3),
-    "weight_decay": decay_of_weights(0.0),
-    "correct_bias": Choice(True, (True, False)),
-}
-_SUBSPACE = {
-    "beta1": decay(0.9, finest="tensor"),
-    "rank": Integer(128, 1, 2**20, log=True),
-    "update_proj_gap": Integer(200, 1, 10**6, log=True),
-    "seed": Integer(0, 0, 2**31 - 1),
-}
+_RANK = Integer(128, 1, 2**20, log=True)
+_GAP = Integer(200, 1, 10**6, log=True)
+_SEED = Integer(0, 0, 2**31 - 1)
 
 
 @rule(
     "SubsetNorm",
     over="tensor",
     slots={"m": zeros, "v": Slot(_subset_moments)},
+    lr=learning_rate(1e-3),
     beta1=decay(0.9),
     beta2=decay(0.999, finest="tensor", when=_EMA),
     eps=positive(1e-6, search=(1e-12, 1e-2)),
     second_moment=Choice("ema", ("ema", "sum")),
-    **_COMMON,
+    weight_decay=weight_decay(0.0),
+    correct_bias=Choice(True, (True, False)),
 )
 def subsetnorm(p, g, s, t, lr, beta1, beta2, eps, weight_decay, correct_bias, second_moment):
     """Subset-Norm (AdamW-SN, AdaGrad-SN): one second moment for many weights. Nguyen & Nguyen 2024,
@@ -136,11 +129,16 @@ def subsetnorm(p, g, s, t, lr, beta1, beta2, eps, weight_decay, correct_bias, se
     "SubspaceMomentum",
     over="tensor",
     slots={"m": zeros, "v": zeros},
+    lr=learning_rate(1e-3),
+    beta1=decay(0.9, finest="tensor"),
     beta2=decay(0.999, when=_EMA),
     eps=positive(1e-6, search=(1e-12, 1e-2), when=_EMA),
     second_moment=Choice("ema", ("ema", "none")),
-    **_COMMON,
-    **_SUBSPACE,
+    weight_decay=weight_decay(0.0),
+    correct_bias=Choice(True, (True, False)),
+    rank=_RANK,
+    update_proj_gap=_GAP,
+    seed=_SEED,
 )
 def subspacemomentum(
     p,
@@ -191,11 +189,16 @@ def subspacemomentum(
     "SNSM",
     over="tensor",
     slots={"m": zeros, "v": Slot(_subset_moments)},
+    lr=learning_rate(1e-3),
+    beta1=decay(0.9, finest="tensor"),
     beta2=decay(0.999, finest="tensor", when=_EMA),
     eps=positive(1e-6, search=(1e-12, 1e-2)),
     second_moment=Choice("ema", ("ema", "sum")),
-    **_COMMON,
-    **_SUBSPACE,
+    weight_decay=weight_decay(0.0),
+    correct_bias=Choice(True, (True, False)),
+    rank=_RANK,
+    update_proj_gap=_GAP,
+    seed=_SEED,
 )
 def snsm(
     p,

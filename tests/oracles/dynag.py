@@ -14,23 +14,24 @@ class DynAG(Plain):
         if momentum:
             s["buffer"] = d if t == 1 else momentum * s["buffer"] + (1 - dampening) * d
             d = d + momentum * s["buffer"] if nesterov else s["buffer"]
-        self.measure(d, s, t, rest["warmup_steps"], rest["shrink_decay"])
+        if rest["shrink"]:
+            self.measure(d, s, t, rest["warmup_steps"], rest["shrink_decay"])
         return p - lr * d
 
     def squash(self, g, s, eps, tau, p_star, shrink_min, shrink_ratio, **rest):
         # The hypers are those of this step, also for what was measured before it.
-        shrink = shrink_min + (1 - shrink_min) * min(1.0, s["ratio"] / shrink_ratio)
+        lower = shrink_min + (1 - shrink_min) * min(1.0, s["ratio"] / shrink_ratio)
         norm_g, n = np.sqrt((g * g).sum()), g.size
         sigma = norm_g / np.sqrt(n)
         kappa = tau / norm.ppf(1 - p_star / 2)
         alpha = kappa * (norm_g + eps) / (sigma + eps)
-        alpha *= (n / (rest["model_size"] or n)) ** rest["size_power"]
-        alpha *= (p_star / (s["saturation"] + eps)) ** rest["saturation_power"] * shrink
+        alpha *= (n / (rest["model_size"] or n)) ** (1 / 3)
+        alpha *= (p_star / (s["saturation"] + eps)) ** rest["saturation_power"] * lower
         rho = 1 - rest["alpha_decay"]
         s["alpha"] = np.clip((1 - rho) * s["alpha"] + rho * alpha, 1e-12, 1e12)
         normal = g / (norm_g + eps)
         s["saturation"] = np.mean(np.abs(s["alpha"] * normal) > tau)
-        return shrink * np.tanh(s["alpha"] / shrink * normal)
+        return lower * np.tanh(s["alpha"] / lower * normal)
 
     def measure(self, d, s, t, warmup_steps, kept):
         now = np.sqrt(np.mean(d * d))
