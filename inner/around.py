@@ -138,6 +138,11 @@ class Around:
         none = torch.zeros((), dtype=torch.float64)
         return {n: none if n in self.off else values[n] for n in self.inner.hypers}
 
+    def chosen(self, values: Mapping[str, Any]) -> Rule:
+        """The rule inside with its options in force."""
+        rule = self.inner
+        return rule.choose(**{n: values[n] for n in rule.choices}) if rule.choices else rule
+
     def own(self, values: Mapping[str, Any]) -> Tensors:
         """Those of the wrapper."""
         return {n: values[full] for n, full in self.hypers.items()}
@@ -162,9 +167,7 @@ class Around:
         loss: Tensor | None = None,
         **values: Any,
     ) -> tuple[Tensor, Tensors]:
-        rule = self.inner
-        if rule.choices:
-            rule = rule.choose(**{n: values[n] for n in rule.choices})
+        rule = self.chosen(values)
         before, inside = {n: s[n] for n in rule.slots}, self.inside(values)
         inner = Inner(rule, before, t, inside, loss, layout, self.flat)
         options = {n: values[full] for n, full in self.choices.items()}
@@ -240,11 +243,12 @@ class InnerSlot:
     around: Around
     name: str
 
-    def __call__(self, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+    def __call__(self, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
         around, inside = self.around, self.around.inside(values)
+        rule = around.chosen(values)
         if around.flat:
-            return initial_slot(around.inner, self.name, layout, p, inside)
-        return around.inner.slots[self.name].init(p, inside, layout)
+            return initial_slot(rule, self.name, layout, p, inside)
+        return rule.begin(self.name, p, inside, layout)
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ class OwnSlot:
     around: Around
     name: str
 
-    def __call__(self, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+    def __call__(self, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
         around, own = self.around, self.around.own(values)
         if around.flat:
             return initial_slot(around.shell(_no_step), self.name, layout, p, own)

@@ -23,11 +23,10 @@ def initial_slots(rule: Rule, layout: Layout, p: Tensor, values: Tensors) -> Ten
 
 def initial_slot(rule: Rule, name: str, layout: Layout, p: Tensor, values: Tensors) -> Tensor:
     """One of them."""
-    slot = rule.slots[name]
-    if rule.over == "tensor" and not slot.shared:
+    if rule.over == "tensor" and not rule.slots[name].shared:
         units = zip(_parts(p, layout), _values(layout, values, p), layout.units, strict=True)
-        return torch.cat([slot.init(*unit).reshape(-1) for unit in units])
-    return slot.init(p, values if _raw(rule) else layout.spread_all(values, p), layout)
+        return torch.cat([rule.begin(name, *unit).reshape(-1) for unit in units])
+    return rule.begin(name, p, values if _raw(rule) else layout.spread_all(values, p), layout)
 
 
 def flat_step(

@@ -41,8 +41,9 @@ class Hyper:
     on. shape: () for one shared number, else one value per knot, tensor or element. when: the
     (option, value) under which it means anything. dtype: of its values; torch.float32 halves what
     tuning holds of a hyper with as many numbers as the model. rough: why its derivative says
-    little of its effect, where that is so, such as of what enters through a sign. finest: the
-    smallest things that may have a value each.
+    little of its effect, where that is so, such as of what enters through a sign; smoothed: whether
+    it is a guide under a rule's option `smooth`. finest: the smallest things that may have a value
+    each.
     """
 
     default: float
@@ -56,6 +57,7 @@ class Hyper:
     when: tuple[str, object] | None = None
     dtype: torch.dtype = torch.float64
     rough: str = ""
+    smoothed: bool = True
     finest: Grain = "element"
 
     def free(self, value: Tensor) -> Tensor:

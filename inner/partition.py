@@ -124,6 +124,11 @@ class Parted:
             return {n: values[n] for n in self.one.choices}
         return {n: values[self.called(n)] for n in self.other.choices}
 
+    def chosen(self, first: bool, values: Mapping[str, Any]) -> Rule:
+        """One of the rules with its options in force."""
+        rule = self.one if first else self.other
+        return rule.choose(**self.choices_of(first, values)) if rule.choices else rule
+
     def slots_of(self, first: bool) -> dict[str, str]:
         """Its slots, by what it calls them."""
         if first:
@@ -155,9 +160,7 @@ class Parted:
         **values: Any,
     ) -> tuple[Tensor, Tensors]:
         first = self.picks(layout)
-        rule = self.one if first else self.other
-        if rule.choices:
-            rule = rule.choose(**self.choices_of(first, values))
+        rule = self.chosen(first, values)
         names = self.slots_of(first)
         before = {n: s[full] for n, full in names.items()}
         p, after = rule(p, g, before, t, self.hypers_of(first, values), loss=loss, layout=layout)
@@ -203,12 +206,11 @@ class PartSlot:
     first: bool
     name: str
 
-    def __call__(self, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+    def __call__(self, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
         if self.parted.picks(layout) != self.first:
             return p.new_zeros(0)
-        rule = self.parted.one if self.first else self.parted.other
-        own = self.parted.hypers_of(self.first, values)
-        made = rule.slots[self.name].init(p, own, layout)
+        rule = self.parted.chosen(self.first, values)
+        made = rule.begin(self.name, p, self.parted.hypers_of(self.first, values), layout)
         return made.to(p) + torch.zeros_like(p) if rule.slots[self.name].shared else made
 
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,26 +23,30 @@ Need = Literal["loss", "layout"]
 Update = Callable[..., tuple[Tensor, Tensors]]
 
 
+Init = Callable[[Tensor, Mapping[str, Any], Layout], Tensor]
+
+
 @dataclass(frozen=True)
 class Slot:
     """One buffer of optimizer state.
 
-    init(p, values, layout): its start, of any shape, from a unit's weights, hypers and layout.
+    init(p, values, layout): its start, of any shape, from a unit's weights, layout, and hypers and
+    options.
     shared: one number for all elements, a function of t only.
     """
 
-    init: Callable[[Tensor, Tensors, Layout], Tensor]
+    init: Init
     shared: bool = False
 
 
-def _zeros(p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+def _zeros(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
     return torch.zeros_like(p)
 
 
 zeros = Slot(_zeros)
 
 
-def _weights(p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+def _weights(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
     return p.clone()
 
 
@@ -55,8 +59,9 @@ def filled(name: str) -> Slot:
     return Slot(partial(_filled, name))
 
 
-def _filled(name: str, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
-    return torch.zeros_like(p) + values[name]
+def _filled(name: str, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+    value: Tensor = values[name]
+    return torch.zeros_like(p) + value
 
 
 def shared(number: float) -> Slot:
@@ -64,8 +69,9 @@ def shared(number: float) -> Slot:
     return Slot(partial(_shared, number), shared=True)
 
 
-def _shared(number: float, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
-    shape = torch.broadcast_shapes(*(v.shape for v in values.values()))
+def _shared(number: float, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+    hypers = (v for v in values.values() if isinstance(v, Tensor))
+    shape = torch.broadcast_shapes(*(v.shape for v in hypers))
     if shape:  # A float64 vector would make float64 weights of others.
         return torch.full(shape, number, dtype=p.dtype, device=p.device)
     return torch.tensor(number, dtype=torch.float64)
@@ -76,7 +82,7 @@ def number(start: float = 0.0) -> Slot:
     return Slot(partial(_number, start))
 
 
-def _number(start: float, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+def _number(start: float, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
     return torch.full((), start, dtype=at_least_float32(p.dtype), device=p.device)
 
 
@@ -86,7 +92,10 @@ def sized(shape: Callable[[torch.Size], Sequence[int]]) -> Slot:
 
 
 def _sized(
-    shape: Callable[[torch.Size], Sequence[int]], p: Tensor, values: Tensors, layout: Layout
+    shape: Callable[[torch.Size], Sequence[int]],
+    p: Tensor,
+    values: Mapping[str, Any],
+    layout: Layout,
 ) -> Tensor:
     return p.new_zeros(tuple(shape(p.shape)))
 
@@ -156,23 +165,30 @@ class Rule:
             raise ValueError(f"{self.name}: {problem}")
 
     def rough(self) -> dict[str, str]:
-        """The hypers whose derivative says little of their effect, and why; none where the option
-        `smooth` is on.
+        """The hypers whose derivative says little of their effect, and why; the option `smooth`
+        makes a guide of most of them.
         """
-        if self.options().get("smooth"):
-            return {}
-        return {name: hyper.rough for name, hyper in self.hypers.items() if hyper.rough}
+        smooth = bool(self.options().get("smooth"))
+        return {
+            name: hyper.rough
+            for name, hyper in self.hypers.items()
+            if hyper.rough and not (smooth and hyper.smoothed)
+        }
 
     def init(self, p: Tensor, values: Tensors, layout: Layout | None = None) -> Tensors:
         """The slots of one unit before the first step, differentiable in the values that fill
         them.
         """
         layout = layout or Layout.alone(p.shape)
-        return {name: slot.init(p, values, layout) for name, slot in self.slots.items()}
+        return {name: self.begin(name, p, values, layout) for name in self.slots}
+
+    def begin(self, name: str, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+        """One of them."""
+        return self.slots[name].init(p, {**values, **self.options()}, layout)
 
     def slot_shape(self, name: str, unit: Layout) -> torch.Size:
         """The shape of a slot of one tensor."""
-        return _slot_shape(self.slots[name], unit)
+        return _slot_shape(self.slots[name], unit, tuple(self.options().items()))
 
     def __call__(
         self,
@@ -222,13 +238,13 @@ def _recall(name: str, chosen: Mapping[str, object]) -> Rule:
 
 
 @lru_cache(maxsize=2**14)
-def _slot_shape(slot: Slot, unit: Layout) -> torch.Size:
+def _slot_shape(slot: Slot, unit: Layout, options: tuple[tuple[str, object], ...]) -> torch.Size:
     # By a weight without memory: a slot's start says its shape, and nothing else has to.
     (shape,) = unit.shapes
-    return slot.init(torch.empty(shape, device="meta"), _Ones(), unit).shape
+    return slot.init(torch.empty(shape, device="meta"), _Ones(options), unit).shape
 
 
-class _Ones(dict[str, Tensor]):
+class _Ones(dict[str, Any]):
     """Any hyperparameter is 1."""
 
     def __missing__(self, name: str) -> Tensor:

@@ -147,19 +147,21 @@ class MetaOptimizer:
         if self._drifted(descent):
             return
         # A loss may be 0 or cross it, where shares of it mean nothing.
-        grad = grad / max(abs(loss), 1e-3 * max(map(abs, descent.losses)), 1e-30)
-        descent.steepest += float(grad.abs().max()) ** 2
+        share = max(abs(loss), 1e-3 * max(map(abs, descent.losses)), 1e-30)
+        descent.steepest += float((grad / share).abs().max()) ** 2
         moves = len(descent.losses)
+        unit = share * math.sqrt(descent.steepest / moves)
         t = torch.tensor(float(moves), dtype=torch.float64)
         rate = descent.scale * self.rate * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         moved, descent.slots = flat_step(
             self.rule,
             coordinates.layout,
             z,
-            grad / math.sqrt(descent.steepest / moves),
+            grad / unit,
             descent.slots,
             t,
             self._values(rate),
+            loss=z.new_tensor(loss / unit),
         )
         descent.z = coordinates.inside(z + (moved - z).clamp(-self.bound, self.bound))
 
