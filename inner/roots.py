@@ -25,8 +25,9 @@ def inverse_root(a: Tensor, p: int, *, ridge: Tensor | float = 0.0, steps: int =
     # Eigenvalues of m up to p + 1 converge; this is half of that.
     scale = _norm(b) * (2 / (p + 1))
     m, x = b / scale, identity
+    above = (1 + 1 / p) * identity
     for _ in range(steps):
-        factor = ((p + 1) * identity - m) / p
+        factor = torch.sub(above, m, alpha=1 / p)
         x, m = x @ factor, _power(factor, p) @ m
     made: Tensor = x * scale ** (-1 / p)
     return made

@@ -46,7 +46,7 @@ def _modes(shape):
     return [n for n in shape if n > 1] if max(shape, default=0) <= LONGEST else []
 
 
-def _squares(g, i, x):
+def squares(g, i, x):
     """The product of g with itself over all dimensions but i, or the diagonal of it."""
     unfolded = g.movedim(i, 0).reshape(g.shape[i], -1)
     return unfolded @ unfolded.mT if x.ndim == 2 else (unfolded * unfolded).sum(1)
@@ -83,7 +83,7 @@ def shampoo(p, g, s, t, lr, weight_decay, matrix_eps):
     """
     d = (g + weight_decay * p).to(s["statistics"].dtype)
     statistics = _parted(s["statistics"], p.shape)
-    statistics = [x + _squares(d, i, x) for i, x in enumerate(statistics)]
+    statistics = [x + squares(d, i, x) for i, x in enumerate(statistics)]
     step = _conditioned(d, statistics, 0.0, 40)
     return p - lr * step.to(p.dtype), {"statistics": _joined(statistics)}
 
@@ -103,7 +103,7 @@ def _unit(x):
         "momentum": zeros,
         "graft_momentum": zeros,
     },
-    lr=learning_rate(1e-3, search=(1e-4, 10.0)),
+    lr=learning_rate(1e-3),
     beta1=decay(0.9),
     beta2=decay(0.999, finest="tensor"),
     weight_decay=weight_decay(0.0),
@@ -111,7 +111,6 @@ def _unit(x):
     start_preconditioning_step=Integer(5, 1, 10**6, log=True),
     graft=Choice("sgd", ("sgd", "adagrad", "rmsprop", "rmsprop_normalized")),
     nesterov=Choice(True, (True, False)),
-    moving_average_for_momentum=Choice(False, (False, True)),
 )
 def scalableshampoo(
     p,
@@ -126,7 +125,6 @@ def scalableshampoo(
     start_preconditioning_step,
     graft,
     nesterov,
-    moving_average_for_momentum,
 ):
     """Scalable Shampoo. Anil et al. 2020, arXiv:2002.09018; grafting Agarwal et al. 2020,
     arXiv:2002.11803; its defaults from google-research's scalable_shampoo/optax.
@@ -137,18 +135,17 @@ def scalableshampoo(
     spectral one, which has no derivative where eigenvalues meet. Not in this form: blocks and
     merged dimensions (each dimension longer than 1 has its statistics, to the power -1 / (2 their
     number); a tensor with one above 4096 follows the graft), and stale roots with their test of
-    failure. beta2 < 1, so no sums.
+    failure. beta2 < 1, so no sums. Momentum is a sum; Google's moving_average_for_momentum is lr *
+    (1 - beta1) in place of lr, and weight_decay / (1 - beta1).
 
     Weight decay is decoupled, by lr * weight_decay. Google's code adds lr * weight_decay * p to a
-    direction that it then multiplies by lr: a decay of lr^2 * weight_decay. With a moving average
-    the step is (1 - beta1) times that without, so beta1 and lr are less entangled, no more.
+    direction that it then multiplies by lr: a decay of lr^2 * weight_decay.
     """
-    d, modes = g.to(s["statistics"].dtype), _modes(p.shape)
+    # A copy, because the last bit of a product depends on where in memory its factors lie.
+    d, modes = g.to(s["statistics"].dtype).clone(), _modes(p.shape)
     statistics = zip(_parted(s["statistics"], modes), enumerate(modes), strict=True)
     folded = d.reshape(modes)
-    statistics = [
-        beta2 * x + (1 - beta2) * _squares(folded, i, x) for x, (i, _) in statistics
-    ]
+    statistics = [beta2 * x + (1 - beta2) * squares(folded, i, x) for x, (i, _) in statistics]
     square, u = s["diagonal"], g
     if graft != "sgd":
         u = _unit(g) if graft == "rmsprop_normalized" else g
@@ -159,14 +156,13 @@ def scalableshampoo(
     if modes:
         direction = _unit(_conditioned(folded, statistics, matrix_eps, 30)).view_as(p)
         direction = (direction * root((u * u).sum())).to(p.dtype)
-    w = 1 - beta1 if moving_average_for_momentum else 1.0
-    m = beta1 * s["momentum"] + w * direction
-    m_graft = beta1 * s["graft_momentum"] + w * u
+    m = beta1 * s["momentum"] + direction
+    m_graft = beta1 * s["graft_momentum"] + u
     # Factors, not a branch: t may be a number on another device than the weights.
     on = t >= start_preconditioning_step
     step = on * m + ~on * m_graft
     if nesterov:
-        step = w * (on * direction + ~on * u) + beta1 * step
+        step = on * direction + ~on * u + beta1 * step
     p = (1 - lr * weight_decay) * p - lr * step
     made = {"diagonal": square, "momentum": m, "graft_momentum": m_graft}
     return p, {"statistics": _joined(statistics) if modes else s["statistics"], **made}

@@ -42,7 +42,6 @@ class ScalableShampoo(Plain):
         start_preconditioning_step,
         graft,
         nesterov,
-        moving_average_for_momentum,
     ):
         beta1, beta2 = betas
         modes = [i for i, n in enumerate(g.shape) if n > 1]
@@ -58,17 +57,18 @@ class ScalableShampoo(Plain):
             s["d"] = before + u**2 if graft == "adagrad" else beta2 * before + (1 - beta2) * u**2
             u = u / (np.sqrt(s["d"]) + 1e-10)
         direction = direction * np.linalg.norm(u) / np.linalg.norm(direction)
-        w = 1 - beta1 if moving_average_for_momentum else 1
-        s["ms"] = beta1 * s.get("ms", 0) + w * direction
-        s["mg"] = beta1 * s.get("mg", 0) + w * u
+        s["ms"] = beta1 * s.get("ms", 0) + direction
+        s["mg"] = beta1 * s.get("mg", 0) + u
         started = t >= start_preconditioning_step
         m, now = (s["ms"], direction) if started else (s["mg"], u)
-        return p * (1 - lr * weight_decay) - lr * (w * now + beta1 * m if nesterov else m)
+        return p * (1 - lr * weight_decay) - lr * (now + beta1 * m if nesterov else m)
 
 
 REFERENCE = {
     "shampoo": Reference(Shampoo, point={"matrix_eps": 0.3}),
     "scalableshampoo": Reference(
-        ScalableShampoo, point={"matrix_eps": 0.3}, chosen={"start_preconditioning_step": 4}
+        ScalableShampoo,
+        point={"matrix_eps": 0.3},
+        chosen={"start_preconditioning_step": 4},
     ),
 }
