@@ -438,7 +438,8 @@ class TestForm:
     @each_variant
     def test_bfloat16_weights_train(self, rule):
         p = torch.nn.Parameter(noise(0, (8,), torch.bfloat16))
-        extra = {"momentum": 0.5} if rule.options().get("nesterov") else {}
+        nesterov = "momentum" in rule.hypers and rule.options().get("nesterov")
+        extra = {"momentum": 0.5} if nesterov else {}
         extra |= {name: 0.1 for name in rule.hypers if name.endswith("lr")}
         optimizer = torch_form(rule)([p], **extra)
         before = p.detach().square().sum()
