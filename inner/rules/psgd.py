@@ -102,7 +102,7 @@ def psgdxmat(
     """
     m, g = _average(g, s, t, momentum), g.to(s["a"].dtype)
     v, h = _pair(g, t, damping, seed)
-    first = (t == 1).to(p.device)
+    first = (s["a"] == 0).all()
     a, b = torch.where(first, _start(g, damping), s["a"]), s["b"]
     qh = a * h + b * _flip(h)
     w = (_flip(a) * v - _flip(b) * _flip(v)) / (a * _flip(a) - b * _flip(b))
@@ -184,7 +184,7 @@ def psgdlra(
     """
     m, flat = _average(g, s, t, momentum), g.reshape(-1).to(s["d"].dtype)
     v, h = _pair(flat, t, damping, seed)
-    first = (t == 1).to(p.device)
+    first = (s["d"] == 0).all()
     d = torch.where(first, _start(flat, damping), s["d"].reshape(-1))
     U, V = (
         torch.where(first, _cast(t, s[name], seed, stream), s[name])
@@ -302,7 +302,7 @@ def psgdkron(
     # Copies, because the last bit of a product depends on where in memory its factors lie.
     m, g = _average(g, s, t, momentum), g.to(s["q"].dtype).clone().view(modes)
     v, h = _pair(g, t, damping, seed)
-    first = (t == 1).to(p.device)
+    first = (s["q"] == 0).all()
     scale = _start(g, damping) ** (1 / len(modes))
     a, b, factors = h, v, []
     for n, piece in zip(modes, s["q"].split(sizes), strict=True):
