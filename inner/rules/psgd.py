@@ -21,7 +21,7 @@ from ..hyper import Integer, decay, learning_rate, positive, weight_decay
 from ..rule import Slot, at_least_float32, number, root, rule, zeros
 from .shampoo import LONGEST, squares
 
-# The rank of U and V in PSGDLRA: a slot's shape cannot depend on an option.
+# Of U and V in PSGDLRA. A slot's shape cannot depend on an option.
 RANK = 10
 
 
@@ -98,7 +98,8 @@ def psgdxmat(
     Q = diag(a) + adiag(b) over the whole model as one vector, so each weight is whitened together
     with the one as far from the end as it is from the start. Only the older code has it, for
     Newton's method; this is its fit, with the gradient for the Hessian's product and what is said
-    of all forms: whitening, damping, start, clips and defaults of the newer code. Memory: 2.
+    of all forms: whitening, damping, start, clips and defaults of the newer code. Memory: 2, and
+    1 of momentum.
     """
     m, g = _average(g, s, t, momentum), g.to(s["a"].dtype)
     v, h = _pair(g, t, damping, seed)
@@ -180,7 +181,8 @@ def psgdlra(
     Q = (I + UV') diag(d) over the whole model as one vector, of rank 10. d moves at every step, and
     U or V, as the toss of a coin says. As the newer code: U and V start as noise of norm sqrt(0.1),
     and steps are divided by running bounds of smoothness. There, U'U and V'V are brought together
-    by a series that keeps UV' nearly; by a solve of rank 10, it is kept. Memory: 21.
+    by a series that keeps UV' nearly; by a solve of rank 10, it is kept. Memory: 21, and 1 of
+    momentum.
     """
     m, flat = _average(g, s, t, momentum), g.reshape(-1).to(s["d"].dtype)
     v, h = _pair(flat, t, damping, seed)
@@ -255,7 +257,7 @@ def _solved(x, q):
     if q.ndim == 1:
         return x.movedim(0, -1) / q
     flat = torch.linalg.solve_triangular(_turned(q), x.reshape(x.shape[0], -1), upper=False)
-    return flat.view(x.shape).movedim(0, -1)
+    return flat.reshape(x.shape).movedim(0, -1)
 
 
 def _largest(x):
@@ -300,7 +302,7 @@ def psgdkron(
     """
     modes, sizes = _sizes(p.shape)
     # Copies, because the last bit of a product depends on where in memory its factors lie.
-    m, g = _average(g, s, t, momentum), g.to(s["q"].dtype).clone().view(modes)
+    m, g = _average(g, s, t, momentum), g.to(s["q"].dtype).clone().reshape(modes)
     v, h = _pair(g, t, damping, seed)
     first = (s["q"] == 0).all()
     scale = _start(g, damping) ** (1 / len(modes))
@@ -310,13 +312,13 @@ def psgdkron(
         one = torch.ones_like(q) if q.ndim == 1 else _identity(q)
         factors.append(torch.where(first, scale * one, q))
         a, b = _along(a, factors[-1]), _solved(b, factors[-1])
-    x, bounds = m.to(g.dtype).view(modes), []
+    x, bounds = m.to(g.dtype).reshape(modes), []
     for i, (q, bound) in enumerate(zip(factors, s["smoothness"].unbind(), strict=True)):
         on, off = squares(a, i, q), squares(b, i, q)
         bounds.append(_smoothness(bound, _largest(on + off), beta_smoothness))
         slope = (on - off) * q if q.ndim == 1 else torch.triu(on - off) @ q
         factors[i] = q - lr_preconditioner / bounds[i] * slope
         x = _along(_along(x, factors[i]).movedim(-1, 0), _turned(factors[i]))
-    p = _stepped(p, x.view_as(p), lr, weight_decay, clip_rms, clip_entry)
+    p = _stepped(p, x.reshape(p.shape), lr, weight_decay, clip_rms, clip_entry)
     q = torch.cat([x.reshape(-1) for x in factors])
     return p, {"q": q, "smoothness": torch.stack(bounds), "momentum_buffer": m}

@@ -76,10 +76,10 @@ def shampoo(p, g, s, t, lr, weight_decay, matrix_eps):
     """Shampoo. Gupta, Koren & Singer 2018, arXiv:1802.09568, Algorithms 1 and 2.
 
     Sums of squares from matrix_eps times the identity, to the power -1 / (2 order), for tensors of
-    any order: a vector has the full matrix of Adagrad. As in the paper's experiments, a dimension
-    that is too long (above 4096) keeps the diagonal of its matrix. pytorch_optimizer is the same
-    for matrices without momentum (its momentum is of preconditioned steps); weight decay is added
-    to the gradient, as there. Memory: m^2 + n^2 for m x n weights.
+    any order: a vector has the full matrix of Adagrad. A dimension above 4096 keeps the diagonal of
+    its matrix, the paper's diagonal form. pytorch_optimizer is the same without momentum (its
+    momentum mixes a gradient with the last preconditioned step); weight decay is added to the
+    gradient, as there. Memory: m^2 + n^2 for m x n weights.
     """
     d = (g + weight_decay * p).to(s["statistics"].dtype)
     statistics = _parted(s["statistics"], p.shape)
@@ -143,9 +143,9 @@ def scalableshampoo(
     """
     # A copy, because the last bit of a product depends on where in memory its factors lie.
     d, modes = g.to(s["statistics"].dtype).clone(), _modes(p.shape)
-    statistics = zip(_parted(s["statistics"], modes), enumerate(modes), strict=True)
-    folded = d.reshape(modes)
-    statistics = [beta2 * x + (1 - beta2) * squares(folded, i, x) for x, (i, _) in statistics]
+    folded = d.reshape(modes or p.shape)
+    statistics = _parted(s["statistics"], modes) if modes else []
+    statistics = [beta2 * x + (1 - beta2) * squares(folded, i, x) for i, x in enumerate(statistics)]
     square, u = s["diagonal"], g
     if graft != "sgd":
         u = _unit(g) if graft == "rmsprop_normalized" else g
@@ -154,7 +154,7 @@ def scalableshampoo(
         u = u / (root(square) + 1e-10)
     direction = u
     if modes:
-        direction = _unit(_conditioned(folded, statistics, matrix_eps, 30)).view_as(p)
+        direction = _unit(_conditioned(folded, statistics, matrix_eps, 30)).reshape(p.shape)
         direction = (direction * root((u * u).sum())).to(p.dtype)
     m = beta1 * s["momentum"] + direction
     m_graft = beta1 * s["graft_momentum"] + u

@@ -156,3 +156,16 @@ class TestStep:
         assert RULES["psgdkron"].slot_shape("q", unit) == (9 + 25,)
         assert RULES["psgdkron"].slot_shape("q", Layout.alone(torch.Size([7]))) == (7,)
         assert RULES["psgdlra"].slot_shape("u", unit) == (15, 10)
+
+    @pytest.mark.parametrize("name", ["psgdkron", "shampoo", "scalableshampoo"])
+    def test_does_not_see_how_memory_is_laid_out(self, name):
+        rule, values = RULES[name], RULES[name].values()
+        ends = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            p = noise(0, 2, 3, 2, 2).contiguous(memory_format=layout)
+            s = rule.init(p, values)
+            for step in range(1, 8):
+                g = noise(step, 2, 3, 2, 2).contiguous(memory_format=layout)
+                p, s = rule(p, g, s, torch.tensor(step, dtype=F64), values)
+            ends.append(p)
+        torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
