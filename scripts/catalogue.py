@@ -27,7 +27,9 @@ def row(rule: Rule) -> list[str]:
 
 def paper(rule: Rule) -> str:
     """Where it was published: the first reference of its docstring."""
-    found = re.search(r"arXiv:(\d{4}\.\d{4,5})|doi:(\S+?)[,.;)]?\s|((?:\w+\.)+\w+/[^\s,;)]+)", rule.doc)
+    found = re.search(
+        r"arXiv:(\d{4}\.\d{4,5})|doi:(\S+?)[,.;)]?\s|((?:\w+\.)+\w+/[^\s,;)]+)", rule.doc
+    )
     if not found:
         return ""
     arxiv, doi, address = found.groups()
@@ -40,7 +42,9 @@ def paper(rule: Rule) -> str:
 def memory(rule: Rule) -> str:
     """The numbers that slots hold per weight, of a matrix of 512 x 256."""
     p = torch.zeros(_LIKE)
-    unit, layout = (p, Layout.alone(_LIKE)) if rule.over != "model" else (p.view(-1), Layout.alone(_LIKE))
+    unit, layout = (
+        (p, Layout.alone(_LIKE)) if rule.over != "model" else (p.view(-1), Layout.alone(_LIKE))
+    )
     slots = rule.init(unit, rule.values(), layout)
     return f"{sum(map(Tensor.numel, slots.values())) / p.numel():.2f}".rstrip("0").rstrip(".")
 
@@ -52,7 +56,9 @@ def smoothness(rule: Rule) -> str:
         return f"not in {', '.join(rough)}" if rough else "yes"
     left = rule.choose(smooth=True).rough()
     given = ", ".join(n for n in rough if n not in left)
-    told = [f"in {given} with smooth=True"] * bool(given) + [f"not in {', '.join(left)}"] * bool(left)
+    told = [f"in {given} with smooth=True"] * bool(given) + [f"not in {', '.join(left)}"] * bool(
+        left
+    )
     return "; ".join(told) or "yes; smooth=True for its signs and masks"
 
 

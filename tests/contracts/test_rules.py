@@ -461,7 +461,8 @@ class TestForm:
     @each_variant
     def test_bfloat16_weights_train(self, rule):
         p = torch.nn.Parameter(noise(0, (8,), torch.bfloat16))
-        extra = {"momentum": 0.5} if rule.options().get("nesterov") else {}
+        nesterov = "momentum" in rule.hypers and rule.options().get("nesterov")
+        extra = {"momentum": 0.5} if nesterov else {}
         # A rate of 1 says that a rule finds its own: a tenth of it would be another rule.
         lrs = {n: h.default for n, h in rule.hypers.items() if n.endswith("lr")}
         extra |= {name: max(0.1, default) for name, default in lrs.items()}
