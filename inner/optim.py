@@ -82,10 +82,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise TypeError(unknown(f"{title} has no group argument", name, near))
         group = self._grouped(param_group, self.defaults)
         self._check(group)
+        rule = self.rule.choose(**{name: group[name] for name in self.rule.choices})
         values, one = self._values(group), torch.zeros(1)
         for name, slot in self.rule.slots.items():
             if slot.shared:
-                group[name] = slot.init(one, values, Layout.alone(one.shape))
+                group[name] = rule.begin(name, one, values, Layout.alone(one.shape))
         super().add_param_group({**group, "t": torch.zeros((), dtype=torch.float64)})
         added = self.param_groups[-1]
         for i, p in enumerate(added["params"]):
