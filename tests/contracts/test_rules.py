@@ -64,13 +64,14 @@ STEPS = 8  # RAdam's adaptive step begins at the sixth for beta2 = 0.9.
 
 
 def variants(rules):
-    """Every rule under every combination of its options."""
+    """Every rule under every combination of its options, but for those that its reference fixes."""
     for rule in rules:
-        options = {n: c.options for n, c in rule.choices.items() if isinstance(c, Choice)}
+        fixed = REFERENCE[rule.name].chosen if rule.name in REFERENCE else {}
+        free = {n: c for n, c in rule.choices.items() if isinstance(c, Choice) and n not in fixed}
+        options = {n: c.options for n, c in free.items()}
         for chosen in itertools.product(*options.values()):
             named = dict(zip(options, chosen, strict=True))
             label = "-".join([rule.name, *(f"{n}={v}" for n, v in named.items())])
-            fixed = REFERENCE[rule.name].chosen if rule.name in REFERENCE else {}
             yield pytest.param(rule.choose(**named, **fixed), id=label)
 
 
