@@ -10,7 +10,7 @@ scheduler = result.scheduler(optimizer)
 import sys
 from importlib import import_module
 
-from .inner import optim
+from .inner import noise, optim, wrappers
 from .inner.hyper import (
     Choice,
     Hyper,
@@ -19,12 +19,28 @@ from .inner.hyper import (
     fraction,
     learning_rate,
     positive,
+    temperature,
     weight_decay,
 )
-from .inner.rule import Rule, filled, root, rule, shared, zeros
+from .inner.partition import partition
+from .inner.rule import (
+    Rule,
+    Slot,
+    filled,
+    mask,
+    number,
+    root,
+    rule,
+    shared,
+    sign,
+    sized,
+    weights,
+    zeros,
+)
 from .inner.rules import RULES as rules
 from .inner.schedule import SCHEDULES as schedules
 from .inner.schedule import Schedule
+from .inner.wrap import wrapper
 from .meta import linear
 from .meta.bamm import BAMM
 from .meta.bda import BDA
@@ -51,6 +67,7 @@ from .studies.problems import find_problem as problem
 
 # So that `from hyperdescent.optim import AdamW` reads like torch's.
 sys.modules[f"{__name__}.optim"] = optim
+sys.modules[f"{__name__}.wrappers"] = wrappers
 
 # Studies bring pydantic and YAML along, which nobody who only tunes should wait for.
 _STUDIES = {"Study": "study", "read_study": "study", "run": "run"}
@@ -81,6 +98,7 @@ __all__ = [
     "Result",
     "Rule",
     "Schedule",
+    "Slot",
     "Study",
     "Training",
     "decay",
@@ -89,7 +107,11 @@ __all__ = [
     "hypergradient",
     "learning_rate",
     "linear",
+    "mask",
+    "noise",
+    "number",
     "optim",
+    "partition",
     "positive",
     "problem",
     "problem_from_module",
@@ -100,10 +122,16 @@ __all__ = [
     "run",
     "schedules",
     "shared",
+    "sign",
+    "sized",
+    "temperature",
     "train",
     "train_online",
     "tune",
     "weight_decay",
+    "weights",
+    "wrapper",
+    "wrappers",
     "zeros",
 ]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .hyper import Tensors
 from .layout import Layout
+from .plan import Running, plan_of
 from .rule import Rule
 
 
@@ -122,8 +123,8 @@ def _values(layout: Layout, values: Tensors, like: Tensor) -> list[Tensors]:
     return [{name: each[i] for name, each in grains.items()} for i in range(len(layout.names))]
 
 
-# Elements at a time of a step in place: what a rule makes on its way stays in cache.
-_BLOCK = 2**14
+# Elements from which on a step in place saves more than it costs.
+_LONG = 2**14
 
 
 def flat_step_(
@@ -138,29 +139,14 @@ def flat_step_(
     loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensors]:
     """flat_step without a graph, the same bits, that may overwrite p and s, which share no memory:
-    where they are long, the rule makes no other vectors of their length.
+    where they are long and hypers are one number each, it makes no other vectors of their length.
     """
-    if rule.over != "element" or p.numel() <= _BLOCK or p.device.type != "cpu":
+    plan = None
+    if rule.over == "element" and p.numel() > _LONG and p.device.type == "cpu":
+        if all(value.ndim == 0 for value in values.values()):
+            plan = plan_of(rule, p.dtype, p.device)
+    if plan is None:
         return flat_step(rule, layout, p, g, s, t, values, loss=loss)
-    spread = layout.spread_all(values, p)
-    slots = dict(s)
-    for at in range(0, p.numel(), _BLOCK):
-
-        def block(x: Tensor, at: int = at) -> Tensor:
-            return x[at : at + _BLOCK] if x.ndim else x
-
-        before = {name: block(x) for name, x in s.items()}
-        here, values_here = block(p), {name: block(v) for name, v in spread.items()}
-        moved, after = rule(here, block(g), before, t, values_here, loss=loss)
-        # All are made before any is written: a slot may hold the weights of the step before.
-        held = {x.data_ptr() for x in (here, *before.values())}
-        writes = [(here, moved)]
-        for name, x in after.items():
-            if x.ndim:
-                writes.append((before[name], x))
-            else:
-                slots[name] = x
-        writes = [(to, x.clone() if x.data_ptr() in held else x) for to, x in writes if to is not x]
-        for to, x in writes:
-            to.copy_(x)
-    return p, slots
+    running = Running(plan, t, loss, values, {n: s[n] for n in plan.shared})
+    running.step([p, g, *(s[n] for n in running.slots)])
+    return p, {**s, **running.shared}

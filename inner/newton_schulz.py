@@ -59,10 +59,11 @@ def polar(
     x: Tensor,
     rows: Sequence[Quintic],
     start: Literal["frobenius", "aol"] = "frobenius",
+    eps: float | Tensor = 1e-7,
 ) -> Tensor:
     """About U V' of x = U S V': every singular value s becomes what the rows make of it.
 
-    start: how they are brought into [0, 1] before. "frobenius": x / (|x| + 1e-7), which leaves all
+    start: how they are brought into [0, 1] before. "frobenius": x / (|x| + eps), which leaves all
     but a few small. "aol", almost orthogonal layers, Prach & Lampert 2022, arXiv:2208.03160: each
     row of the wide matrix over the root of its row's sum in abs(x x'), but not of less than 1e-7,
     so that rows below 3e-4 stay small; it changes singular vectors a little.
@@ -71,7 +72,7 @@ def polar(
     y = x.to(at_least_float32(x.dtype))
     y = y.mT if tall else y
     if start == "frobenius":
-        y = y / (root((y * y).sum((-2, -1), keepdim=True)) + 1e-7)
+        y = y / (root((y * y).sum((-2, -1), keepdim=True)) + eps)
         gram = y @ y.mT
     else:
         gram = y @ y.mT

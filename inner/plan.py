@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -136,6 +137,12 @@ class Running:
         if size == self._size:
             return self._buffers
         return {dtype: [x[:size] for x in each] for dtype, each in self._buffers.items()}
+
+
+@lru_cache(maxsize=64)
+def plan_of(rule: Rule, dtype: torch.dtype, device: torch.device) -> Plan | None:
+    """The plan of a rule over elements for weights of a dtype on a device."""
+    return make_plan(rule, torch.empty(0, dtype=dtype, device=device), rule.values())
 
 
 def make_plan(rule: Rule, p: Tensor, values: Tensors) -> Plan | None:
@@ -408,4 +415,4 @@ def _of_root(n: fx.Node) -> Any:
     return x if inner.args[0] is zero and inner.args[2] is x else None
 
 
-__all__ = ["Plan", "Running", "make_plan"]
+__all__ = ["Plan", "Running", "make_plan", "plan_of"]

@@ -134,6 +134,9 @@ class Rule:
     needs: tuple[Need, ...] = ()
     readout: Readout | None = None
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     def options(self) -> dict[str, object]:
         """Every option and its value in force."""
         return {name: self.chosen.get(name, c.default) for name, c in self.choices.items()}

@@ -1,4 +1,4 @@
-"""The registry of rules as a table, for a terminal and for the README."""
+"""The registry of rules as a table for the README."""
 
 from __future__ import annotations
 

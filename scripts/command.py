@@ -174,12 +174,18 @@ def study(
 
 
 @app.command()
-def rules() -> None:
-    """List the update rules and their hyperparameters."""
+def rules(
+    markdown: Annotated[bool, typer.Option(help="As the README has them.")] = False,
+) -> None:
+    """List the update rules, their hyperparameters and where these are tuned."""
     from ..inner.rules import RULES
+    from .catalogue import table
     from .show import show_rules
 
-    show_rules(RULES)
+    if markdown:
+        print(table(RULES.values()))
+    else:
+        show_rules(RULES)
 
 
 @app.command()

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..inner.rule import unknown
+from ..inner.wrappers import WRAPPERS
 from ..meta.outcome import Outcome
+from .catalogue import memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,13 +146,19 @@ def _ended(record: Record) -> str:
 
 def show_rules(rules: Mapping[str, Rule]) -> None:
     told = Table()
-    for column in ("rule", "hyperparameters (default)", "options", "buffers"):
+    for column in ("rule", "hyperparameters: default (tuned in)", "options", "memory"):
         told.add_column(column)
     for name, rule in rules.items():
-        hypers = ", ".join(f"{n} ({h.default:g})" for n, h in rule.hypers.items())
+        hypers = ", ".join(
+            f"{n} {h.default:g} ({h.search[0]:g} to {h.search[1]:g})"
+            for n, h in rule.hypers.items()
+        )
         options = ", ".join(f"{n}={v}" for n, v in rule.options().items())
-        told.add_row(name, hypers, options, ", ".join(rule.slots))
+        told.add_row(name, hypers, options, memory(rule))
     console().print(told)
+    console().print(
+        "Wrappers, as in clip_norm(adamw, max_norm=0.5): " + ", ".join(WRAPPERS), markup=False
+    )
 
 
 def show_problems() -> None:

@@ -60,7 +60,10 @@ class Result:
         """
         from ..inner import optim
 
-        given = list(params.parameters() if isinstance(params, nn.Module) else params)
+        named = isinstance(params, nn.Module)
+        # Names, for rules that go by them.
+        found = params.named_parameters() if isinstance(params, nn.Module) else params
+        given: list[Any] = list(found)
         values = {
             name: self.in_force[name][0] if name in self.scheduled else self.in_force[name]
             for name in self.rule.hypers
@@ -69,11 +72,22 @@ class Result:
         shared = {name: float(value) for name, value in values.items() if value.ndim == 0}
         if len(shared) == len(values):
             return form(given, **shared, **self.rule.options())
-        trained = [p for p in given if isinstance(p, Tensor) and p.requires_grad]
-        grained = {name: _per_tensor(name, v, trained) for name, v in values.items() if v.ndim}
+        if self.rule.over == "model":
+            several = ", ".join(name for name, value in values.items() if value.ndim)
+            raise ValueError(
+                f"{self.rule.name} takes a param group as one, and {several} has a value per "
+                "tensor, for which each would need a group of its own; learn one value for all"
+            )
+        each = [x if named else ("", x) for x in given]
+        trained = [(n, p) for n, p in each if isinstance(p, Tensor) and p.requires_grad]
+        tensors = [p for _, p in trained]
+        grained = {name: _per_tensor(name, v, tensors) for name, v in values.items() if v.ndim}
         groups = [
-            {"params": [p], **{name: parts[i] for name, parts in grained.items()}}
-            for i, p in enumerate(trained)
+            {
+                "params": [(n, p)] if named else [p],
+                **{name: parts[i] for name, parts in grained.items()},
+            }
+            for i, (n, p) in enumerate(trained)
         ]
         return form(groups, **shared, **self.rule.options())
 

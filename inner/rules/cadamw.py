@@ -5,8 +5,9 @@ As the newest code of the authors (kyleliang919/C-Optim, c_adamw.py), where sour
 left of a tensor's step is scaled by 1 / max(share of agreeing elements, 0.001), where the paper has
 numel / (their number + 1), which halves the steps of a tensor of one element; eps is 1e-6 and added
 to the root of the biased second moment; there is no weight decay by default. The mask is of m * g:
-decay, which is decoupled, passes by it. (The wrapper `cautious` has the paper's scale, and its mask
-is of all that the rule inside does.)
+decay, which is decoupled, passes by it; the mask of the wrapper `cautious` is of all that the rule
+inside does. Slopes are those between jumps: where a small change of any hyper turns an element of
+the mask over, the path jumps, which no slope shows.
 
 smooth puts sigmoid(m * g / temperature) in place of the mask.
 """

@@ -24,19 +24,8 @@ scale; elements that tie share its step. In the rest:
 """
 
 from ..hyper import Choice, decay, learning_rate, positive
+from ..newton_schulz import JORDAN, first, polar
 from ..rule import at_least_float32, root, rule, zeros
-
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-
-
-def _polar(x, eps):
-    """About U V' of x = U S V'."""
-    wide = x if x.shape[0] <= x.shape[1] else x.mT
-    y = wide / (root((wide * wide).sum()) + eps)
-    for _ in range(5):
-        gram = y @ y.mT
-        y = _A * y + (_B * gram + _C * gram @ gram) @ y
-    return y if x.shape[0] <= x.shape[1] else y.mT
 
 
 def _steepest(m, norm, eps):
@@ -45,7 +34,7 @@ def _steepest(m, norm, eps):
     d_out, d_in = x.shape
     if norm == "spectral" and m.ndim > 1:
         kernel = m.shape[2:].numel()
-        u = _polar(x, eps) * ((d_out * kernel / d_in) ** 0.5 / kernel)
+        u = polar(x, first(JORDAN, 5), eps=eps) * ((d_out * kernel / d_in) ** 0.5 / kernel)
     elif norm == "sign":
         u = x / (x.abs() + eps) / d_in
     elif norm in ("col", "spectral"):

@@ -7,6 +7,7 @@ the learning rate multiplies after the buffer, as in torch.optim.SGD.
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ..hyper import Choice, Tensors, decay, fraction, learning_rate, weight_decay
@@ -15,7 +16,8 @@ from ..rule import rule, zeros
 
 def nesterov_needs_momentum(values: Mapping[str, object]) -> str | None:
     """torch.optim.SGD's condition on the three of them."""
-    if values["nesterov"] and (values["momentum"] == 0 or values["dampening"] != 0):
+    momentum, dampening = (torch.as_tensor(values[n]) for n in ("momentum", "dampening"))
+    if values["nesterov"] and bool((momentum == 0).any() or (dampening != 0).any()):
         return "nesterov=True needs momentum > 0 and dampening = 0"
     return None
 

@@ -16,3 +16,6 @@ WRAPPERS: dict[str, Callable[..., Rule]] = {
     for value in vars(import_module(f"{__name__}.{module}")).values()
     if isinstance(value, Wrapper)
 } | {"partition": partition}
+
+# The functions, not the modules of their names: `from hyperdescent.wrappers import clip_norm`.
+globals().update(WRAPPERS)

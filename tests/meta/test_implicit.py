@@ -237,7 +237,7 @@ class TestWarmStart:
 
     def test_a_carry_serves_one_call(self, monkeypatch):
         """A long vector of weights is overwritten by the call that goes on from it."""
-        monkeypatch.setattr(flat, "_BLOCK", 2)
+        monkeypatch.setattr(flat, "_LONG", 2)
         run, point = ridge(steps=5), {"l2": torch.tensor(0.1, dtype=DOUBLE)}
         estimator = Implicit(warm_start=True)
         _, carry = estimator(run, point, seed=0)
