@@ -22,7 +22,9 @@ from .rule import Rule
 
 # Elements of tensors gathered into one vector, on the host and on another device: there, launches
 # cost more than memory.
-_BUNCH, _BUNCH_AWAY = 2**17, 2**24
+_BUNCH, _BUNCH_AWAY = 2**16, 2**24
+# Whether a product and the sum it enters are one kernel, which is faster and rounds once.
+FUSED = True
 
 # The slots of every parameter, as torch.optim.Optimizer.state holds them.
 States = MutableMapping[Tensor, Tensors]
@@ -125,7 +127,9 @@ class InPlace:
         if plan is None:
             return None
         if kind not in self._running:
-            self._running[kind] = Running(plan, self._t, self._loss, self.values, self.shared)
+            self._running[kind] = Running(
+                plan, self._t, self._loss, self.values, self.shared, fused=FUSED
+            )
         return self._running[kind]
 
     def _long(self, p: Tensor, g: Tensor, states: States, running: Running) -> None:

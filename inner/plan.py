@@ -4,13 +4,14 @@ A rule is mathematics: out of place, with numbers as tensors. Done as it is writ
 a tensor per operation and computes its bias corrections once per block. A plan is the same
 operations, traced once: those on numbers are done once a step, and the others on Python numbers
 into a few buffers, or into the weights and slots themselves. Nothing is rearranged, so the bits are
-the rule's; a term with the factor 0 is left out.
+the rule's; a term with the factor 0 is left out. Fused, a product and the sum it enters are one
+kernel, as in torch.optim, which rounds once where the rule rounds twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from .rule import Rule
 aten = torch.ops.aten
 
 # Elements at a time: what a step makes on its way stays in cache.
-BLOCK = 2**17
+BLOCK = 2**16
 
 # Kernels that take numbers beside tensors.
 _MIXED: dict[object, Callable[..., Tensor]] = {
@@ -73,7 +74,7 @@ class Plan:
     graph: fx.Graph
     outputs: dict[str, fx.Node]
     places: dict[fx.Node, int]
-    _codes: dict[tuple[float | None, ...], tuple[Code, dict[torch.dtype, int]]] = field(
+    _codes: dict[tuple[object, ...], tuple[Code, dict[torch.dtype, int]]] = field(
         default_factory=dict
     )
 
@@ -89,27 +90,35 @@ class Plan:
         count = len(self.shared)
         return made[count:], dict(zip(self.shared, made[:count], strict=True))
 
-    def code(self, numbers: Sequence[Any]) -> tuple[Code, dict[torch.dtype, int]]:
+    def code(self, numbers: Sequence[Any], *, fused: bool) -> tuple[Code, dict[torch.dtype, int]]:
         """(the kernels for numbers of which some are 0 or 1, how many buffers of each dtype)."""
         kinds = tuple(float(x) if x in (0, 1) else None for x in numbers)
-        if kinds not in self._codes:
+        key = (fused, *kinds)
+        if key not in self._codes:
             try:
-                self._codes[kinds] = _Writer(self, kinds).code()
+                self._codes[key] = _Writer(self, kinds, fused).code()
             except _Vanished:
-                self._codes[kinds] = _Writer(self, (None,) * len(kinds)).code()
-        return self._codes[kinds]
+                self._codes[key] = _Writer(self, (None,) * len(kinds), fused).code()
+        return self._codes[key]
 
 
 class Running:
     """A plan at one step: its numbers, and buffers for blocks. shared: slots after the step."""
 
     def __init__(
-        self, plan: Plan, t: Tensor, loss: Tensor | None, values: Tensors, shared: Tensors
+        self,
+        plan: Plan,
+        t: Tensor,
+        loss: Tensor | None,
+        values: Tensors,
+        shared: Tensors,
+        *,
+        fused: bool = False,
     ) -> None:
         self.slots = plan.vectors[2:]
         self._tensors, self.shared = plan.numbers(t, loss, values, shared)
         self._numbers = [x.item() for x in self._tensors]
-        self._code, self._needs = plan.code(self._numbers)
+        self._code, self._needs = plan.code(self._numbers, fused=fused)
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         self._size = 0
 
@@ -227,10 +236,11 @@ def _divided(
 
 @dataclass(frozen=True)
 class _Number:
-    """One of a step's numbers. tensor: for a kernel that takes no other."""
+    """One of a step's numbers. tensor: for a kernel that takes no other. minus: its negative."""
 
     place: int
     tensor: bool = False
+    minus: bool = False
 
 
 class _Zero:
@@ -263,8 +273,8 @@ class _Step:
 class _Writer:
     """Writes the kernels of a plan as Python code, for numbers of which some are 0 or 1."""
 
-    def __init__(self, plan: Plan, kinds: tuple[float | None, ...]) -> None:
-        self._plan, self._kinds = plan, kinds
+    def __init__(self, plan: Plan, kinds: tuple[float | None, ...], fused: bool) -> None:
+        self._plan, self._kinds, self._fused = plan, kinds, fused
         inputs = [n for n in plan.graph.nodes if n.op == "placeholder"]
         inputs = inputs[-len(plan.vectors) :]
         self._inputs = dict(zip(plan.vectors, inputs, strict=True))
@@ -276,6 +286,8 @@ class _Writer:
 
     def code(self) -> tuple[Code, dict[torch.dtype, int]]:
         steps, found = self._simplified()
+        if self._fused:
+            steps = _fused(steps, {n for n in found.values() if isinstance(n, fx.Node)})
         last = {n: i for i, step in enumerate(steps) for n in step.reads}
         last |= {n: len(steps) for n in found.values() if isinstance(n, fx.Node)}
         homes = {n: self._inputs[name] for name, n in found.items() if isinstance(n, fx.Node)}
@@ -316,7 +328,8 @@ class _Writer:
         if isinstance(operand, fx.Node):
             return self._names[operand]
         if isinstance(operand, _Number):
-            return f"{'m' if operand.tensor else 'n'}[{operand.place}]"
+            sign = "-" if operand.minus else ""
+            return f"{sign}{'m' if operand.tensor else 'n'}[{operand.place}]"
         return repr(operand)
 
     def _moves(self, found: Mapping[str, Any]) -> Iterator[str]:
@@ -376,6 +389,82 @@ class _Writer:
                 kept.append(step)
                 used.update(step.reads)
         return kept[::-1], found
+
+
+def _fused(steps: list[_Step], ends: set[fx.Node]) -> list[_Step]:
+    """Sums that do a product or a quotient of theirs themselves, where nobody else reads it."""
+    readers: dict[fx.Node, int] = {}
+    for step in steps:
+        for n in step.reads:
+            # Twice by one step is not once.
+            readers[n] = readers.get(n, 0) + sum(a is n for a in step.args)
+    made = {step.node: step for step in steps}
+    gone: set[fx.Node] = set()
+
+    def once(a: Any, *kernels: Callable[..., Tensor]) -> _Step | None:
+        """The step that makes an operand for one reader alone."""
+        step = made.get(a) if isinstance(a, fx.Node) else None
+        mine = step and step.kernel in kernels and not step.kwargs
+        return step if mine and readers[a] == 1 and a not in ends else None
+
+    for step in steps:
+        if step.kernel not in (torch.add, torch.sub) or step.kwargs:
+            continue
+        orders = [step.args, step.args[::-1]] if step.kernel is torch.add else [step.args]
+        for a, b in orders:
+            product = once(b, torch.mul)
+            if not isinstance(a, fx.Node) or product is None or _dtype(b) != _dtype(a):
+                continue
+            number, x = _scaled(product)
+            if number is None:
+                continue
+            inner = once(x, torch.mul, torch.div)
+            gone.add(b)
+            if inner is not None and inner.kernel is torch.div and _vectors(inner, a):
+                value = replace(number, minus=step.kernel is torch.sub)
+                step.kernel, step.args = torch.addcdiv, (a, *inner.args)
+                step.kwargs = {"value": value}
+                gone.add(x)
+            else:
+                step.args, step.kwargs = (a, x), {"alpha": number}
+            break
+        else:
+            _add_product(step, orders, once, gone)
+    return [step for step in steps if step.node not in gone]
+
+
+def _add_product(
+    step: _Step,
+    orders: Sequence[Sequence[Any]],
+    once: Callable[..., _Step | None],
+    gone: set[fx.Node],
+) -> None:
+    """a + (number * x) * y in one kernel."""
+    for a, b in orders:
+        outer = once(b, torch.mul)
+        if not isinstance(a, fx.Node) or outer is None or not _vectors(outer, a):
+            continue
+        for x, y in (outer.args, outer.args[::-1]):
+            inner = once(x, torch.mul)
+            number, z = _scaled(inner) if inner is not None else (None, None)
+            if number is not None and isinstance(z, fx.Node) and _dtype(z) == _dtype(a):
+                value = replace(number, minus=step.kernel is torch.sub)
+                step.kernel, step.args, step.kwargs = torch.addcmul, (a, z, y), {"value": value}
+                gone.update((b, x))
+                return
+
+
+def _scaled(product: _Step) -> tuple[_Number | None, Any]:
+    """(number, vector) of a product of the two; no number otherwise."""
+    for number, x in (product.args, product.args[::-1]):
+        if isinstance(number, _Number) and isinstance(x, fx.Node):
+            return number, x
+    return None, None
+
+
+def _vectors(step: _Step, like: fx.Node) -> bool:
+    """Whether all operands are vectors of a node's dtype."""
+    return all(isinstance(a, fx.Node) and _dtype(a) == _dtype(like) for a in step.args)
 
 
 def _dtype(n: fx.Node) -> torch.dtype:
