@@ -50,9 +50,12 @@ class Unit:
 def units(
     rule: Rule, params: Sequence[Tensor], names: Sequence[str], moving: Sequence[bool]
 ) -> Iterator[Unit]:
-    """The parameters that move, as the rule takes them; all of them if it takes them as one."""
+    """The parameters that move, as the rule takes them; all of them if it takes them as one. Those
+    without an element are in none.
+    """
     if rule.over == "model":
-        yield _unit(params, names, range(len(params)), whole=True)
+        some = [i for i, p in enumerate(params) if p.numel()]
+        yield _unit(params, names, some, whole=True)
         return
     bunches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     sizes: dict[tuple[torch.device, torch.dtype], int] = {}
@@ -180,8 +183,12 @@ class InPlace:
         moved, after = self.rule(
             unit, g.view_as(unit), before, self._t, self.values, loss=self._loss, layout=one
         )
-        # A slot may hold the weights of the step before.
-        after = {n: x.clone() if x.data_ptr() == p.data_ptr() else x for n, x in after.items()}
+        # A slot may hold the weights of the step before, or the gradient, into which the next one
+        # may be added.
+        given = {x.untyped_storage().data_ptr() for x in (p, g)}
+        after = {
+            n: x.clone() if x.untyped_storage().data_ptr() in given else x for n, x in after.items()
+        }
         p.copy_(moved.view_as(p))
         states[p] = {n: x for n, x in after.items() if n not in self.shared}
         return {n: after[n] for n in self.shared}
