@@ -47,13 +47,14 @@ class RuleOptimizer(torch.optim.Optimizer):
     # Whether a state_dict holds the slots; the trained weights while others are used.
     _lent: bool
     _evaluating: dict[Tensor, Tensor]
-    # What steps are made of: plans, and of each group the parameters as the rule takes them. Only
-    # those of the last step: units hold the memory of slots.
-    _plans: dict[object, Plan | None]
+    # What steps are made of: plans, for all of a class, because they take long to trace; and of
+    # each group the parameters as the rule takes them, but only those of the last step, because
+    # they hold the memory of slots.
+    _plans: ClassVar[dict[object, Plan | None]]
     _parted: dict[int, tuple[object, list[Unit]]]
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        own = {"_lent": False, "_evaluating": {}, "_plans": {}, "_parted": {}}
+        own = {"_lent": False, "_evaluating": {}, "_parted": {}}
         super().__setstate__({**own, **state})
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -68,7 +69,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise TypeError(unknown(f"{type(self).__name__} has no argument", name, known))
         bound = self.__signature__.bind(params, *args, **given).arguments
         del bound["params"]
-        self._lent, self._evaluating, self._plans, self._parted = False, {}, {}, {}
+        self._lent, self._evaluating, self._parted = False, {}, {}
         super().__init__(params, self._grouped(bound, _defaults(self.rule)))
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
@@ -200,7 +201,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if group["maximize"]:
             grads = [g if g is None else -g for g in grads]
             loss = None if loss is None else -loss
-        t = torch.as_tensor(group["t"]) + 1
+        t = torch.as_tensor(group["t"], dtype=torch.float64) + 1
         key = (tuple(map(id, params)), moving)
         if at not in self._parted or self._parted[at][0] != key:
             # Groups may have been taken out.
@@ -327,6 +328,7 @@ def _build(rule: Rule) -> type[RuleOptimizer]:
         "__module__": __name__,
         "__qualname__": rule.title,
         "__signature__": _signature(rule),
+        "_plans": {},
     }
     return type(rule.title, (RuleOptimizer,), namespace)
 

@@ -622,7 +622,7 @@ class TestPlans:
             s = initial_slots(rule, layout, p, values)
             group.update(grouped(rule, point), t=torch.zeros((), dtype=F64))
             group.update({n: x for n, x in s.items() if rule.slots[n].shared})
-            for step in range(1, 4):
+            for step in range(1, 3):
                 grads = [noise(10 * step + i, x.shape, dtype) for i, x in enumerate(start)]
                 g = torch.cat([x.reshape(-1) for x in grads])
                 for q, grad in zip(group["params"], grads, strict=True):
