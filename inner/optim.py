@@ -127,7 +127,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             }
         for group in self.param_groups:
             for name in slots.keys() & group.keys():
-                if not slots[name].shared:
+                if not slots[name].shared and isinstance(group[name], Tensor):
                     group[name] = group[name].to(group["params"][0].device)
         for i, trained in given.get(_TRAINED, {}).items():
             self._evaluating[order[i]] = trained.to(order[i].device, copy=True)

@@ -588,7 +588,7 @@ class TestEdits:
 
 
 def variants():
-    composed = ["clip_value(sgd)", "lookahead(adam)", "decoupled_weight_decay(sgd)"]
+    composed = ["clip_value(sgd)", "lookahead(adam)", "cautious_weight_decay(sgd)"]
     for rule in [*ALL, *map(find_rule, composed)]:
         if rule.over == "element":
             options = {n: c.options for n, c in rule.choices.items() if isinstance(c, Choice)}
