@@ -98,7 +98,7 @@ class Plan:
             try:
                 self._codes[key] = _Writer(self, kinds, fused).code()
             except _Vanished:
-                self._codes[key] = _Writer(self, (None,) * len(kinds), fused).code()
+                self._codes[key] = _Writer(self, None, fused).code()
         return self._codes[key]
 
 
@@ -160,8 +160,8 @@ def make_plan(rule: Rule, p: Tensor, values: Tensors) -> Plan | None:
     """
     like = torch.zeros(3, dtype=p.dtype, device=p.device)
     slots = rule.init(like, values)
-    vectors = [n for n, x in slots.items() if x.ndim]
-    shared = [n for n, x in slots.items() if not x.ndim]
+    vectors = [n for n in slots if not rule.slots[n].shared]
+    shared = [n for n in slots if rule.slots[n].shared]
     if any(slots[n].shape != like.shape for n in vectors):
         return None
     numbers = [torch.ones((), dtype=torch.float64) for _ in range(1 + len(rule.hypers))]
@@ -200,11 +200,15 @@ def _divided(
     early = set(inputs[:count])
     for n in graph.nodes:
         if n.op == "get_attr":
+            if getattr(traced, n.target).ndim:
+                return None  # As many numbers as were traced.
             early.add(n)
         elif n.op == "call_function":
             number = n.meta["val"].ndim == 0
             if number != all(x in early for x in n.all_input_nodes):
                 return None  # A number made of vectors, or a vector of numbers.
+            if not number and not _elementwise(n):
+                return None
             if number:
                 early.add(n)
     ends = after[len(shared) :]
@@ -271,9 +275,11 @@ class _Step:
 
 
 class _Writer:
-    """Writes the kernels of a plan as Python code, for numbers of which some are 0 or 1."""
+    """Writes the kernels of a plan as Python code, for numbers of which some are 0 or 1. kinds:
+    which; None for all kernels as they were traced.
+    """
 
-    def __init__(self, plan: Plan, kinds: tuple[float | None, ...], fused: bool) -> None:
+    def __init__(self, plan: Plan, kinds: tuple[float | None, ...] | None, fused: bool) -> None:
         self._plan, self._kinds, self._fused = plan, kinds, fused
         inputs = [n for n in plan.graph.nodes if n.op == "placeholder"]
         inputs = inputs[-len(plan.vectors) :]
@@ -283,6 +289,7 @@ class _Writer:
         self._free: dict[torch.dtype, list[str]] = {}
         self._taken: dict[fx.Node, str] = {}
         self._made: dict[torch.dtype, int] = {}
+        self._scope: dict[str, Any] = {"torch": torch}
 
     def code(self) -> tuple[Code, dict[torch.dtype, int]]:
         steps, found = self._simplified()
@@ -313,10 +320,9 @@ class _Writer:
             self._names[step.node] = place
         lines += self._moves(found)
         source = "\n    ".join(["def run(x, n, m, o):", *(lines or ["pass"])])
-        scope: dict[str, Any] = {f"k{i}": step.kernel for i, step in enumerate(steps)}
-        scope |= {"torch": torch, "inf": float("inf"), "nan": float("nan")}
-        exec(source, scope)
-        return scope["run"], self._made
+        self._scope |= {f"k{i}": step.kernel for i, step in enumerate(steps)}
+        exec(source, self._scope)
+        return self._scope["run"], self._made
 
     def _buffer(self, dtype: torch.dtype) -> str:
         if self._free.get(dtype):
@@ -330,7 +336,9 @@ class _Writer:
         if isinstance(operand, _Number):
             sign = "-" if operand.minus else ""
             return f"{sign}{'m' if operand.tensor else 'n'}[{operand.place}]"
-        return repr(operand)
+        name = f"a{len(self._scope)}"
+        self._scope[name] = operand
+        return name
 
     def _moves(self, found: Mapping[str, Any]) -> Iterator[str]:
         """What brings values that are elsewhere to where they belong."""
@@ -356,27 +364,32 @@ class _Writer:
             if not isinstance(a, fx.Node):
                 return a
             if a in plan.places:
-                kind = self._kinds[plan.places[a]]
+                kind = self._kinds[plan.places[a]] if self._kinds else None
                 return _Number(plan.places[a]) if kind is None else kind
             return value.get(a, a)
+
+        def exact(a: Any) -> Any:
+            """A number as it is: a Python number would take the dtype of what is beside it."""
+            number = isinstance(a, fx.Node) and a in plan.places
+            return _Number(plan.places[a], tensor=True) if number else of(a)
 
         for n in plan.graph.nodes:
             if n.op != "call_function" or n.meta["val"].ndim == 0:
                 continue
             args = tuple(map(of, n.args))
-            same = None if n.kwargs else _same(n.target, args)
-            if same is not None:
+            same = _same(n.target, args) if self._kinds and not n.kwargs else None
+            if isinstance(same, fx.Node) and _dtype(same) != _dtype(n):
+                same = None
+            if isinstance(same, fx.Node | _Zero):
                 value[n] = same
+            elif same is not None:
+                raise _Vanished  # A vector became a number.
             elif (inside := _of_root(n)) is not None:
                 steps.append(_Step(n, torch.sqrt, (of(inside),), {}, True))
             else:
-                if n.target not in _MIXED:
-                    args = tuple(
-                        _Number(plan.places[a], tensor=True)
-                        if isinstance(a, fx.Node) and a in plan.places
-                        else of(a)
-                        for a in n.args
-                    )
+                beside = [a for a in n.args if isinstance(a, fx.Node) and a not in plan.places]
+                if n.target not in _MIXED or not all(_dtype(a).is_floating_point for a in beside):
+                    args = tuple(map(exact, n.args))
                 if any(isinstance(a, _Zero) for a in args):
                     raise _Vanished
                 kernel = _WRITERS.get(n.target, n.target)
@@ -416,7 +429,7 @@ def _fused(steps: list[_Step], ends: set[fx.Node]) -> list[_Step]:
             if not isinstance(a, fx.Node) or product is None or _dtype(b) != _dtype(a):
                 continue
             number, x = _scaled(product)
-            if number is None:
+            if number is None or _dtype(x) != _dtype(a):
                 continue
             inner = once(x, torch.mul, torch.div)
             gone.add(b)
@@ -467,6 +480,12 @@ def _vectors(step: _Step, like: fx.Node) -> bool:
     return all(isinstance(a, fx.Node) and _dtype(a) == _dtype(like) for a in step.args)
 
 
+def _elementwise(n: fx.Node) -> bool:
+    """Whether a kernel makes new memory, and takes no shape, which would be the traced one."""
+    makes = all(made.alias_info is None for made in n.target._schema.returns)  # type: ignore[union-attr]  # an operator
+    return makes and not any(isinstance(a, list | tuple) for a in (*n.args, *n.kwargs.values()))
+
+
 def _dtype(n: fx.Node) -> torch.dtype:
     dtype: torch.dtype = n.meta["val"].dtype
     return dtype
@@ -496,6 +515,8 @@ def _of_root(n: fx.Node) -> Any:
     if n.target is not aten.where.self:
         return None
     zero, x, y = n.args
+    if not isinstance(zero, fx.Node) or (zero.target, zero.args) != (aten.eq.Scalar, (x, 0)):
+        return None
     if not isinstance(y, fx.Node) or y.target is not aten.sqrt.default:
         return None
     (inner,) = y.args
