@@ -302,7 +302,7 @@ class _Writer:
         lines += self._moves(found)
         source = "\n    ".join(["def run(x, n, m, o):", *(lines or ["pass"])])
         scope: dict[str, Any] = {f"k{i}": step.kernel for i, step in enumerate(steps)}
-        scope |= {"torch": torch, "inf": float("inf"), "nan": float("nan")}
+        scope |= {"torch": torch, "device": torch.device, "inf": float("inf"), "nan": float("nan")}
         exec(source, scope)
         return scope["run"], self._made
 
