@@ -5,10 +5,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import VALUES, Around, Late, cnn, examples, mlp
+from nets import Around, Late, cnn, examples, mlp
+from points import EVERY_RULE, values_in_nets
 from torch import nn
 
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta import auto as auto_module
 from hyperdescent.meta import forward as forward_module
@@ -37,8 +38,7 @@ def problem(make=mlp):
 
 def training(rule="adamw", of=None, **options):
     rule = find_rule(rule)
-    given = {name: value for name, value in VALUES.items() if name in rule.hypers}
-    return Training(of or problem(), rule, STEPS, given=given, **options)
+    return Training(of or problem(), rule, STEPS, given=values_in_nets(rule), **options)
 
 
 @pytest.fixture(params=[False, True], ids=["autograd", "traced"])
@@ -59,9 +59,9 @@ def assert_same(forward, run, learn):
         torch.testing.assert_close(found.grad[name], value, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=lambda rule: rule.name)
 def test_every_rule_in_every_hyper(forward, rule):
-    assert_same(forward, training(rule), list(RULES[rule].hypers))
+    assert_same(forward, training(rule), list(rule.hypers))
 
 
 @pytest.mark.parametrize("make", [cnn, noisy])
