@@ -82,3 +82,12 @@ def sloped(rule):
 
 
 EVERY_RULE = {name: prepared(rule) for name, rule in RULES.items()}
+
+
+# Options that say how often an iteration is done.
+_ITERATIONS = ("matalg_steps", "ns_steps")
+
+
+def brief(rule):
+    """The rule with as few iterations as it may have, where operations are what takes time."""
+    return rule.choose(**{n: c.low for n, c in rule.choices.items() if n in _ITERATIONS})

@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Around, Late, cnn, examples, mlp
-from points import EVERY_RULE, values_in_nets
+from nets import Around, Late, cnn, examples, mlp, one_layer
+from points import EVERY_RULE, brief, values_in_nets
 from torch import nn
 
 from hyperdescent.inner.rules import find_rule
@@ -41,11 +41,16 @@ def training(rule="adamw", of=None, **options):
     return Training(of or problem(), rule, STEPS, given=values_in_nets(rule), **options)
 
 
-@pytest.fixture(params=[False, True], ids=["autograd", "traced"])
-def forward(request, monkeypatch):
-    """Both ways without a compiler, whose code test_compiled looks at."""
+@pytest.fixture
+def traced(monkeypatch):
+    """Without a compiler, whose code test_compiled looks at."""
     monkeypatch.setattr(tangents, "generate", lambda graph, spent: graph)
-    return Forward(compile=request.param)
+    return Forward(compile=True)
+
+
+@pytest.fixture(params=[False, True], ids=["autograd", "traced"])
+def forward(request, traced):
+    return traced if request.param else Forward(compile=False)
 
 
 def assert_same(forward, run, learn):
@@ -60,8 +65,13 @@ def assert_same(forward, run, learn):
 
 
 @pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=lambda rule: rule.name)
-def test_every_rule_in_every_hyper(forward, rule):
-    assert_same(forward, training(rule), list(rule.hypers))
+def test_every_rule_in_every_hyper(rule):
+    assert_same(Forward(compile=False), training(rule), list(rule.hypers))
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=lambda rule: rule.name)
+def test_every_rule_traced_in_every_hyper(rule, traced, few_iterations):
+    assert_same(traced, training(brief(rule), problem(one_layer)), list(rule.hypers))
 
 
 @pytest.mark.parametrize("make", [cnn, noisy])
