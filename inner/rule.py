@@ -214,7 +214,9 @@ class Rule:
             given["loss"] = loss
         if "layout" in self.needs:
             given["layout"] = layout or Layout.alone(p.shape)
-        return self.update(p, g, s, t, **given, **values, **self.options())
+        p, after = self.update(p, g, s, t, **given, **values, **self.options())
+        # In the order of the declaration, by which adjoints of slots find theirs.
+        return p, {name: after[name] for name in self.slots}
 
     def __reduce__(self) -> tuple[Callable[..., Rule], tuple[object, ...]]:
         # By name: under the name of its function, pickle would find the rule instead.

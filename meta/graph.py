@@ -355,13 +355,20 @@ def _divide(form: Form, whole: Graph, examples: list[Tensor]) -> StepGraph:
 def _late(
     whole: Graph, used: set[fx.Node], small: list[fx.Node], early: set[fx.Node]
 ) -> set[fx.Node]:
-    """Nodes on the way from cotangents of numbers to those of hypers, numbers throughout."""
+    """Nodes on the way from cotangents of numbers to those of hypers, numbers throughout.
+
+    What they read is handed on as float64, so it is no condition of a where.
+    """
+
+    def readable(x: fx.Node) -> bool:
+        return is_number(x) and (x in early or x.meta["val"].is_floating_point())
+
     late: set[fx.Node] = set()
     for n in reversed(list(whole.graph.nodes)):
         if n.op != "call_function" or n in used or n in early or not is_number(n):
             continue
         wanted = n in small or bool(n.users)
         ends = all(user in late or user.op == "output" for user in n.users)
-        if wanted and ends and all(map(is_number, n.all_input_nodes)) and not is_random(n):
+        if wanted and ends and all(map(readable, n.all_input_nodes)) and not is_random(n):
             late.add(n)
     return late

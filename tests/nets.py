@@ -30,6 +30,11 @@ def mlp():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
+def one_layer():
+    """One matrix and one vector, where a rule's operations on every tensor are what takes time."""
+    return nn.Linear(5, 3).double()
+
+
 def cnn():
     """For inputs of shape (1, 6, 6)."""
     layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)

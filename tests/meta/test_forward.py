@@ -5,10 +5,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import VALUES, Around, Late, cnn, examples, mlp
+from nets import Around, Late, cnn, examples, mlp, one_layer
+from points import EVERY_RULE, brief, values_in_nets
 from torch import nn
 
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta import auto as auto_module
 from hyperdescent.meta import forward as forward_module
@@ -37,15 +38,19 @@ def problem(make=mlp):
 
 def training(rule="adamw", of=None, **options):
     rule = find_rule(rule)
-    given = {name: value for name, value in VALUES.items() if name in rule.hypers}
-    return Training(of or problem(), rule, STEPS, given=given, **options)
+    return Training(of or problem(), rule, STEPS, given=values_in_nets(rule), **options)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Without a compiler, whose code test_compiled looks at."""
+    monkeypatch.setattr(tangents, "generate", lambda graph, spent: graph)
+    return Forward(compile=True)
 
 
 @pytest.fixture(params=[False, True], ids=["autograd", "traced"])
-def forward(request, monkeypatch):
-    """Both ways without a compiler, whose code test_compiled looks at."""
-    monkeypatch.setattr(tangents, "generate", lambda graph, spent: graph)
-    return Forward(compile=request.param)
+def forward(request, traced):
+    return traced if request.param else Forward(compile=False)
 
 
 def assert_same(forward, run, learn):
@@ -59,9 +64,14 @@ def assert_same(forward, run, learn):
         torch.testing.assert_close(found.grad[name], value, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_every_rule_in_every_hyper(forward, rule):
-    assert_same(forward, training(rule), list(RULES[rule].hypers))
+@pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=lambda rule: rule.name)
+def test_every_rule_in_every_hyper(rule):
+    assert_same(Forward(compile=False), training(rule), list(rule.hypers))
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=lambda rule: rule.name)
+def test_every_rule_traced_in_every_hyper(rule, traced, few_iterations):
+    assert_same(traced, training(brief(rule), problem(one_layer)), list(rule.hypers))
 
 
 @pytest.mark.parametrize("make", [cnn, noisy])

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import VALUES, Around, examples
+from nets import Around, examples, one_layer
+from points import EVERY_RULE, applies, brief, values_in_nets
 from torch import nn
 
-from hyperdescent.inner.hyper import fraction, positive
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.hyper import Choice, fraction, positive
+from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta import compiled
 from hyperdescent.meta.compiled import Machine
@@ -54,11 +55,7 @@ def problem(make=mlp, loss_fn=F.cross_entropy, *, shape=(5,), data=examples, **o
 
 def training(rule="adamw", of=None, *, steps=STEPS, **options):
     rule = find_rule(rule)
-    values = {**VALUES, **({"alpha": 3.0} if rule.name == "alphagrad" else {})}
-    if rule.chosen.get("nesterov"):
-        values["dampening"] = 0.0
-    given = {name: values[name] for name in rule.hypers if name in values}
-    options["given"] = {**given, **options.get("given", {})}
+    options["given"] = {**values_in_nets(rule), **options.get("given", {})}
     return Training(of or problem(), rule, steps, **options)
 
 
@@ -89,23 +86,25 @@ def assert_traced(run, names, *, seed=0):
         assert_close(estimate.note.adjoint, expected.note.adjoint, f"{gait}, adjoint")
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_every_rule_in_every_hyper(rule):
-    assert_traced(training(rule), [*RULES[rule].hypers])
+@pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=lambda rule: rule.name)
+def test_every_rule_in_every_hyper(rule, few_iterations):
+    assert_traced(training(brief(rule), problem(one_layer)), [*rule.hypers])
 
 
 OPTIONS = [
-    RULES[name].choose(**{option: value})
-    for name in RULES
-    for option, choice in RULES[name].choices.items()
+    pytest.param(rule.choose(**{option: value}), id=f"{rule.name}-{option}={value}")
+    for rule in map(brief, EVERY_RULE.values())
+    for option, choice in rule.choices.items()
+    if isinstance(choice, Choice)
     for value in choice.options
     if value != choice.default
 ]
 
 
-@pytest.mark.parametrize("rule", OPTIONS, ids=lambda rule: f"{rule.name}-{next(iter(rule.chosen))}")
-def test_every_option_of_a_rule(rule):
-    assert_traced(training(rule), [n for n in rule.hypers if n != "dampening"])
+@pytest.mark.parametrize("rule", OPTIONS)
+def test_every_option_of_a_rule(rule, few_iterations):
+    names = [name for name, hyper in rule.hypers.items() if applies(rule, hyper)]
+    assert_traced(training(rule, problem(one_layer)), names)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,19 @@
+"""What tests of traced steps share."""
+
+import sys
+
+import pytest
+
+from hyperdescent.inner.roots import inverse_root
+
+
+@pytest.fixture
+def few_iterations(monkeypatch):
+    """Roots of matrices by three steps, for what costs by its operations: they are the same in all
+    of the forty.
+    """
+    monkeypatch.setattr(
+        sys.modules["hyperdescent.inner.rules.shampoo"],
+        "inverse_root",
+        lambda a, p, *, ridge, steps: inverse_root(a, p, ridge=ridge, steps=3),
+    )

@@ -1,0 +1,93 @@
+"""For the tests that take every rule: which hyperparameters to look at, and at which values."""
+
+import torch
+from nets import VALUES
+from oracle import references
+
+from hyperdescent.inner.rules import RULES
+
+F64 = torch.float64
+GRAINS = ("shared", "tensor", "element")
+REFERENCE = references()
+
+# Where the loss is about 1 and its gradient about 0.1, as of the nets that tests train; points of
+# references are for the contract's loss of 20.
+OF_NETS = {
+    "adagrad": {"lr": 0.2},
+    "alphagrad": {"alpha": 3.0},
+    "ano": {"beta2": 0.85},
+    "asgo": {"aux_eps": 0.05},
+    "clion": {"lr": 0.02},
+    "deltagclip": {"gamma": 0.25, "delta": 0.6},
+    "deltagclipc": {"gamma": 0.25, "delta": 0.6},
+    "inducedmetric": {"beta": 0.8},
+    "psgdkron": {"clip_rms": 0.5},
+    "psgdlra": {"clip_rms": 0.3},
+    "psgdxmat": {"clip_rms": 0.3},
+    "sania": {"f_star": 0.5},
+    "sgd": {"lr": 0.5},
+    "truncatedadagrad": {"lr": 0.3, "floor": 0.5},
+    "truncatedmodel": {"lr": 2.0, "floor": 0.7},
+}
+
+
+def known(rule):
+    """What the rule's reference has as its point."""
+    return REFERENCE[rule.name].point if rule.name in REFERENCE else {}
+
+
+def prepared(rule):
+    """The rule with the whole-number options of its reference, which a few steps can tell."""
+    return rule.choose(**REFERENCE[rule.name].chosen) if rule.name in REFERENCE else rule
+
+
+def applies(rule, hyper):
+    return hyper.when is None or rule.options()[hyper.when[0]] == hyper.when[1]
+
+
+def middle(hyper, share=0.5):
+    low, high = hyper.box()
+    return float(hyper.value(torch.tensor(low + share * (high - low), dtype=F64)))
+
+
+def allowed(hyper, grain):
+    """A grain, or the finest that a hyper has."""
+    return min(grain, hyper.finest, key=GRAINS.index)
+
+
+def bare(name):
+    """What a hyper is called in a rule by itself."""
+    return name.removeprefix("rest_").removeprefix("aux_")
+
+
+def telling(rule, common):
+    """A number for every hyper that means anything: the common one of its name, or the middle of
+    its search range.
+    """
+    return {
+        name: common.get(name, common.get(bare(name), middle(hyper)))
+        for name, hyper in rule.hypers.items()
+        if applies(rule, hyper)
+    }
+
+
+def values_in_nets(rule):
+    """Numbers at which every hyper of a rule moves the loss of the nets that tests train."""
+    return telling(rule, VALUES | known(rule) | OF_NETS.get(rule.name, {}))
+
+
+def sloped(rule):
+    """The hypers that mean anything and whose derivative says what they do."""
+    return [n for n, h in rule.hypers.items() if applies(rule, h) and n not in rule.rough()]
+
+
+EVERY_RULE = {name: prepared(rule) for name, rule in RULES.items()}
+
+
+# Options that say how often an iteration is done.
+_ITERATIONS = ("matalg_steps", "ns_steps")
+
+
+def brief(rule):
+    """The rule with as few iterations as it may have, where operations are what takes time."""
+    return rule.choose(**{n: c.low for n, c in rule.choices.items() if n in _ITERATIONS})
