@@ -4,7 +4,8 @@ A rule's learning rates and the few hypers beside them that matter most are tune
 `hyperdescent.tune` on a small net for digits. The optimizer that it returns then trains that net
 from other starts, in a loop that knows nothing else of this package; so does the optimizer at its
 defaults. What counts is the validation loss at the end of training, and whether it is below a
-target that is the same for all.
+target that is the same for all. Where it is not, one training at each of a grid of rates, the other
+numbers as tuned, tells a rule that cannot from a tuner that did not get there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -36,6 +38,10 @@ from .record import Json, Measures, Record, Tuned, plain
 
 NAME = "optimizers"
 ARMS = ("defaults", "tuned")
+# Of the tuned rate: the grid of a rule that missed the target.
+FACTORS = tuple(4.0**k for k in range(-2, 6))
+# What takes the place of a learning rate in rules that find their own from a first guess.
+_GUESSES = ("reps_rel", "d0")
 # What is tuned beside rates, where a rule has it and its derivative is a guide.
 _MATTERS = ("momentum", "beta1", "beta", "alpha", "weight_decay")
 Data = dict[str, Part]
@@ -93,15 +99,26 @@ def drop_in_cells(rules: str = "", budget: str = "15s") -> tuple[list[DropInCell
 
 
 def learned_of(rule: Rule) -> list[str]:
-    """What is tuned of a rule: its learning rates, and what of the usual others is smooth."""
+    """What is tuned of a rule: its learning rates, or the guess that they grow from, and what of
+    the usual others is smooth.
+    """
     rough, options = rule.rough(), rule.options()
     return [
         name
         for name, hyper in rule.hypers.items()
-        if (name == "lr" or name.endswith("_lr") or name in _MATTERS)
+        if (is_rate(name) or name in _MATTERS)
         and name not in rough
         and (hyper.when is None or options[hyper.when[0]] == hyper.when[1])
     ]
+
+
+def is_rate(name: str) -> bool:
+    return name == "lr" or name.endswith("_lr") or name in _GUESSES
+
+
+def scanned_of(rule: Rule) -> str:
+    """The rate that a grid is laid over."""
+    return next((name for name in _GUESSES if name in rule.hypers), "lr")
 
 
 def tune_and_train(cell: DropInCell) -> Record:
@@ -118,12 +135,12 @@ def tune_and_train(cell: DropInCell) -> Record:
     began = time.perf_counter()
     for arm in ARMS:
         for seed in range(SETTING.seeds):
-            model = make_model(seed)
-            batches = draw_batches(*data["train"], seed)
-            train_plainly(model, makers[arm](model), batches)
+            model = _trained(makers[arm], data, seed)
             for split in ("valid", "test"):
                 measures |= {f"{arm} {split} {seed}": measure(model, *data[split])}
     seconds = time.perf_counter() - began
+    if reached(measures) < SETTING.seeds:
+        measures["rates"] = _scan(result, scanned_of(rule), data)
     means = {split: _mean(measures, split) for split in ("valid", "test")}
     finite = all(value is not None for split in means.values() for value in split.values())
     return Record(
@@ -186,6 +203,33 @@ def of_arm(measures: Measures, arm: str, split: str, name: str) -> list[float | 
     return [told[name] for told in trained]
 
 
+def reached(measures: Measures) -> int:
+    """How many of the tuned trainings end below the target."""
+    losses = of_arm(measures, "tuned", "valid", "loss")
+    return sum(loss is not None and loss < SETTING.target for loss in losses)
+
+
+def _trained(
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], data: Data, seed: int
+) -> nn.Module:
+    model = make_model(seed)
+    train_plainly(model, make_optimizer(model), draw_batches(*data["train"], seed))
+    return model
+
+
+def _scan(result: Result, name: str, data: Data) -> dict[str, float | None]:
+    """Validation loss under the first seed by factor of the tuned rate; the learned others stay."""
+
+    def scaled(factor: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+        changed = {**result.in_force, name: factor * result.in_force[name]}
+        return replace(result, in_force=changed).optimizer
+
+    return {
+        f"{factor:g}": measure(_trained(scaled(factor), data, 0), *data["valid"])["loss"]
+        for factor in FACTORS
+    }
+
+
 def _mean(measures: Measures, split: str) -> dict[str, float | None]:
     """Over the tuned trainings; null if one of them diverged."""
     means: dict[str, float | None] = {}
@@ -202,8 +246,9 @@ def _data() -> Data:
 
 
 def _tuned(rule: Rule, cell: DropInCell) -> tuple[Result, Tuned]:
-    began = time.perf_counter()
-    result = tune(
+    began, refused = time.perf_counter(), ""
+    tuning: Callable[..., Result] = partial(
+        tune,
         find_problem(SETTING.problem),
         rule,
         learn=learned_of(rule),
@@ -214,6 +259,10 @@ def _tuned(rule: Rule, cell: DropInCell) -> tuple[Result, Tuned]:
         meta=MetaOptimizer(estimator=Replay(compile=False)),
         progress=False,
     )
+    try:
+        result = tuning()
+    except ValueError as error:  # A metagradient that the budget is too small for; a training fits.
+        result, refused = tuning(route="search"), str(error)
     if result.outcome is Outcome.INTERRUPTED:
         raise KeyboardInterrupt  # tune keeps its best point; a study must not record it as done.
     return result, Tuned(
@@ -222,7 +271,7 @@ def _tuned(rule: Rule, cell: DropInCell) -> tuple[Result, Tuned]:
         loss=result.loss if math.isfinite(result.loss) else None,
         outcome=result.outcome,
         route=result.route,
-        reason=result.reason,
+        reason=refused or result.reason,
         seconds=time.perf_counter() - began,
     )
 
@@ -241,15 +290,19 @@ def _of_tuning(result: Result) -> Measures:
 
 __all__ = [
     "ARMS",
+    "FACTORS",
     "NAME",
     "SETTING",
     "DropInCell",
     "draw_batches",
     "drop_in_cells",
+    "is_rate",
     "learned_of",
     "make_model",
     "measure",
     "of_arm",
+    "reached",
+    "scanned_of",
     "train_plainly",
     "tune_and_train",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..inner.rules import find_rule
-from .drop_in import ARMS, NAME, SETTING, of_arm
+from .drop_in import ARMS, NAME, SETTING, is_rate, of_arm, reached, scanned_of
 from .record import Json, Record, Records
 from .report import group_of, spelled, spread
 from .tables import for_terminal, markdown, origin_of, write_section
@@ -29,7 +29,7 @@ def table(records: Records, title: str) -> Table:
 def remarks(records: Records) -> list[str]:
     """How many rules reached the target, and why each of the others did not, as far as is known."""
     trained = [record for record in records if record.error is None]
-    missed = [record for record in _by_loss(trained) if reached(record) < SETTING.seeds]
+    missed = [record for record in _by_loss(trained) if reached(record.measures) < SETTING.seeds]
     told = (
         f"{len(trained) - len(missed)} of {len(trained)} tuned rules end below a validation loss "
         f"of {SETTING.target:g} under all of {SETTING.seeds} seeds."
@@ -71,14 +71,9 @@ has of momentum, beta1, beta, alpha and weight_decay, from its defaults. `result
 then trains the same net in a plain PyTorch loop under {SETTING.seeds} seeds that tuning has not
 seen, beside the optimizer at its defaults. Validation loss, mean and standard deviation; tuning saw
 these examples, not these starts. "Reached" counts the tuned trainings that end below
-{SETTING.target:g}; seconds are of tuning and of one training. Tuning stops by the clock, so numbers
-vary from run to run."""
-
-
-def reached(record: Record) -> int:
-    """How many of the tuned trainings end below the target."""
-    losses = of_arm(record.measures, "tuned", "valid", "loss")
-    return sum(loss is not None and loss < SETTING.target for loss in losses)
+{SETTING.target:g}; seconds are of tuning and of one training. A rule that missed is followed by how
+far tuning came, and by one training at each rate of a grid, the other numbers as tuned. Tuning
+stops by the clock, so numbers vary from run to run."""
 
 
 def why(record: Record) -> str:
@@ -97,18 +92,34 @@ def why(record: Record) -> str:
     )
     if edge := [name for name, value in tuned.hypers.items() if _at_edge(record, name, value)]:
         told.append(f"{', '.join(edge)} at the edge of its range")
-    if tuned.loss is not None:
-        told.append(f"tuning measured {tuned.loss:.3f}")
+    told += _scanned(record)
     if tuned.route == "search":
         told.append(f"searched, as {tuned.reason}")
     return "; ".join(told)
+
+
+def _scanned(record: Record) -> Iterable[str]:
+    """What a grid of rates says of the first seed: whether tuning could have gone further."""
+    grid = {float(f): loss for f, loss in record.measures.get("rates", {}).items()}
+    ended = {factor: loss for factor, loss in grid.items() if loss is not None}
+    if not ended or record.tuned is None:
+        return
+    name = scanned_of(find_rule(_name(record)))
+    best = min(ended, key=lambda factor: ended[factor])
+    rate = best * _number(record.tuned.hypers[name])
+    yield f"of a grid around it {name} = {rate:.2g} is best, with {ended[best]:.3f}"
+    low, high = find_rule(_name(record)).hypers[name].search
+    if not low <= rate <= high:
+        yield f"which is outside its range, {low:g} to {high:g}"
+    elif best == max(grid):
+        yield "the last of the grid"
 
 
 def _moved(record: Record) -> Iterable[str]:
     """From where to where the learned rates went."""
     hypers = find_rule(_name(record)).hypers
     for name, value in (record.tuned.hypers if record.tuned else {}).items():
-        if name == "lr" or name.endswith("_lr"):
+        if is_rate(name):
             yield f"{name} {hypers[name].default:.2g} → {_number(value):.2g}"
 
 
@@ -153,7 +164,7 @@ def _cells(record: Record) -> Sequence[str]:
         _name(record),
         *(_spelled(of_arm(record.measures, arm, "valid", "loss")) for arm in ARMS),
         _spelled(of_arm(record.measures, "tuned", "valid", "accuracy")),
-        f"{reached(record)}/{SETTING.seeds}",
+        f"{reached(record.measures)}/{SETTING.seeds}",
         record.tuned.route,
         f"{record.tuned.seconds:.0f}",
         f"{record.seconds or math.nan:.2f}",
@@ -167,4 +178,4 @@ def _spelled(values: Sequence[float | None]) -> str:
     return spelled(spread(finite))
 
 
-__all__ = ["reached", "remarks", "section", "table", "why", "write"]
+__all__ = ["remarks", "section", "table", "why", "write"]

@@ -104,6 +104,7 @@ class TestCells:
             ("adamw", ["lr", "beta1", "weight_decay"]),
             ("alphagrad", ["lr", "alpha", "momentum", "weight_decay"]),
             ("lion", ["lr", "weight_decay"]),  # Its betas are inside a sign.
+            ("dog", ["lr", "reps_rel", "weight_decay"]),
             ("muon", ["lr", "momentum", "weight_decay", "aux_lr"]),
         ],
     )
@@ -144,6 +145,31 @@ class TestRecord:
                     assert record.measures[f"{arm} {split} {seed}"] == measure(model, *data[split])
         losses = of_arm(record.measures, "tuned", "valid", "loss")
         assert record.measures["valid"]["loss"] == pytest.approx(sum(losses) / len(losses))
+
+    def test_a_grid_of_rates_tells_where_a_rule_that_missed_could_have_got(self, small):
+        record = tune_and_train(DropInCell("sgd", 0.3))
+        grid = record.measures["rates"]
+        assert [float(factor) for factor in grid] == list(drop_in.FACTORS)
+        assert grid["1"] == of_arm(record.measures, "tuned", "valid", "loss")[0]
+        model, data, tuned = make_model(0), drop_in._data(), record.tuned.hypers
+        optimizer = optim.SGD(model.parameters(), **{**tuned, "lr": 16 * tuned["lr"]})
+        train_plainly(model, optimizer, drop_in.draw_batches(*data["train"], 0))
+        assert grid["16"] == measure(model, *data["valid"])["loss"]
+        best = min(grid, key=grid.get)
+        rate = float(best) * tuned["lr"]
+        told = f"of a grid around it lr = {rate:.2g} is best, with {grid[best]:.3f}"
+        assert told in drop_in_report.why(record)
+
+    def test_a_rule_whose_metagradient_takes_too_long_is_searched(self, small, monkeypatch):
+        def refusing(*given, route="auto", **more):
+            if route == "auto":
+                raise ValueError("budget=1 s is too small")
+            return tune(*given, route=route, **more)
+
+        tune = drop_in.tune
+        monkeypatch.setattr(drop_in, "tune", refusing)
+        tuned = tune_and_train(DropInCell("sgd", 0.3)).tuned
+        assert (tuned.route, tuned.reason) == ("search", "budget=1 s is too small")
 
     def test_divergence_is_an_outcome(self, small, monkeypatch):
         def wild(*given, **more):
@@ -193,11 +219,13 @@ class TestReport:
         }
         best, other = sorted(worst, key=worst.get)
         between = worst[best] + 1e-6
-        monkeypatch.setattr(drop_in_report, "SETTING", replace(SMALL, target=between))
+        for module in (drop_in, drop_in_report):
+            monkeypatch.setattr(module, "SETTING", replace(SMALL, target=between))
         told, *missed = drop_in_report.remarks(records)
         assert told.startswith("1 of 2 tuned rules") and len(missed) == 1
         assert missed[0].startswith(f"{other}: ") and "lr " in missed[0]
-        monkeypatch.setattr(drop_in_report, "SETTING", replace(SMALL, target=100.0))
+        for module in (drop_in, drop_in_report):
+            monkeypatch.setattr(module, "SETTING", replace(SMALL, target=100.0))
         assert len(drop_in_report.remarks(records)) == 1
 
     def test_a_value_at_the_edge_of_its_range_is_told(self, records):
