@@ -75,6 +75,13 @@ def loss_after(opt, override, made, steps=STEPS):
         return F.cross_entropy(fmodel(VALID[0]), VALID[1])
 
 
+def torch_step(opt, made):
+    opt.zero_grad()
+    loss = F.cross_entropy(made(TRAIN[0]), TRAIN[1])
+    loss.backward()
+    opt.step(loss=loss)
+
+
 def unrolled(name, values):
     made = model()
     opt = optim.torch_form(RULES[name])(made.parameters())
@@ -115,7 +122,10 @@ class TestGradients:
 class TestEveryRule:
     def test_takes_the_steps_of_the_torch_form(self, rule):
         made, twin = model(), model()
+        # What is below a loss of the other sign, for rules that know such a number.
+        below = {"c": 10.0, "floor": -9.0, "f_star": -9.0}
         options = {"lr": 0.01, "maximize": True}
+        options |= {name: value for name, value in below.items() if name in rule.hypers}
         opt = optim.torch_form(rule)(twin.parameters(), **options)
         with higher.innerloop_ctx(made, optim.torch_form(rule)(made.parameters(), **options)) as (
             fmodel,
@@ -123,9 +133,7 @@ class TestEveryRule:
         ):
             for _ in range(4):
                 diffopt.step(F.cross_entropy(fmodel(TRAIN[0]), TRAIN[1]))
-                opt.zero_grad()
-                F.cross_entropy(twin(TRAIN[0]), TRAIN[1]).backward()
-                opt.step()
+                torch_step(opt, twin)
             for ours, torchs in zip(fmodel.parameters(), twin.parameters(), strict=True):
                 torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-14)
 
@@ -135,9 +143,7 @@ class TestEveryRule:
         for step in range(5):
             for m, opt in zip((made, twin), opts, strict=True):
                 if step < 3 or m is twin:
-                    opt.zero_grad()
-                    F.cross_entropy(m(TRAIN[0]), TRAIN[1]).backward()
-                    opt.step()
+                    torch_step(opt, m)
         expected = F.cross_entropy(twin(VALID[0]), VALID[1])
         torch.testing.assert_close(loss_after(opts[0], None, made, 2), expected, rtol=1e-12, atol=0)
         assert opts[0].param_groups[0]["t"] == 3  # higher works on copies
