@@ -191,4 +191,6 @@ class MetaOptimizer:
 
     def _values(self, rate: float) -> Tensors:
         own = {"lr": rate, "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
-        return self.rule.values({name: v for name, v in own.items() if name in self.rule.hypers})
+        # Muon and its kind have an Adam of their own for what is no matrix, with names in aux_.
+        bare = {n: n.removeprefix("rest_").removeprefix("aux_") for n in self.rule.hypers}
+        return self.rule.values({n: own[name] for n, name in bare.items() if name in own})

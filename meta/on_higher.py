@@ -153,13 +153,13 @@ def _update_group(
     rule, values = _of_group(rule, group)
     shared = {n: group[n] for n, slot in rule.slots.items() if slot.shared}
     moving = [(i, g) for i, g in enumerate(grads) if g is not None]
-    t = group["t"] + 1
+    t, sign = group["t"] + 1, -1 if group["maximize"] else 1
     for i, g in moving:
         p = group["params"][i]
         one = Layout.alone(p.shape or torch.Size([1]), _name(group, i))
-        unit, g = (x.reshape(one.shapes[0]) for x in (p, -g if group["maximize"] else g))
+        unit, g = (x.reshape(one.shapes[0]) for x in (p, sign * g))
         before = {**(state[i] or rule.init(unit, values, one)), **shared}
-        stepped, after = rule(unit, g, before, t, values, loss=loss, layout=one)
+        stepped, after = rule(unit, g, before, t, values, loss=sign * loss, layout=one)
         group["params"][i] = stepped.view_as(p)
         state[i] = {n: x for n, x in after.items() if n not in shared}
     if moving:

@@ -38,7 +38,8 @@ def known(rule):
 
 def prepared(rule):
     """The rule with the whole-number options of its reference, which a few steps can tell."""
-    return rule.choose(**REFERENCE[rule.name].chosen) if rule.name in REFERENCE else rule
+    chosen = REFERENCE[rule.name].chosen if rule.name in REFERENCE else {}
+    return rule.choose(**chosen) if chosen else rule
 
 
 def applies(rule, hyper):

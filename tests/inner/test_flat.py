@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from nets import VALUES
+from points import EVERY_RULE, allowed, values_in_nets
 from torch import nn
 
-from hyperdescent.inner import flat
+from hyperdescent.inner import flat, plan
 from hyperdescent.inner.flat import flat_step, flat_step_, initial_slots
 from hyperdescent.inner.hyper import learning_rate
 from hyperdescent.inner.layout import Layout
@@ -14,7 +14,7 @@ from hyperdescent.inner.rules import RULES
 from hyperdescent.meta.problem import problem_from_module
 from hyperdescent.meta.training import Training
 
-SIZE = 1000
+SIZE = 200  # Three blocks, and a part of one.
 
 
 @rule("Swap", slots={"last": zeros, "other": zeros}, lr=learning_rate(0.1))
@@ -26,6 +26,7 @@ def swap(p, g, s, t, lr):
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
     monkeypatch.setattr(flat, "_LONG", 64)
+    monkeypatch.setattr(plan, "BLOCK", 64)
 
 
 def trained(step, found, values, clone, steps=5):
@@ -37,16 +38,22 @@ def trained(step, found, values, clone, steps=5):
         t = torch.tensor(float(i + 1), dtype=torch.float64)
         g = torch.randn(SIZE, generator=draw)
         before = p.clone() if clone else p, {n: x.clone() for n, x in slots.items()}
-        p, slots = step(found, layout, before[0], g, before[1], t, values)
+        # Above every floor that a rule may know.
+        loss = 1 + before[0].square().mean()
+        p, slots = step(found, layout, before[0], g, before[1], t, values, loss=loss)
     return p, slots, before[0]
 
 
-@pytest.mark.parametrize("grain", [(), (SIZE,)])
-@pytest.mark.parametrize("name", [*RULES, "swap"])
-def test_it_has_the_bits_of_the_other(name, grain):
-    found = swap if name == "swap" else RULES[name]
-    given = {n: torch.full(grain, v).double() for n, v in VALUES.items() if n in found.hypers}
-    values = found.values(given)
+@pytest.mark.parametrize("grain", ["shared", "element"])
+@pytest.mark.parametrize("found", [*EVERY_RULE.values(), swap], ids=lambda rule: rule.name)
+def test_it_has_the_bits_of_the_other(found, grain):
+    sizes = {"shared": (), "tensor": (1,), "element": (SIZE,)}
+    values = found.values(
+        {
+            name: torch.full(sizes[allowed(found.hypers[name], grain)], value).double()
+            for name, value in values_in_nets(found).items()
+        }
+    )
     p, slots, _ = trained(flat_step, found, values, clone=True)
     here, slots_here, _ = trained(flat_step_, found, values, clone=True)
     assert torch.equal(p, here)

@@ -27,8 +27,10 @@ def train(net, optimizer, steps=5, scheduler=None):
     for step in range(steps):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).double()
         optimizer.zero_grad()
-        net(x).square().mean().backward()
-        optimizer.step()
+        loss = net(x).square().mean()
+        loss.backward()
+        # Only our own take it.
+        optimizer.step(**({"loss": loss} if "hyperdescent" in type(optimizer).__module__ else {}))
         if scheduler:
             scheduler.step()
     return [p.detach().clone() for p in net.parameters()]

@@ -87,8 +87,9 @@ def both_ways(rule, point, *, schedules=None, grains=None, given=None, dtype=tor
     scheduler = result.scheduler(optimizer) if schedules else None
     for batch in batches:
         optimizer.zero_grad()
-        functional.cross_entropy(net(data.x[batch]), data.y[batch]).backward()
-        optimizer.step()
+        loss = functional.cross_entropy(net(data.x[batch]), data.y[batch])
+        loss.backward()
+        optimizer.step(loss=loss)
         if scheduler:
             scheduler.step()
     return end.p, torch.cat([p.detach().flatten() for p in net.parameters()])
