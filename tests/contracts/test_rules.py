@@ -6,12 +6,22 @@ import ast
 import inspect
 import io
 import itertools
+import math
 import pickle
 from functools import partial
 
 import pytest
 import torch
-from oracle import references
+from points import (
+    F64,
+    REFERENCE,
+    allowed,
+    applies,
+    middle,
+    reference_point,
+    sloped,
+    telling,
+)
 
 from hyperdescent.inner.flat import flat_readout, flat_step, initial_slots
 from hyperdescent.inner.hyper import Choice
@@ -19,8 +29,6 @@ from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.optim import betas_of, torch_form
 from hyperdescent.inner.rules import RULES, find_rule
 
-F64 = torch.float64
-REFERENCE = references()
 # Every wrapper once: they promise what rules do, and so do rules in rules.
 COMPOSED = [
     "cautious(adam)",
@@ -63,12 +71,25 @@ GRAINS = {"shared": (), "tensor": (3,), "element": (SIZE,)}
 STEPS = 8  # RAdam's adaptive step begins at the sixth for beta2 = 0.9.
 
 
+# Combinations of a rule's options from which on each option is changed by itself.
+MANY = 5
+
+
+def combinations(options, defaults):
+    """Values of all options: every combination of a few, or each with the others' defaults."""
+    if math.prod(map(len, options.values())) < MANY:
+        return [
+            dict(zip(options, each, strict=True)) for each in itertools.product(*options.values())
+        ]
+    alone = [{n: v} for n, values in options.items() for v in values if v != defaults[n]]
+    return [defaults | each for each in ({}, *alone)]
+
+
 def variants(rules):
-    """Every rule under every combination of its options."""
+    """Every rule under its options."""
     for rule in rules:
         options = {n: c.options for n, c in rule.choices.items() if isinstance(c, Choice)}
-        for chosen in itertools.product(*options.values()):
-            named = dict(zip(options, chosen, strict=True))
+        for named in combinations(options, {n: rule.options()[n] for n in options}):
             label = "-".join([rule.name, *(f"{n}={v}" for n, v in named.items())])
             fixed = REFERENCE[rule.name].chosen if rule.name in REFERENCE else {}
             yield pytest.param(rule.choose(**named, **fixed), id=label)
@@ -81,37 +102,13 @@ registered = pytest.mark.parametrize("rule", list(variants(RULES.values())))
 each_grain = pytest.mark.parametrize("grain", GRAINS)
 
 
-def applies(rule, hyper):
-    return hyper.when is None or rule.options()[hyper.when[0]] == hyper.when[1]
-
-
-def middle(hyper, share=0.5):
-    low, high = hyper.box()
-    return float(hyper.value(torch.tensor(low + share * (high - low), dtype=F64)))
-
-
-def allowed(hyper, grain):
-    """A grain, or the finest that a hyper has."""
-    return min(grain, hyper.finest, key=list(GRAINS).index)
-
-
-def bare(name):
-    """What a hyper is called in a rule by itself."""
-    return name.removeprefix("rest_").removeprefix("aux_")
-
-
 def point(rule, grain="shared", **changed):
     """A value of every hyperparameter where each of them matters."""
-    known = POINT | (REFERENCE[rule.name].point if rule.name in REFERENCE else {})
-    return {
-        name: torch.full(GRAINS[allowed(hyper, grain)], number, dtype=F64)
-        for name, hyper in rule.hypers.items()
-        for number in [changed.get(name, known.get(bare(name), middle(hyper)))]
-        if applies(rule, hyper)
-    } | {
-        name: torch.tensor(hyper.default, dtype=F64)
-        for name, hyper in rule.hypers.items()
-        if not applies(rule, hyper)
+    numbers = telling(rule, POINT | reference_point(rule)) | changed
+    return defaults(rule) | {
+        name: torch.full(GRAINS[allowed(rule.hypers[name], grain)], number, dtype=F64)
+        for name, number in numbers.items()
+        if name in rule.hypers
     }
 
 
@@ -154,8 +151,7 @@ def free_point(rule, grain="shared", *, rough=False):
     unconstrained coordinates.
     """
     values = point(rule, grain)
-    names = [n for n, h in rule.hypers.items() if applies(rule, h)]
-    names = [n for n in names if rough or n not in rule.rough()]
+    names = [n for n, h in rule.hypers.items() if applies(rule, h)] if rough else sloped(rule)
     free = []
     for n in names:
         spread = 1 + 0.1 * noise(99, GRAINS[allowed(rule.hypers[n], grain)])
