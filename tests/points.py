@@ -31,7 +31,7 @@ OF_NETS = {
 }
 
 
-def known(rule):
+def reference_point(rule):
     """What the rule's reference has as its point."""
     return REFERENCE[rule.name].point if rule.name in REFERENCE else {}
 
@@ -74,7 +74,7 @@ def telling(rule, common):
 
 def values_in_nets(rule):
     """Numbers at which every hyper of a rule moves the loss of the nets that tests train."""
-    return telling(rule, VALUES | known(rule) | OF_NETS.get(rule.name, {}))
+    return telling(rule, VALUES | reference_point(rule) | OF_NETS.get(rule.name, {}))
 
 
 def sloped(rule):

@@ -6,12 +6,22 @@ import ast
 import inspect
 import io
 import itertools
+import math
 import pickle
 from functools import partial
 
 import pytest
 import torch
-from oracle import references
+from points import (
+    F64,
+    REFERENCE,
+    allowed,
+    applies,
+    middle,
+    reference_point,
+    sloped,
+    telling,
+)
 
 from hyperdescent.inner import inplace
 from hyperdescent.inner.flat import flat_readout, flat_step, initial_slots
@@ -20,8 +30,6 @@ from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.optim import betas_of, torch_form
 from hyperdescent.inner.rules import RULES, find_rule
 
-F64 = torch.float64
-REFERENCE = references()
 # Every wrapper once: they promise what rules do, and so do rules in rules.
 COMPOSED = [
     "cautious(adam)",
@@ -64,14 +72,29 @@ GRAINS = {"shared": (), "tensor": (3,), "element": (SIZE,)}
 STEPS = 8  # RAdam's adaptive step begins at the sixth for beta2 = 0.9.
 
 
+# Combinations of a rule's options from which on each option is changed by itself.
+MANY = 5
+
+
+def combinations(options, defaults):
+    """Values of all options: every combination of a few, or each with the others' defaults."""
+    if math.prod(map(len, options.values())) < MANY:
+        return [
+            dict(zip(options, each, strict=True)) for each in itertools.product(*options.values())
+        ]
+    alone = [{n: v} for n, values in options.items() for v in values if v != defaults[n]]
+    return [defaults | each for each in ({}, *alone)]
+
+
 def variants(rules):
-    """Every rule under every combination of its options, but for those that its reference fixes."""
+    """Every rule under its options, but for those that its reference fixes; of rules in rules under
+    the defaults, because their options are those of others.
+    """
     for rule in rules:
         fixed = REFERENCE[rule.name].chosen if rule.name in REFERENCE else {}
         free = {n: c for n, c in rule.choices.items() if isinstance(c, Choice) and n not in fixed}
-        options = {n: c.options for n, c in free.items()}
-        for chosen in itertools.product(*options.values()):
-            named = dict(zip(options, chosen, strict=True))
+        options = {} if rule.name in COMPOSED else {n: c.options for n, c in free.items()}
+        for named in combinations(options, {n: rule.options()[n] for n in options}):
             label = "-".join([rule.name, *(f"{n}={v}" for n, v in named.items())])
             yield pytest.param(rule.choose(**named, **fixed), id=label)
 
@@ -80,40 +103,40 @@ ALL = [*RULES.values(), *map(find_rule, COMPOSED)]
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 each_variant = pytest.mark.parametrize("rule", list(variants(ALL)))
 registered = pytest.mark.parametrize("rule", list(variants(RULES.values())))
-each_grain = pytest.mark.parametrize("grain", GRAINS)
 
 
-def applies(rule, hyper):
-    return hyper.when is None or rule.options()[hyper.when[0]] == hyper.when[1]
+def thorough(rule):
+    """Whether a variant gets what is dear: all but options of rules that act on whole tensors."""
+    return rule.over == "element" or all(
+        value == rule.choices[n].default
+        for n, value in rule.options().items()
+        if isinstance(rule.choices[n], Choice)
+    )
 
 
-def middle(hyper, share=0.5):
-    low, high = hyper.box()
-    return float(hyper.value(torch.tensor(low + share * (high - low), dtype=F64)))
-
-
-def allowed(hyper, grain):
-    """A grain, or the finest that a hyper has."""
-    return min(grain, hyper.finest, key=list(GRAINS).index)
-
-
-def bare(name):
-    """What a hyper is called in a rule by itself."""
-    return name.removeprefix("rest_").removeprefix("aux_")
+each_of_elements = pytest.mark.parametrize(
+    "rule", [each for each in variants(ALL) if each.values[0].over == "element"]
+)
+each_thorough = pytest.mark.parametrize(
+    "rule", [each for each in variants(ALL) if thorough(each.values[0])]
+)
+each_in_grains = pytest.mark.parametrize(
+    ("rule", "grain"),
+    [
+        pytest.param(each.values[0], grain, id=f"{each.id}-{grain}")
+        for each in variants(ALL)
+        for grain in (GRAINS if thorough(each.values[0]) else ["shared"])
+    ],
+)
 
 
 def point(rule, grain="shared", **changed):
     """A value of every hyperparameter where each of them matters."""
-    known = POINT | (REFERENCE[rule.name].point if rule.name in REFERENCE else {})
-    return {
-        name: torch.full(GRAINS[allowed(hyper, grain)], number, dtype=F64)
-        for name, hyper in rule.hypers.items()
-        for number in [changed.get(name, known.get(bare(name), middle(hyper)))]
-        if applies(rule, hyper)
-    } | {
-        name: torch.tensor(hyper.default, dtype=F64)
-        for name, hyper in rule.hypers.items()
-        if not applies(rule, hyper)
+    numbers = telling(rule, POINT | reference_point(rule)) | changed
+    return defaults(rule) | {
+        name: torch.full(GRAINS[allowed(rule.hypers[name], grain)], number, dtype=F64)
+        for name, number in numbers.items()
+        if name in rule.hypers
     }
 
 
@@ -156,8 +179,7 @@ def free_point(rule, grain="shared", *, rough=False):
     unconstrained coordinates.
     """
     values = point(rule, grain)
-    names = [n for n, h in rule.hypers.items() if applies(rule, h)]
-    names = [n for n in names if rough or n not in rule.rough()]
+    names = [n for n, h in rule.hypers.items() if applies(rule, h)] if rough else sloped(rule)
     free = []
     for n in names:
         spread = 1 + 0.1 * noise(99, GRAINS[allowed(rule.hypers[n], grain)])
@@ -262,8 +284,7 @@ class TestReference:
 
 
 class TestGradient:
-    @each_grain
-    @each_variant
+    @each_in_grains
     def test_is_right_in_every_hyperparameter(self, rule, grain):
         values, names, free = free_point(rule, grain)
         moved = partial(free_path, rule, values, names)
@@ -272,7 +293,7 @@ class TestGradient:
 
     # torch's own forward mode scripts its decompositions on first use.
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-    @each_variant
+    @each_thorough
     def test_is_right_in_forward_mode(self, rule):
         values, names, free = free_point(rule)
         moved = partial(free_path, rule, values, names)
@@ -354,9 +375,8 @@ class TestForm:
             assert torch.equal(x, before[name][0]), name
             assert x._version == before[name][1], name
 
-    @each_grain
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @each_variant
+    @each_in_grains
     def test_dtype_and_shape_are_kept(self, rule, dtype, grain):
         p, s = path(rule, point(rule, grain), dtype=dtype)
         assert (p.dtype, p.shape) == (dtype, (SIZE,))
@@ -380,8 +400,7 @@ class TestForm:
             vectors = {n: x.dtype for n, x in s.items() if x.ndim}
             assert set(vectors.values()) <= {torch.float32}, f"{name} per tensor gives {vectors}"
 
-    @each_grain
-    @each_variant
+    @each_in_grains
     def test_flat_step_is_the_rule_on_each_tensor(self, rule, grain):
         if rule.over == "model":
             pytest.skip("its unit is the flat vector")
@@ -413,13 +432,19 @@ class TestForm:
                 LAYOUT.unflatten(flat)[name].view_as(p), p, rtol=1e-13, atol=1e-14
             )
 
-    @pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
     @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
     @each_variant
-    def test_torch_form_is_the_rule(self, rule, dtype, fused, monkeypatch):
-        monkeypatch.setattr(inplace, "FUSED", fused)
-        if fused and rule.over != "element":
-            pytest.skip("only plans fuse")
+    def test_torch_form_is_the_rule(self, rule, dtype, monkeypatch):
+        monkeypatch.setattr(inplace, "FUSED", False)
+        self.assert_alike(rule, dtype, 0)
+
+    @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+    @each_of_elements
+    def test_fused_it_is_the_rule_but_for_rounding(self, rule, dtype):
+        # A product and a sum in one kernel round once, which the path then follows.
+        self.assert_alike(rule, dtype, 64 * torch.finfo(dtype).eps)
+
+    def assert_alike(self, rule, dtype, bound):
         values = point(rule)
         optimizer = torch_form(rule)(parameters(dtype), **grouped(rule, values))
         start = {str(i): p.clone() for i, p in enumerate(weights(optimizer))}
@@ -441,8 +466,6 @@ class TestForm:
             p, s = flat_step(rule, layout, p, g, s, t, values, loss=loss)
         descend([optimizer], STEPS)
         expected = [*layout.unflatten(p).values()]
-        # A product and a sum in one kernel round once, which the path then follows.
-        bound = 64 * torch.finfo(dtype).eps if fused else 0
         torch.testing.assert_close(weights(optimizer), expected, rtol=bound, atol=bound)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -120,7 +120,9 @@ class TestEveryRule:
         estimate, _ = Replay()(run, {n: v.detach() for n, v in values.items()}, seed=0)
         assert float(loss.detach()) == pytest.approx(estimate.loss, rel=1e-12)
         for hyper, slope in zip(values, exact, strict=True):
-            torch.testing.assert_close(slope, estimate.grad[hyper], rtol=1e-9, atol=1e-13, msg=hyper)
+            torch.testing.assert_close(
+                slope, estimate.grad[hyper], rtol=1e-9, atol=1e-13, msg=hyper
+            )
 
     def test_takes_the_steps_of_the_torch_form(self, rule):
         made, twin = model(), model()
