@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..inner.rules import find_rule
-from .drop_in import ARMS, NAME, SETTING, is_rate, of_arm, reached, scanned_of
+from .drop_in import ARMS, FACTORS, NAME, SETTING, is_rate, of_arm, reached, scanned_of
 from .record import Json, Record, Records
 from .report import group_of, spelled, spread
 from .tables import for_terminal, markdown, origin_of, write_section
@@ -44,8 +44,13 @@ def write(file: Path, records: Records, command: str) -> None:
 
 def section(records: Records, command: str) -> str:
     told, *missed = remarks(records)
-    routes = dict.fromkeys(r.tuned.reason for r in records if r.tuned and r.tuned.route == "search")
-    searched = ["", "Searched rather than descended:", "", *(f"- {each}" for each in routes)]
+    searched = [
+        f"- {_name(record)}: searched, as {record.tuned.reason}"
+        for record in _by_loss(records)
+        if record.tuned
+        and record.tuned.route == "search"
+        and reached(record.measures) == SETTING.seeds
+    ]
     failed = [f"- {_name(record)}: failed, {record.error}" for record in records if record.error]
     return "\n".join(
         [
@@ -60,20 +65,21 @@ def section(records: Records, command: str) -> str:
             told,
             *(["", *(f"- {each}" for each in missed)] if missed else []),
             *(["", *failed] if failed else []),
-            *(searched if routes else []),
+            *(["", "Of those that reached it:", "", *searched] if searched else []),
         ]
     )
 
 
 _INTRODUCTION = f"""\
-Each rule is tuned on {SETTING.problem}, {SETTING.steps} steps, in its learning rates and in what it
-has of momentum, beta1, beta, alpha and weight_decay, from its defaults. `result.optimizer(model)`
-then trains the same net in a plain PyTorch loop under {SETTING.seeds} seeds that tuning has not
-seen, beside the optimizer at its defaults. Validation loss, mean and standard deviation; tuning saw
-these examples, not these starts. "Reached" counts the tuned trainings that end below
-{SETTING.target:g}; seconds are of tuning and of one training. A rule that missed is followed by how
-far tuning came, and by one training at each rate of a grid, the other numbers as tuned. Tuning
-stops by the clock, so numbers vary from run to run."""
+Each rule is tuned on {SETTING.problem}, {SETTING.steps} steps, in its learning rates (or the first
+guess that takes their place) and in what it has of momentum, beta1, beta, alpha, scale, gamma and
+weight_decay, from its defaults. `result.optimizer(model)` then trains the same net in a plain
+PyTorch loop under {SETTING.seeds} seeds that tuning has not seen, beside the optimizer at its
+defaults. Validation loss, mean and standard deviation; tuning saw these examples, not these starts.
+"Reached" counts the tuned trainings that end below {SETTING.target:g}; seconds are of tuning and of
+one training. A rule that missed is listed with how far tuning came, and with the best of one
+training at each of {len(FACTORS)} rates from 1/16 to 1024 times the tuned one, the other numbers as
+tuned. Tuning stops by the clock, so numbers vary from run to run."""
 
 
 def why(record: Record) -> str:

@@ -104,7 +104,7 @@ class TestCells:
             ("adamw", ["lr", "beta1", "weight_decay"]),
             ("alphagrad", ["lr", "alpha", "momentum", "weight_decay"]),
             ("lion", ["lr", "weight_decay"]),  # Its betas are inside a sign.
-            ("dog", ["lr", "reps_rel", "weight_decay"]),
+            ("dog", ["lr", "reps_rel", "weight_decay", "gamma"]),
             ("muon", ["lr", "momentum", "weight_decay", "aux_lr"]),
         ],
     )
