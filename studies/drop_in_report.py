@@ -58,7 +58,7 @@ def section(records: Records, command: str) -> str:
             "",
             origin_of(command, ()),
             "",
-            _INTRODUCTION,
+            _introduction(records),
             "",
             markdown(_HEADER, [_cells(record) for record in _by_loss(records)]),
             "",
@@ -70,16 +70,18 @@ def section(records: Records, command: str) -> str:
     )
 
 
-_INTRODUCTION = f"""\
-Each rule is tuned on {SETTING.problem}, {SETTING.steps} steps, in its learning rates (or the first
-guess that takes their place) and in what it has of momentum, beta1, beta, alpha, scale, gamma and
-weight_decay, from its defaults. `result.optimizer(model)` then trains the same net in a plain
-PyTorch loop under {SETTING.seeds} seeds that tuning has not seen, beside the optimizer at its
-defaults. Validation loss, mean and standard deviation; tuning saw these examples, not these starts.
-"Reached" counts the tuned trainings that end below {SETTING.target:g}; seconds are of tuning and of
-one training. A rule that missed is listed with how far tuning came, and with the best of one
-training at each of {len(FACTORS)} rates from 1/16 to 1024 times the tuned one, the other numbers as
-tuned. Tuning stops by the clock, so numbers vary from run to run."""
+def _introduction(records: Records) -> str:
+    budgets = dict.fromkeys(f"{record.inputs['arm']['budget']:g}" for record in records)  # type: ignore[index, call-overload]  # a mapping
+    return f"""\
+Each rule is tuned for {" or ".join(budgets)} s on {SETTING.problem}, {SETTING.steps} steps, in its
+learning rates (or the first guess that takes their place) and in what it has of momentum, beta1,
+beta, alpha, scale, gamma and weight_decay, from its defaults. `result.optimizer(model)` then trains
+the same net in a plain PyTorch loop under {SETTING.seeds} seeds that tuning has not seen, beside
+the optimizer at its defaults. Validation loss, mean and standard deviation; tuning saw these
+examples, not these starts. "Reached" counts the tuned trainings that end below {SETTING.target:g};
+seconds are of tuning and of one training. A rule that missed is listed with how far tuning came,
+and with the best of one training at each of {len(FACTORS)} rates from 1/16 to 1024 times the tuned
+one, the other numbers as tuned. Tuning stops by the clock, so numbers vary from run to run."""
 
 
 def why(record: Record) -> str:
@@ -93,8 +95,8 @@ def why(record: Record) -> str:
         return "it was not tuned"
     count = int(record.measures["tuning"]["evaluations"] or 0)
     told.append(
-        f"{', '.join(_moved(record))} in {count} evaluations"
-        f"{', which are few' if count < _FEW else ''}"
+        f"{', '.join(_moved(record))} in {count} evaluation{'s' * (count != 1)}"
+        f"{', too few to go far' if count < _FEW else ''}"
     )
     if edge := [name for name, value in tuned.hypers.items() if _at_edge(record, name, value)]:
         told.append(f"{', '.join(edge)} at the edge of its range")
