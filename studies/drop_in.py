@@ -43,7 +43,7 @@ FACTORS = tuple(4.0**k for k in range(-2, 6))
 # What takes the place of a learning rate in rules that find their own from a first guess.
 _GUESSES = ("reps_rel", "d0")
 # What is tuned beside rates, where a rule has it and its derivative is a guide.
-_MATTERS = ("momentum", "beta1", "beta", "alpha", "weight_decay")
+_MATTERS = ("momentum", "beta1", "beta", "alpha", "scale", "gamma", "weight_decay")
 Data = dict[str, Part]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..inner.rules import find_rule
-from .drop_in import ARMS, NAME, SETTING, is_rate, of_arm, reached, scanned_of
+from .drop_in import ARMS, FACTORS, NAME, SETTING, is_rate, of_arm, reached, scanned_of
 from .record import Json, Record, Records
 from .report import group_of, spelled, spread
 from .tables import for_terminal, markdown, origin_of, write_section
@@ -44,8 +44,13 @@ def write(file: Path, records: Records, command: str) -> None:
 
 def section(records: Records, command: str) -> str:
     told, *missed = remarks(records)
-    routes = dict.fromkeys(r.tuned.reason for r in records if r.tuned and r.tuned.route == "search")
-    searched = ["", "Searched rather than descended:", "", *(f"- {each}" for each in routes)]
+    searched = [
+        f"- {_name(record)}: searched, as {record.tuned.reason}"
+        for record in _by_loss(records)
+        if record.tuned
+        and record.tuned.route == "search"
+        and reached(record.measures) == SETTING.seeds
+    ]
     failed = [f"- {_name(record)}: failed, {record.error}" for record in records if record.error]
     return "\n".join(
         [
@@ -53,27 +58,30 @@ def section(records: Records, command: str) -> str:
             "",
             origin_of(command, ()),
             "",
-            _INTRODUCTION,
+            _introduction(records),
             "",
             markdown(_HEADER, [_cells(record) for record in _by_loss(records)]),
             "",
             told,
             *(["", *(f"- {each}" for each in missed)] if missed else []),
             *(["", *failed] if failed else []),
-            *(searched if routes else []),
+            *(["", "Of those that reached it:", "", *searched] if searched else []),
         ]
     )
 
 
-_INTRODUCTION = f"""\
-Each rule is tuned on {SETTING.problem}, {SETTING.steps} steps, in its learning rates and in what it
-has of momentum, beta1, beta, alpha and weight_decay, from its defaults. `result.optimizer(model)`
-then trains the same net in a plain PyTorch loop under {SETTING.seeds} seeds that tuning has not
-seen, beside the optimizer at its defaults. Validation loss, mean and standard deviation; tuning saw
-these examples, not these starts. "Reached" counts the tuned trainings that end below
-{SETTING.target:g}; seconds are of tuning and of one training. A rule that missed is followed by how
-far tuning came, and by one training at each rate of a grid, the other numbers as tuned. Tuning
-stops by the clock, so numbers vary from run to run."""
+def _introduction(records: Records) -> str:
+    budgets = dict.fromkeys(f"{record.inputs['arm']['budget']:g}" for record in records)  # type: ignore[index, call-overload]  # a mapping
+    return f"""\
+Each rule is tuned for {" or ".join(budgets)} s on {SETTING.problem}, {SETTING.steps} steps, in its
+learning rates (or the first guess that takes their place) and in what it has of momentum, beta1,
+beta, alpha, scale, gamma and weight_decay, from its defaults. `result.optimizer(model)` then trains
+the same net in a plain PyTorch loop under {SETTING.seeds} seeds that tuning has not seen, beside
+the optimizer at its defaults. Validation loss, mean and standard deviation; tuning saw these
+examples, not these starts. "Reached" counts the tuned trainings that end below {SETTING.target:g};
+seconds are of tuning and of one training. A rule that missed is listed with how far tuning came,
+and with the best of one training at each of {len(FACTORS)} rates from 1/16 to 1024 times the tuned
+one, the other numbers as tuned. Tuning stops by the clock, so numbers vary from run to run."""
 
 
 def why(record: Record) -> str:
@@ -87,8 +95,8 @@ def why(record: Record) -> str:
         return "it was not tuned"
     count = int(record.measures["tuning"]["evaluations"] or 0)
     told.append(
-        f"{', '.join(_moved(record))} in {count} evaluations"
-        f"{', which are few' if count < _FEW else ''}"
+        f"{', '.join(_moved(record))} in {count} evaluation{'s' * (count != 1)}"
+        f"{', too few to go far' if count < _FEW else ''}"
     )
     if edge := [name for name, value in tuned.hypers.items() if _at_edge(record, name, value)]:
         told.append(f"{', '.join(edge)} at the edge of its range")

@@ -104,7 +104,7 @@ class TestCells:
             ("adamw", ["lr", "beta1", "weight_decay"]),
             ("alphagrad", ["lr", "alpha", "momentum", "weight_decay"]),
             ("lion", ["lr", "weight_decay"]),  # Its betas are inside a sign.
-            ("dog", ["lr", "reps_rel", "weight_decay"]),
+            ("dog", ["lr", "reps_rel", "weight_decay", "gamma"]),
             ("muon", ["lr", "momentum", "weight_decay", "aux_lr"]),
         ],
     )
@@ -207,7 +207,7 @@ class TestReport:
                 assert row[at] == spelled(spread(values))
             assert row[5] == record.tuned.route
         text = drop_in_report.section(records, "a command")
-        assert all(" | ".join(row) in text for row in rows)
+        assert all(" | ".join(row) in text for row in rows) and "tuned for 0.3 s on" in text
 
     def test_a_rule_that_misses_the_target_is_listed_and_one_that_reaches_it_is_not(
         self, records, monkeypatch
