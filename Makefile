@@ -32,6 +32,7 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/hyperdescent bench metagradient --out BENCHMARKS.md
 	$(BIN)/hyperdescent bench implicit --out BENCHMARKS.md
+	$(BIN)/hyperdescent bench optimizers --out BENCHMARKS.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

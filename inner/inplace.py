@@ -17,12 +17,14 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from .flat import flat_readout, flat_step, initial_slots
 from .hyper import Tensors
 from .layout import Layout
-from .plan import Plan, Running, make_plan
+from .plan import Running, plan_of
 from .rule import Rule
 
 # Elements of tensors gathered into one vector, on the host and on another device: there, launches
 # cost more than memory.
-_BUNCH, _BUNCH_AWAY = 2**17, 2**24
+_BUNCH, _BUNCH_AWAY = 2**16, 2**24
+# Whether a product and the sum it enters are one kernel, which is faster and rounds once.
+FUSED = True
 
 # The slots of every parameter, as torch.optim.Optimizer.state holds them.
 States = MutableMapping[Tensor, Tensors]
@@ -50,9 +52,12 @@ class Unit:
 def units(
     rule: Rule, params: Sequence[Tensor], names: Sequence[str], moving: Sequence[bool]
 ) -> Iterator[Unit]:
-    """The parameters that move, as the rule takes them; all of them if it takes them as one."""
+    """The parameters that move, as the rule takes them; all of them if it takes them as one. Those
+    without an element are in none.
+    """
     if rule.over == "model":
-        yield _unit(params, names, range(len(params)), whole=True)
+        some = [i for i, p in enumerate(params) if p.numel()]
+        yield _unit(params, names, some, whole=True)
         return
     bunches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     sizes: dict[tuple[torch.device, torch.dtype], int] = {}
@@ -81,7 +86,7 @@ def _unit(
 
 class InPlace:
     """A rule at one step. shared: the slots that are one number for a param group, or, of a rule
-    over models, belong to all of it. plans: those made so far, by what they are for.
+    over models, belong to all of it.
     """
 
     def __init__(
@@ -89,15 +94,13 @@ class InPlace:
         rule: Rule,
         values: Tensors,
         shared: Tensors,
-        plans: dict[object, Plan | None] | None = None,
         t: Tensor | None = None,
         loss: Tensor | None = None,
     ) -> None:
         self.rule, self.values, self.shared = rule, values, shared
-        self._plans = {} if plans is None else plans
         self._t = torch.ones((), dtype=torch.float64) if t is None else t
         self._loss = loss
-        self._running: dict[object, Running] = {}
+        self._running: dict[tuple[torch.dtype, torch.device], Running] = {}
 
     def step(self, unit: Unit, given: list[Tensor | None], states: States) -> Tensors:
         """Step the parameters of a unit and their slots; the shared ones after it are returned.
@@ -118,14 +121,14 @@ class InPlace:
         return running.shared
 
     def _plan(self, p: Tensor) -> Running | None:
-        kind = (p.dtype, p.device, tuple(self.rule.options().items()))
-        if kind not in self._plans:
-            self._plans[kind] = make_plan(self.rule, p, self.values)
-        plan = self._plans[kind]
-        if plan is None:
-            return None
+        kind = p.dtype, p.device
         if kind not in self._running:
-            self._running[kind] = Running(plan, self._t, self._loss, self.values, self.shared)
+            plan = plan_of(self.rule, *kind)
+            if plan is None:
+                return None
+            self._running[kind] = Running(
+                plan, self._t, self._loss, self.values, self.shared, fused=FUSED
+            )
         return self._running[kind]
 
     def _long(self, p: Tensor, g: Tensor, states: States, running: Running) -> None:
@@ -180,8 +183,12 @@ class InPlace:
         moved, after = self.rule(
             unit, g.view_as(unit), before, self._t, self.values, loss=self._loss, layout=one
         )
-        # A slot may hold the weights of the step before.
-        after = {n: x.clone() if x.data_ptr() == p.data_ptr() else x for n, x in after.items()}
+        # A slot may hold the weights of the step before, or the gradient, into which the next one
+        # may be added.
+        given = {x.untyped_storage().data_ptr() for x in (p, g)}
+        after = {
+            n: x.clone() if x.untyped_storage().data_ptr() in given else x for n, x in after.items()
+        }
         p.copy_(moved.view_as(p))
         states[p] = {n: x for n, x in after.items() if n not in self.shared}
         return {n: after[n] for n in self.shared}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from inspect import Parameter, Signature
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch.optim.optimizer import ParamsT
 from .hyper import Hyper, Tensors
 from .inplace import InPlace, Unit, units
 from .layout import Layout
-from .plan import Plan
 from .rule import Rule, unknown
 from .rules import RULES
 
@@ -35,9 +34,8 @@ group had a gradient. A parameter whose first gradient comes later has the avera
 that were zero until then; torch.optim would count its steps from its first. To start its count at
 1, add it as a group of its own."""
 
-
-# Ways to part the parameters that are remembered: which have a gradient may change at every step.
-_KEPT = 16
+# Where a state_dict has the trained weights, if others are in use.
+_TRAINED = "trained"
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -48,12 +46,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     # Whether a state_dict holds the slots; the trained weights while others are used.
     _lent: bool
     _evaluating: dict[Tensor, Tensor]
-    # What steps were made of so far: plans, and the parameters as the rule takes them.
-    _plans: dict[object, Plan | None]
-    _parted: dict[object, list[Unit]]
+    # Of each group the parameters as the rule takes them, but only those of the last step, because
+    # they hold the memory of slots.
+    _parted: dict[int, tuple[object, list[Unit]]]
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        own = {"_lent": False, "_evaluating": {}, "_plans": {}, "_parted": {}}
+        own = {"_lent": False, "_evaluating": {}, "_parted": {}}
         super().__setstate__({**own, **state})
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -68,7 +66,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise TypeError(unknown(f"{type(self).__name__} has no argument", name, known))
         bound = self.__signature__.bind(params, *args, **given).arguments
         del bound["params"]
-        self._lent, self._evaluating, self._plans, self._parted = False, {}, {}, {}
+        self._lent, self._evaluating, self._parted = False, {}, {}
         super().__init__(params, self._grouped(bound, _defaults(self.rule)))
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
@@ -82,19 +80,19 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise TypeError(unknown(f"{title} has no group argument", name, near))
         group = self._grouped(param_group, self.defaults)
         self._check(group)
+        rule = self.rule.choose(**{name: group[name] for name in self.rule.choices})
         values, one = self._values(group), torch.zeros(1)
         for name, slot in self.rule.slots.items():
             if slot.shared:
-                group[name] = slot.init(one, values, Layout.alone(one.shape))
+                group[name] = rule.begin(name, one, values, Layout.alone(one.shape))
         super().add_param_group({**group, "t": torch.zeros((), dtype=torch.float64)})
         added = self.param_groups[-1]
         for i, p in enumerate(added["params"]):
             if p.is_complex():
-                name = added["param_names"][i] if "param_names" in added else f"number {i}"
                 self.param_groups.pop()
                 raise ValueError(
-                    f"{title} takes real parameters, and parameter {name} of its group is "
-                    f"{p.dtype}; optimize torch.view_as_real of it"
+                    f"{title} takes real parameters, and {_called(added, i)} is {p.dtype}; "
+                    "optimize torch.view_as_real of it"
                 )
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
@@ -105,18 +103,55 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"this state_dict was not written by hyperdescent's {type(self).__name__}: its "
                 "param groups hold no step counter 't'"
             )
-        super().load_state_dict(state_dict)
-        self._lent = True
-        # torch gives slots the dtype of the weights; sums over a tensor are kept in a longer one.
-        given = state_dict["state"]
+        slots = self.rule.slots
+        foreign = {n for own in state_dict["state"].values() for n in own if n not in slots}  # type: ignore[attr-defined]  # torch keeps a dict there
+        if foreign:
+            raise ValueError(
+                f"this state_dict is not one of {type(self).__name__}, which has no slot "
+                f"{', '.join(sorted(foreign))}; it has {', '.join(slots) or 'none'}"
+            )
+        given: dict[str, Any] = {}  # As it is after the hooks that users may have on loading.
+        last = self.register_load_state_dict_pre_hook(lambda _, loaded: given.update(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
         order = [p for group in self.param_groups for p in group["params"]]
-        for i, slots in given.items():  # type: ignore[attr-defined]  # a dict by now
-            self.state[order[i]] = {n: x.to(order[i].device) for n, x in slots.items()}
+        for i, own in given["state"].items():
+            # torch would give slots the dtype of the weights; some are kept in a longer one.
+            kept = self._dtypes(order[i])
+            self.state[order[i]] = {
+                n: x.to(order[i].device, kept.get(n), copy=True) for n, x in own.items()
+            }
+        for group in self.param_groups:
+            for name in slots.keys() & group.keys():
+                if not slots[name].shared and isinstance(group[name], Tensor):
+                    group[name] = group[name].to(group["params"][0].device)
+        for i, trained in given.get(_TRAINED, {}).items():
+            self._evaluating[order[i]] = trained.to(order[i].device, copy=True)
 
-    def state_dict(self) -> dict[str, object]:
-        """A snapshot: later steps do not change it."""
+    def _dtypes(self, p: Tensor) -> dict[str, torch.dtype]:
+        """Those of a parameter's slots, where they depend on its own alone."""
+        if self.rule.over != "element":
+            return {}
+        begun = self.rule.init(p.detach().new_zeros(1), self.rule.values())
+        return {n: x.dtype for n, x in begun.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot: later steps do not change it. One taken between `eval` and `train` holds the
+        weights that are trained, and `train` is due after loading it too.
+        """
         self._lent = True
-        return super().state_dict()
+        packed: dict[str, Any] = super().state_dict()
+        for group in packed["param_groups"]:
+            # Schedulers write into a rate that is a tensor.
+            given = {n: x for n, x in group.items() if n in self.rule.hypers}
+            group.update({n: x.clone() for n, x in given.items() if isinstance(x, Tensor)})
+        if self._evaluating:
+            order = [p for group in self.param_groups for p in group["params"]]
+            number = {p: i for i, p in enumerate(order)}
+            packed[_TRAINED] = {number[p]: x.clone() for p, x in self._evaluating.items()}
+        return packed
 
     def step(  # type: ignore[override]  # torch's overloads say the same
         self,
@@ -128,6 +163,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         loss: the value that the gradients are of, for rules that need it where there is no closure.
         """
+        if self._evaluating:
+            raise RuntimeError(f"call {type(self).__name__}.train() before the next step")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -136,37 +173,42 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} needs the loss: call step(closure), or step(loss=loss) "
                 "after loss.backward()"
             )
-        if self._evaluating:
-            raise RuntimeError(f"call {type(self).__name__}.train() before the next step")
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients, such as that of "
+                        f"{_called(group, i)}; build the layer that made it with sparse=False"
+                    )
         if self._lent:
             for p, slots in self.state.items():
                 self.state[p] = {n: x.clone() for n, x in slots.items()}
             self._lent = False
         with torch.no_grad():
-            value = None if loss is None else torch.as_tensor(loss).detach()
-            for group in self.param_groups:
-                self._step_group(group, value)
+            value = None if loss is None else _number(loss)
+            for i, group in enumerate(self.param_groups):
+                self._step_group(i, group, value)
         return loss if closure is not None else None
 
-    def _step_group(self, group: dict[str, object], loss: Tensor | None) -> None:
+    def _step_group(self, at: int, group: dict[str, object], loss: Tensor | None) -> None:
         params: list[Tensor] = group["params"]  # type: ignore[assignment]  # torch keeps a list there
         grads = [p.grad for p in params]
-        moving = tuple(g is not None for g in grads)
+        moving = tuple(g is not None and g.numel() > 0 for g in grads)
         if not any(moving):
             return
-        if any(g is not None and g.layout != torch.strided for g in grads):
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients; build the layer that "
-                "made them with sparse=False"
-            )
         if group["maximize"]:
             grads = [g if g is None else -g for g in grads]
             loss = None if loss is None else -loss
-        t = torch.as_tensor(group["t"]) + 1
-        at = self._in_place(group, t, loss)
-        shared = at.shared
-        for unit in self._units(group, at.rule, moving):
-            shared = at.step(unit, [grads[i] for i in unit.at], self.state)
+        t = torch.as_tensor(group["t"], dtype=torch.float64) + 1
+        key = (tuple(map(id, params)), moving)
+        if at not in self._parted or self._parted[at][0] != key:
+            # Groups may have been taken out.
+            self._parted = {i: x for i, x in self._parted.items() if i < len(self.param_groups)}
+            self._parted[at] = key, self._units(group, moving)
+        here = self._in_place(group, t, loss)
+        shared = here.shared
+        for unit in self._parted[at][1]:
+            shared = here.step(unit, [grads[i] for i in unit.at], self.state)
         group.update(t=t, **shared)
 
     def _in_place(
@@ -175,20 +217,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         rule = self.rule.choose(**{name: group[name] for name in self.rule.choices})
         # Slots of a whole model, too, are kept by the group, from its first step on.
         kept = {n: x for n, x in group.items() if n in rule.slots and isinstance(x, Tensor)}
-        return InPlace(rule, self._values(group), kept, self._plans, t, loss)
+        return InPlace(rule, self._values(group), kept, t, loss)
 
-    def _units(
-        self, group: Mapping[str, object], rule: Rule, moving: tuple[bool, ...]
-    ) -> list[Unit]:
-        """The parameters to step, or all of a group where the rule takes them as one."""
+    def _units(self, group: Mapping[str, object], moving: Sequence[bool]) -> list[Unit]:
+        """The parameters that move, or all of a group where the rule takes them as one."""
         params: list[Tensor] = group["params"]  # type: ignore[assignment]  # as above
-        key = (tuple(map(id, params)), moving)
-        if key not in self._parted:
-            if len(self._parted) >= _KEPT:
-                self._parted.clear()
-            names: Sequence[str] = group.get("param_names", [""] * len(params))  # type: ignore[assignment]  # as above
-            self._parted[key] = list(units(rule, params, names, moving))
-        return self._parted[key]
+        names: Sequence[str] = group.get("param_names", [""] * len(params))  # type: ignore[assignment]  # as above
+        return list(units(self.rule, params, names, moving))
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -199,8 +234,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             at = self._in_place(group)
-            begun = tuple(bool(self.state.get(p)) for p in group["params"])
-            for unit in self._units(group, at.rule, begun) if any(begun) else []:
+            begun = [bool(self.state.get(p)) for p in group["params"]]
+            for unit in self._units(group, begun) if any(begun) else []:
                 for p, read in zip(unit.params, at.readout(unit, self.state), strict=True):
                     self._evaluating[p] = p.clone()
                     p.copy_(read)
@@ -266,6 +301,17 @@ def torch_form(rule: Rule) -> type[RuleOptimizer]:
 @cache
 def _registered(name: str) -> type[RuleOptimizer]:
     return _build(RULES[name])
+
+
+def _called(group: Mapping[str, Any], i: int) -> str:
+    """A parameter, as users know it."""
+    name = group["param_names"][i] if "param_names" in group else f"number {i}"
+    return f"parameter {name} of its group"
+
+
+def _number(loss: float | Tensor) -> Tensor:
+    dtype = None if isinstance(loss, Tensor) else torch.float64
+    return torch.as_tensor(loss, dtype=dtype).detach().reshape(())
 
 
 def _blank(rule: Rule) -> RuleOptimizer:

@@ -4,13 +4,14 @@ A rule is mathematics: out of place, with numbers as tensors. Done as it is writ
 a tensor per operation and computes its bias corrections once per block. A plan is the same
 operations, traced once: those on numbers are done once a step, and the others on Python numbers
 into a few buffers, or into the weights and slots themselves. Nothing is rearranged, so the bits are
-the rule's; a term with the factor 0 is left out.
+the rule's; a term with the factor 0 is left out. Fused, a product and the sum it enters are one
+kernel, as in torch.optim, which rounds once where the rule rounds twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from .rule import Rule
 aten = torch.ops.aten
 
 # Elements at a time: what a step makes on its way stays in cache.
-BLOCK = 2**17
+BLOCK = 2**16
 
 # Kernels that take numbers beside tensors.
 _MIXED: dict[object, Callable[..., Tensor]] = {
@@ -73,7 +74,7 @@ class Plan:
     graph: fx.Graph
     outputs: dict[str, fx.Node]
     places: dict[fx.Node, int]
-    _codes: dict[tuple[float | None, ...], tuple[Code, dict[torch.dtype, int]]] = field(
+    _codes: dict[tuple[object, ...], tuple[Code, dict[torch.dtype, int]]] = field(
         default_factory=dict
     )
 
@@ -89,27 +90,35 @@ class Plan:
         count = len(self.shared)
         return made[count:], dict(zip(self.shared, made[:count], strict=True))
 
-    def code(self, numbers: Sequence[Any]) -> tuple[Code, dict[torch.dtype, int]]:
+    def code(self, numbers: Sequence[Any], *, fused: bool) -> tuple[Code, dict[torch.dtype, int]]:
         """(the kernels for numbers of which some are 0 or 1, how many buffers of each dtype)."""
         kinds = tuple(float(x) if x in (0, 1) else None for x in numbers)
-        if kinds not in self._codes:
+        key = (fused, *kinds)
+        if key not in self._codes:
             try:
-                self._codes[kinds] = _Writer(self, kinds).code()
+                self._codes[key] = _Writer(self, kinds, fused).code()
             except _Vanished:
-                self._codes[kinds] = _Writer(self, (None,) * len(kinds)).code()
-        return self._codes[kinds]
+                self._codes[key] = _Writer(self, None, fused).code()
+        return self._codes[key]
 
 
 class Running:
     """A plan at one step: its numbers, and buffers for blocks. shared: slots after the step."""
 
     def __init__(
-        self, plan: Plan, t: Tensor, loss: Tensor | None, values: Tensors, shared: Tensors
+        self,
+        plan: Plan,
+        t: Tensor,
+        loss: Tensor | None,
+        values: Tensors,
+        shared: Tensors,
+        *,
+        fused: bool = False,
     ) -> None:
         self.slots = plan.vectors[2:]
         self._tensors, self.shared = plan.numbers(t, loss, values, shared)
         self._numbers = [x.item() for x in self._tensors]
-        self._code, self._needs = plan.code(self._numbers)
+        self._code, self._needs = plan.code(self._numbers, fused=fused)
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         self._size = 0
 
@@ -151,8 +160,8 @@ def make_plan(rule: Rule, p: Tensor, values: Tensors) -> Plan | None:
     """
     like = torch.zeros(3, dtype=p.dtype, device=p.device)
     slots = rule.init(like, values)
-    vectors = [n for n, x in slots.items() if x.ndim]
-    shared = [n for n, x in slots.items() if not x.ndim]
+    vectors = [n for n in slots if not rule.slots[n].shared]
+    shared = [n for n in slots if rule.slots[n].shared]
     if any(slots[n].shape != like.shape for n in vectors):
         return None
     numbers = [torch.ones((), dtype=torch.float64) for _ in range(1 + len(rule.hypers))]
@@ -191,11 +200,15 @@ def _divided(
     early = set(inputs[:count])
     for n in graph.nodes:
         if n.op == "get_attr":
+            if getattr(traced, n.target).ndim:
+                return None  # As many numbers as were traced.
             early.add(n)
         elif n.op == "call_function":
             number = n.meta["val"].ndim == 0
             if number != all(x in early for x in n.all_input_nodes):
                 return None  # A number made of vectors, or a vector of numbers.
+            if not number and not _elementwise(n):
+                return None
             if number:
                 early.add(n)
     ends = after[len(shared) :]
@@ -227,10 +240,11 @@ def _divided(
 
 @dataclass(frozen=True)
 class _Number:
-    """One of a step's numbers. tensor: for a kernel that takes no other."""
+    """One of a step's numbers. tensor: for a kernel that takes no other. minus: its negative."""
 
     place: int
     tensor: bool = False
+    minus: bool = False
 
 
 class _Zero:
@@ -261,10 +275,12 @@ class _Step:
 
 
 class _Writer:
-    """Writes the kernels of a plan as Python code, for numbers of which some are 0 or 1."""
+    """Writes the kernels of a plan as Python code, for numbers of which some are 0 or 1. kinds:
+    which; None for all kernels as they were traced.
+    """
 
-    def __init__(self, plan: Plan, kinds: tuple[float | None, ...]) -> None:
-        self._plan, self._kinds = plan, kinds
+    def __init__(self, plan: Plan, kinds: tuple[float | None, ...] | None, fused: bool) -> None:
+        self._plan, self._kinds, self._fused = plan, kinds, fused
         inputs = [n for n in plan.graph.nodes if n.op == "placeholder"]
         inputs = inputs[-len(plan.vectors) :]
         self._inputs = dict(zip(plan.vectors, inputs, strict=True))
@@ -273,9 +289,12 @@ class _Writer:
         self._free: dict[torch.dtype, list[str]] = {}
         self._taken: dict[fx.Node, str] = {}
         self._made: dict[torch.dtype, int] = {}
+        self._scope: dict[str, Any] = {"torch": torch}
 
     def code(self) -> tuple[Code, dict[torch.dtype, int]]:
         steps, found = self._simplified()
+        if self._fused:
+            steps = _fused(steps, {n for n in found.values() if isinstance(n, fx.Node)})
         last = {n: i for i, step in enumerate(steps) for n in step.reads}
         last |= {n: len(steps) for n in found.values() if isinstance(n, fx.Node)}
         homes = {n: self._inputs[name] for name, n in found.items() if isinstance(n, fx.Node)}
@@ -301,10 +320,9 @@ class _Writer:
             self._names[step.node] = place
         lines += self._moves(found)
         source = "\n    ".join(["def run(x, n, m, o):", *(lines or ["pass"])])
-        scope: dict[str, Any] = {f"k{i}": step.kernel for i, step in enumerate(steps)}
-        scope |= {"torch": torch, "device": torch.device, "inf": float("inf"), "nan": float("nan")}
-        exec(source, scope)
-        return scope["run"], self._made
+        self._scope |= {f"k{i}": step.kernel for i, step in enumerate(steps)}
+        exec(source, self._scope)
+        return self._scope["run"], self._made
 
     def _buffer(self, dtype: torch.dtype) -> str:
         if self._free.get(dtype):
@@ -316,8 +334,11 @@ class _Writer:
         if isinstance(operand, fx.Node):
             return self._names[operand]
         if isinstance(operand, _Number):
-            return f"{'m' if operand.tensor else 'n'}[{operand.place}]"
-        return repr(operand)
+            sign = "-" if operand.minus else ""
+            return f"{sign}{'m' if operand.tensor else 'n'}[{operand.place}]"
+        name = f"a{len(self._scope)}"
+        self._scope[name] = operand
+        return name
 
     def _moves(self, found: Mapping[str, Any]) -> Iterator[str]:
         """What brings values that are elsewhere to where they belong."""
@@ -343,27 +364,32 @@ class _Writer:
             if not isinstance(a, fx.Node):
                 return a
             if a in plan.places:
-                kind = self._kinds[plan.places[a]]
+                kind = self._kinds[plan.places[a]] if self._kinds else None
                 return _Number(plan.places[a]) if kind is None else kind
             return value.get(a, a)
+
+        def exact(a: Any) -> Any:
+            """A number as it is: a Python number would take the dtype of what is beside it."""
+            number = isinstance(a, fx.Node) and a in plan.places
+            return _Number(plan.places[a], tensor=True) if number else of(a)
 
         for n in plan.graph.nodes:
             if n.op != "call_function" or n.meta["val"].ndim == 0:
                 continue
             args = tuple(map(of, n.args))
-            same = None if n.kwargs else _same(n.target, args)
-            if same is not None:
+            same = _same(n.target, args) if self._kinds and not n.kwargs else None
+            if isinstance(same, fx.Node) and _dtype(same) != _dtype(n):
+                same = None
+            if isinstance(same, fx.Node | _Zero):
                 value[n] = same
+            elif same is not None:
+                raise _Vanished  # A vector became a number.
             elif (inside := _of_root(n)) is not None:
                 steps.append(_Step(n, torch.sqrt, (of(inside),), {}, True))
             else:
-                if n.target not in _MIXED:
-                    args = tuple(
-                        _Number(plan.places[a], tensor=True)
-                        if isinstance(a, fx.Node) and a in plan.places
-                        else of(a)
-                        for a in n.args
-                    )
+                beside = [a for a in n.args if isinstance(a, fx.Node) and a not in plan.places]
+                if n.target not in _MIXED or not all(_dtype(a).is_floating_point for a in beside):
+                    args = tuple(map(exact, n.args))
                 if any(isinstance(a, _Zero) for a in args):
                     raise _Vanished
                 kernel = _WRITERS.get(n.target, n.target)
@@ -376,6 +402,88 @@ class _Writer:
                 kept.append(step)
                 used.update(step.reads)
         return kept[::-1], found
+
+
+def _fused(steps: list[_Step], ends: set[fx.Node]) -> list[_Step]:
+    """Sums that do a product or a quotient of theirs themselves, where nobody else reads it."""
+    readers: dict[fx.Node, int] = {}
+    for step in steps:
+        for n in step.reads:
+            # Twice by one step is not once.
+            readers[n] = readers.get(n, 0) + sum(a is n for a in step.args)
+    made = {step.node: step for step in steps}
+    gone: set[fx.Node] = set()
+
+    def once(a: Any, *kernels: Callable[..., Tensor]) -> _Step | None:
+        """The step that makes an operand for one reader alone."""
+        step = made.get(a) if isinstance(a, fx.Node) else None
+        mine = step and step.kernel in kernels and not step.kwargs
+        return step if mine and readers[a] == 1 and a not in ends else None
+
+    for step in steps:
+        if step.kernel not in (torch.add, torch.sub) or step.kwargs:
+            continue
+        orders = [step.args, step.args[::-1]] if step.kernel is torch.add else [step.args]
+        for a, b in orders:
+            product = once(b, torch.mul)
+            if not isinstance(a, fx.Node) or product is None or _dtype(b) != _dtype(a):
+                continue
+            number, x = _scaled(product)
+            if number is None or _dtype(x) != _dtype(a):
+                continue
+            inner = once(x, torch.mul, torch.div)
+            gone.add(b)
+            if inner is not None and inner.kernel is torch.div and _vectors(inner, a):
+                value = replace(number, minus=step.kernel is torch.sub)
+                step.kernel, step.args = torch.addcdiv, (a, *inner.args)
+                step.kwargs = {"value": value}
+                gone.add(x)
+            else:
+                step.args, step.kwargs = (a, x), {"alpha": number}
+            break
+        else:
+            _add_product(step, orders, once, gone)
+    return [step for step in steps if step.node not in gone]
+
+
+def _add_product(
+    step: _Step,
+    orders: Sequence[Sequence[Any]],
+    once: Callable[..., _Step | None],
+    gone: set[fx.Node],
+) -> None:
+    """a + (number * x) * y in one kernel."""
+    for a, b in orders:
+        outer = once(b, torch.mul)
+        if not isinstance(a, fx.Node) or outer is None or not _vectors(outer, a):
+            continue
+        for x, y in (outer.args, outer.args[::-1]):
+            inner = once(x, torch.mul)
+            number, z = _scaled(inner) if inner is not None else (None, None)
+            if number is not None and isinstance(z, fx.Node) and _dtype(z) == _dtype(a):
+                value = replace(number, minus=step.kernel is torch.sub)
+                step.kernel, step.args, step.kwargs = torch.addcmul, (a, z, y), {"value": value}
+                gone.update((b, x))
+                return
+
+
+def _scaled(product: _Step) -> tuple[_Number | None, Any]:
+    """(number, vector) of a product of the two; no number otherwise."""
+    for number, x in (product.args, product.args[::-1]):
+        if isinstance(number, _Number) and isinstance(x, fx.Node):
+            return number, x
+    return None, None
+
+
+def _vectors(step: _Step, like: fx.Node) -> bool:
+    """Whether all operands are vectors of a node's dtype."""
+    return all(isinstance(a, fx.Node) and _dtype(a) == _dtype(like) for a in step.args)
+
+
+def _elementwise(n: fx.Node) -> bool:
+    """Whether a kernel makes new memory, and takes no shape, which would be the traced one."""
+    makes = all(made.alias_info is None for made in n.target._schema.returns)  # type: ignore[union-attr]  # an operator
+    return makes and not any(isinstance(a, list | tuple) for a in (*n.args, *n.kwargs.values()))
 
 
 def _dtype(n: fx.Node) -> torch.dtype:
@@ -407,6 +515,8 @@ def _of_root(n: fx.Node) -> Any:
     if n.target is not aten.where.self:
         return None
     zero, x, y = n.args
+    if not isinstance(zero, fx.Node) or (zero.target, zero.args) != (aten.eq.Scalar, (x, 0)):
+        return None
     if not isinstance(y, fx.Node) or y.target is not aten.sqrt.default:
         return None
     (inner,) = y.args

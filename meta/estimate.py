@@ -18,9 +18,10 @@ class Note:
     """What else an estimator learned on the way.
 
     steps: inner steps trained. adjoint: norm of d loss / d parameters before each step, shape
-    (steps + 1,), for methods that have one. residual: relative residual of a linear solve.
-    inner_gradient: norm of the training loss's gradient where an implicit method assumes 0. gap:
-    what the held-out loss would change by if training went on to the end, to first order.
+    (steps + 1,), for methods that have one; the last is in the weights to use. residual: relative
+    residual of a linear solve. inner_gradient: norm of the training loss's gradient where an
+    implicit method assumes 0. gap: what the held-out loss would change by if training went on to
+    the end, to first order.
     stderr: standard error of every number of the gradient, where it was sampled.
     graphs: steps whose graph was kept, so that they were not done again on the way back. states:
     the most that were kept at once. recomputed: steps done again to reach those that were not.

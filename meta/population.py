@@ -26,7 +26,7 @@ from .outcome import Outcome
 from .parts import contiguous
 from .problem import draws_of
 from .replay import Replay
-from .steps import Cotangents, pull_back_start, seed_adjoint
+from .steps import Cotangents, norm_at_end, pull_back_start, seed_adjoint
 from .training import State, Training, finite
 from .trust import Distrusted, agrees, directions, early
 
@@ -202,7 +202,6 @@ class Many:
         none = [torch.zeros_like(x) for x in self.form.moving(self._one(state, 0))]
         bars = [none if bars is None else bars for _, bars in ends]
         adjoint = [torch.stack(each) for each in zip(*bars, strict=True)]
-        final = adjoint[0].norm(dim=-1)
         while tapes:
             with torch.no_grad():
                 out = self.machine.rewind(*tapes.pop(), *contiguous(adjoint))
@@ -211,8 +210,7 @@ class Many:
             for i, before in kept.backwards(steps, self._advance):
                 adjoint = self._pull(i, before, adjoint)
         return [
-            self._estimate(k, ends[k], final[k], [bar[k] for bar in adjoint], said)
-            for k in range(self.count)
+            self._estimate(k, ends[k], [bar[k] for bar in adjoint], said) for k in range(self.count)
         ]
 
     def _plan(self, memory: str | float | None) -> tuple[bool, Plan, str]:
@@ -238,7 +236,6 @@ class Many:
         self,
         k: int,
         end: tuple[Tensor, list[Tensor] | None],
-        final: Tensor,
         adjoint: list[Tensor],
         said: str,
     ) -> Estimate:
@@ -255,6 +252,7 @@ class Many:
         pull_back_start(training, self.plain[k], self.seeds[k], adjoint, sums)
         back = self.back[:, k]
         sums.add_all(graph.numbers_behind(self.numbers[k], back[:, 1:].cpu()))
+        final = norm_at_end(training.rule, seeded)
         norms = torch.cat([back[:, 0].to(final), final[None]])
         how = f"{said}, {self.count} trainings at once, {self.machine.how}"
         note = Note(steps=training.steps, adjoint=norms, how=how)

@@ -76,15 +76,15 @@ def _ahead(
     training: Training, state: State, values: Tensors, seed: int, expect: float | None
 ) -> float:
     """Plain steps that would take as long as the metagradients up to the next, or to the last."""
-    seconds = kept_for(training.problem).get("seconds spent", 0.0)
+    seconds = kept_for(training.problem).get(("seconds spent", _rule(training)), 0.0)
     step = _step(training, state, values, seed)
     return float(max(seconds / step + _STEPS * training.steps, (expect or 0.0) / step))
 
 
 def spend(training: Training, seconds: float) -> None:
-    """Add to the seconds spent on a problem without a compiler."""
-    kept = kept_for(training.problem)
-    kept["seconds spent"] = kept.get("seconds spent", 0.0) + seconds
+    """Add to the seconds spent on a problem by a rule without a compiler."""
+    kept, key = kept_for(training.problem), ("seconds spent", _rule(training))
+    kept[key] = kept.get(key, 0.0) + seconds
 
 
 def spend_on_products(problem: Problem, seconds: float) -> None:
@@ -135,10 +135,15 @@ def _key(training: Training, learned: Sequence[str], state: State, kind: Kind) -
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
+def _rule(training: Training) -> str:
+    """One rule's steps may take a hundred times another's, and its code is its own."""
+    return f"{training.rule.name} {sorted(training.rule.options().items())}"
+
+
 def _step(training: Training, state: State, values: Tensors, seed: int) -> float:
-    """Seconds of a plain step, measured once per problem."""
-    kept = kept_for(training.problem)
-    if "seconds of a step" not in kept:
+    """Seconds of a plain step, measured once per problem and rule."""
+    kept, key = kept_for(training.problem), ("seconds of a step", _rule(training))
+    if key not in kept:
         # The first step pays for what is loaded and allocated once. The same step every time: what
         # follows may diverge.
         float(training.step(state, values, 0, seed).p[0])  # A GPU has only queued it by now.
@@ -146,5 +151,5 @@ def _step(training: Training, state: State, values: Tensors, seed: int) -> float
         for _ in range(2):
             after = training.step(state, values, 0, seed)
         float(after.p[0])
-        kept["seconds of a step"] = (time.monotonic() - began) / 2
-    return kept["seconds of a step"]  # type: ignore[no-any-return]  # kept holds anything
+        kept[key] = (time.monotonic() - began) / 2
+    return kept[key]  # type: ignore[no-any-return]  # kept holds anything

@@ -26,7 +26,15 @@ from .estimate import Estimate, Note, finished
 from .memory import bytes_of, comfortable, state_bytes
 from .outcome import Outcome
 from .price import not_worth, remember, spend, worth_tracing
-from .steps import Cotangents, Eager, Steps, pull_back_start, seed_adjoint, why_only_once
+from .steps import (
+    Cotangents,
+    Eager,
+    Steps,
+    norm_at_end,
+    pull_back_start,
+    seed_adjoint,
+    why_only_once,
+)
 from .store import room_in
 from .training import Resolved, State, Training
 from .trust import or_by_autograd
@@ -151,7 +159,7 @@ class _Run:
                 )
                 note = Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
                 return Estimate(float(loss), {}, note)
-            final = adjoint[0].norm()
+            final = norm_at_end(training.rule, adjoint)
             try:
                 adjoint = self._back(adjoint, tapes, kept, graphs)
             except RuntimeError as error:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..inner.hyper import Tensors
+from ..inner.rule import Rule
 from .training import Resolved, State, Training
 
 
@@ -178,6 +179,15 @@ def seed_adjoint(
     grads = torch.autograd.grad(loss, inputs + hypers, allow_unused=True, materialize_grads=True)
     sums.add(final, grads[len(inputs) :], sums.names)
     return loss.detach(), list(grads[: len(inputs)])
+
+
+def norm_at_end(rule: Rule, adjoint: Sequence[Tensor]) -> Tensor:
+    """Of the held-out loss's gradient in the weights to use, which a readout may take from slots
+    alone: the gradient in p is 0 then, beside which any other would be endless.
+    """
+    norms: list[Tensor] = [bar.norm().to(adjoint[0]) for bar in adjoint]
+    whole: Tensor = torch.stack(norms).norm()
+    return whole if rule.readout else norms[0]
 
 
 def pull_back_start(

@@ -160,17 +160,29 @@ def study(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A study in YAML, or by name: data-cleaning, million-hypers or one-pass."
+            help="A study in YAML, or by name: data-cleaning, million-hypers, one-pass, optimizers."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the records; a second call resumes.")],
     address: Annotated[str | None, typer.Option(help="A Ray cluster; local by default.")] = None,
     serial: Annotated[bool, typer.Option(help="In this process, without Ray.")] = False,
+    rules: Annotated[
+        str | None, typer.Option(help="Of optimizers: rules by name; all without.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Of optimizers: time to tune each rule; 15s without.")
+    ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="Of optimizers: a Markdown file; its section of that name is replaced."),
+    ] = None,
 ) -> None:
     """Run a study, problems by arms by seeds, in parallel on Ray; exit code 1 if a cell failed."""
     from .show import run_study
 
-    raise typer.Exit(run_study(file, out, address, serial))
+    given = {"rules": rules, "budget": budget}
+    options = {name: value for name, value in given.items() if value is not None}
+    raise typer.Exit(run_study(file, out, address, serial, options=options, into=into))
 
 
 @app.command()

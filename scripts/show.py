@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..inner.rule import Rule
     from ..search.result import Result
+    from ..studies.built_in import Report
     from ..studies.record import Record, Records
 
 INTERRUPTED = "interrupted; the same command goes on from here"
@@ -77,9 +78,17 @@ def _how_sure(result: Result) -> str:
     return f"the mean over {seeds}, after {evaluations}"
 
 
-def run_study(file: Path, out: Path, address: str | None, serial: bool) -> int:
+def run_study(
+    file: Path,
+    out: Path,
+    address: str | None,
+    serial: bool,
+    *,
+    options: Mapping[str, str] | None = None,
+    into: Path | None = None,
+) -> int:
     """Run a study from a file or by name with a line of progress per cell, and print its table; the
-    exit code.
+    exit code. options: of a study that has some. into: a Markdown file for its section.
     """
     from ..studies.built_in import STUDIES
     from ..studies.run import run, run_cells
@@ -92,26 +101,49 @@ def run_study(file: Path, out: Path, address: str | None, serial: bool) -> int:
         "progress": lambda record: screen.print(one_line(record), style="dim", markup=False),
     }
     name = str(file)
+    options = options or {}
     if name not in STUDIES and (file.suffix or file.exists()):
+        _refuse(name, options, (), into is not None)
         study = read_study(file)
         return show_records(run(study, **given), study.name)
     if name not in STUDIES:
         raise ValueError(unknown("there is neither a file nor a study", name, STUDIES))
     built_in = STUDIES[name]
-    cells, left_out = built_in.cells()
+    _refuse(name, options, built_in.options, into is not None and built_in.report is None)
+    cells, left_out = built_in.cells(**options)
     for told in left_out:
         screen.print(told, markup=False)
     records = run_cells(name, cells, built_in.work, **given)
-    return show_records(records, name, built_in.measures)
+    if into is not None and built_in.report is not None and records.records:
+        said = "".join(f" --{option} {value}" for option, value in options.items())
+        built_in.report.write(into, records, f"hyperdescent study {name} --out {out}{said}")
+        screen.print(f"kept in {into}", markup=False)
+    return show_records(records, name, built_in.measures, built_in.report)
 
 
-def show_records(records: Records, title: str, measures: Sequence[str] | None = None) -> int:
+def _refuse(name: str, options: Mapping[str, str], known: Sequence[str], no_section: bool) -> None:
+    """Raise ValueError for what a study does not take."""
+    for option in options:
+        if option not in known:
+            raise ValueError(f"the study {name} takes no --{option}")
+    if no_section:
+        raise ValueError(f"the study {name} writes no Markdown; its records are in --out")
+
+
+def show_records(
+    records: Records,
+    title: str,
+    measures: Sequence[str] | None = None,
+    report: Report | None = None,
+) -> int:
     """The table of a study, and what is not in it; the exit code, 0 if nothing is."""
     from ..studies.report import table
 
     screen = console()
     if records.records:
-        screen.print(table(records, title, measures))
+        screen.print(report.table(records, title) if report else table(records, title, measures))
+    for told in report.remarks(records) if report else ():
+        screen.print(told, markup=False)
     failed = [record for record in records if record.error]
     if failed:
         told = f"{len(failed)} of {len(records)} cells failed, first {one_line(failed[0])}"

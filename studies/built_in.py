@@ -4,25 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from . import cleaning, million, one_pass
-from .record import Record
+from . import cleaning, drop_in, drop_in_report, million, one_pass
+from .record import Record, Records
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """table: of records under a title. remarks: what else there is to say of them. write: both,
+    into a Markdown file, with the command that made them.
+    """
+
+    table: Callable[[Records, str], Table]
+    remarks: Callable[[Records], Sequence[str]]
+    write: Callable[[Path, Records, str], None]
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """cells: () -> (the cells, sentences on what is left out and why). work: a cell's record.
-    measures: the columns of its table.
+    """cells: (options) -> (the cells, sentences on what is left out and why). work: a cell's
+    record. measures: the columns of its table. options: names of what cells takes. report: in
+    place of that table.
     """
 
     what: str
-    cells: Callable[[], tuple[Sequence[Any], Sequence[str]]]
+    cells: Callable[..., tuple[Sequence[Any], Sequence[str]]]
     work: Callable[[Any], Record]
-    measures: Sequence[str]
+    measures: Sequence[str] = ()
+    options: Sequence[str] = ()
+    report: Report | None = None
 
 
 STUDIES: Mapping[str, BuiltIn] = {
+    drop_in.NAME: BuiltIn(
+        "every rule tuned, then used as an optimizer in a plain PyTorch loop",
+        drop_in.drop_in_cells,
+        drop_in.tune_and_train,
+        options=("rules", "budget"),
+        report=Report(drop_in_report.table, drop_in_report.remarks, drop_in_report.write),
+    ),
     cleaning.NAME: BuiltIn(
         "a weight per training example, half of whose labels are wrong",
         cleaning.cleaning_cells,
@@ -44,4 +69,4 @@ STUDIES: Mapping[str, BuiltIn] = {
 }
 
 
-__all__ = ["STUDIES", "BuiltIn"]
+__all__ = ["STUDIES", "BuiltIn", "Report"]

@@ -138,10 +138,10 @@ def _cell(measures: dict[str, Spread], name: str) -> str:
     of_median = measures.get(name.removeprefix(_MEDIAN))
     if name.startswith(_MEDIAN) and of_median:
         return f"{of_median['median']:.4g}"
-    return _spelled(measures.get(name))
+    return spelled(measures.get(name))
 
 
-def _spelled(spread: Spread | None) -> str:
+def spelled(spread: Spread | None) -> str:
     """The mean to the second digit of its deviation, such as "0.285 ±0.012"."""
     if spread is None:
         return "-"
@@ -154,4 +154,4 @@ def _spelled(spread: Spread | None) -> str:
     return f"{mean:.{digits}f} ±{std:.{digits}f}"
 
 
-__all__ = ["Row", "Spread", "group_of", "spread", "summary", "table"]
+__all__ = ["Row", "Spread", "group_of", "spelled", "spread", "summary", "table"]

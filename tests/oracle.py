@@ -20,8 +20,8 @@ class Reference:
     absolute and relative, in float64; why: the reason for more than rounding.
 
     Of the rule, for all its tests: point, values at which every hyper matters, where those common
-    to all rules are none; chosen, whole-number options in place of their defaults; rough, the
-    hypers that declare why their derivative is no use.
+    to all rules are none; chosen, numbers among the options in place of their defaults; rough,
+    the hypers that declare why their derivative is no use.
     """
 
     make: Callable

@@ -20,11 +20,11 @@ def energy(p, values, layout):
     return torch.zeros_like(p, dtype=at_least_float32(p.dtype))
 
 
-def slope(g, r, t, loss, c):
+def slope(g, r, loss, c):
     """That of sqrt(loss + c), and the energy before the step."""
     whole = (loss + c).sqrt()
-    # A product, not a branch, and added to zeros: the first loss is known at the first step.
-    return g / (2 * whole), r + (t == 1) * whole
+    # Zero before the first gradient, which may come late; the loss is known only then.
+    return g / (2 * whole), torch.where(r == 0, whole, r)
 
 
 def drawn(r, v, lr):
@@ -43,7 +43,7 @@ def drawn(r, v, lr):
     decoupled_weight_decay=Choice(False, (False, True)),
 )
 def aegd(p, g, s, t, loss, lr, c, weight_decay, decoupled_weight_decay):
-    v, r = slope(g, s["r"], t, loss, c)
+    v, r = slope(g, s["r"], loss, c)
     p, v = decayed(p, v, lr, weight_decay, decoupled_weight_decay)
     r = drawn(r, v, lr)
     return p - (2 * lr * r * v).to(p.dtype), {"r": r}
@@ -63,7 +63,7 @@ def aegdm(p, g, s, t, loss, lr, c, momentum, weight_decay):
 
     As the authors' code (txping/AEGDM): weight decay joins the momentum and draws on no energy.
     """
-    v, r = slope(g, s["r"], t, loss, c)
+    v, r = slope(g, s["r"], loss, c)
     r = drawn(r, v, lr)
     b = momentum * s["momentum_buffer"] + v + weight_decay * p
     return p - (2 * lr * r * b).to(p.dtype), {"r": r, "momentum_buffer": b}

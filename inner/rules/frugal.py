@@ -2,17 +2,16 @@
 arXiv:2411.07837.
 
 As the authors' code (fzmushko/FRUGAL) with its coordinate projectors: every update_gap steps, the
-first included, another share `density` of the columns, rows or single entries (randk) is active;
-there Adam begins anew, its bias correction too, and the others move by the sign of the gradient.
-density=1 is AdamW with restarts, density=0 signSGD. Weights of more than two dimensions are
-matrices of shape (first, all others); those of one are AdamW's, without restarts and scales. In the
-code density belongs to a choice of entries, here it acts at once where it changes on the way: the
-order in which entries become active is what a choice draws.
+first included, another share `density` of the columns, rows or single entries (randk), rounded
+down, is active; there Adam begins anew, its bias correction too, and the others move by the sign of
+the gradient. density=1 is AdamW with restarts, density=0 signSGD. Weights of more than two
+dimensions are matrices of shape (first, all others); those of one are AdamW's, without restarts and
+scales.
 
-The choice is a function of the number of the restart, so nothing is kept of it; tensors of one
-shape have the same entries active. Slots are as long as the weights, because their shapes cannot
-depend on density: what is published as a saving of memory saves none here. Left out: the projection
-on singular vectors, whose slope is infinite where two singular values meet; sgd on the rest, which
+Memory: 2 * density per weight of a matrix, the moments of the active part. The choice is a function
+of the number of the restart, so nothing is kept of it; tensors of one shape have the same entries
+active. density, projector and seed may not change during a training. Left out: the projection on
+singular vectors, whose slope is infinite where two singular values meet; sgd on the rest, which
 smooth=True with a large temperature is, of the rate lr / temperature; no step on the rest, which is
 inactive_lr_scale=0.
 """
@@ -20,35 +19,35 @@ inactive_lr_scale=0.
 import torch
 
 from .. import noise
-from ..hyper import (
-    Choice,
-    Integer,
-    decay,
-    fraction,
-    learning_rate,
-    positive,
-    temperature,
-    weight_decay,
-)
-from ..rule import rule, sign, zeros
+from ..hyper import Choice, Integer, decay, learning_rate, positive, temperature, weight_decay
+from ..rule import Slot, rule, sign
 from .adam import decayed, direction, moments
 
 
-def active(shape, projector, density, change, seed):
-    """The entries with a state after the given number of changes."""
-    if projector == "columns":
-        shape = (1, *shape[1:])
-    elif projector == "rows":
-        shape = (shape[0], *(1 for _ in shape[1:]))
-    drawn = noise.uniform(change, shape, seed=seed)
-    order = drawn.flatten().argsort().argsort().reshape(shape)
-    return order < torch.floor(density * order.numel())
+def lines(shape, projector, density):
+    """(the shape of a matrix of whose lines some are active, along which dimension, how many)"""
+    # Single entries are the columns of a matrix of one row.
+    matrix = (1, shape.numel()) if projector == "randk" else (shape[0], shape[1:].numel())
+    dim = 0 if projector == "rows" else 1
+    return matrix, dim, int(density * matrix[dim])
+
+
+def _active_zeros(p, values, layout):
+    if p.ndim < 2:
+        return torch.zeros_like(p)
+    matrix, dim, count = lines(p.shape, values["projector"], values["density"])
+    return p.new_zeros((matrix[0], count) if dim else (count, matrix[1]))
+
+
+def active(size, count, change, seed):
+    """The lines with a state after the given number of changes."""
+    return noise.uniform(change, (size,), seed=seed).argsort(stable=True)[:count]
 
 
 @rule(
     "FRUGAL",
     over="tensor",
-    slots={"m": zeros, "v": zeros},
+    slots={"m": Slot(_active_zeros), "v": Slot(_active_zeros)},
     lr=learning_rate(1e-3),
     beta1=decay(0.9),
     beta2=decay(0.999),
@@ -56,13 +55,8 @@ def active(shape, projector, density, change, seed):
     weight_decay=weight_decay(1e-2),
     proj_params_lr_scale=positive(1.0, search=(0.01, 10.0)),
     inactive_lr_scale=positive(1.0, search=(0.01, 10.0)),
-    density=fraction(
-        0.25,
-        search=(0.0, 1.0),
-        finest="tensor",
-        rough="it says how many columns, rows or entries are active: a whole number",
-    ),
     temperature=temperature(),
+    density=Choice(0.25, (0.0, 0.0625, 0.125, 0.25, 0.5, 1.0)),
     update_gap=Integer(200, 1, 10**6, log=True),
     projector=Choice("columns", ("columns", "rows", "randk")),
     smooth=Choice(False, (False, True)),
@@ -80,8 +74,8 @@ def frugal(
     weight_decay,
     proj_params_lr_scale,
     inactive_lr_scale,
-    density,
     temperature,
+    density,
     update_gap,
     projector,
     smooth,
@@ -91,12 +85,17 @@ def frugal(
     if p.ndim < 2:
         m, v = moments(g, s, beta1, beta2)
         return p - lr * direction(m, v, t, beta1, beta2, eps), {"m": m, "v": v}
+    matrix, dim, count = lines(p.shape, projector, density)
     change = torch.floor((t - 1) / update_gap)
     age = t - change * update_gap
-    on = active(p.shape, projector, density, change.to(p.device), seed).to(p)
-    kept = {name: x * (age > 1) for name, x in s.items()}
-    m, v = moments(on * g, kept, beta1, beta2)
-    # Where an entry has no state the root has a slope that nothing must meet.
-    stateful = on * direction(m, v + (1 - on), age, beta1, beta2, eps)
-    rest = (1 - on) * inactive_lr_scale * sign(g, smooth, temperature)
-    return p - lr * proj_params_lr_scale * (stateful + rest), {"m": m, "v": v}
+    index = active(matrix[dim], count, change.to(p.device), seed)
+
+    def part(x):
+        # A hyperparameter may be one number.
+        return x.reshape(matrix).index_select(dim, index) if x.ndim else x
+
+    beta1, beta2, eps = map(part, (beta1, beta2, eps))
+    m, v = moments(part(g), {n: x * (age > 1) for n, x in s.items()}, beta1, beta2)
+    rest = (inactive_lr_scale * sign(g, smooth, temperature)).reshape(matrix)
+    step = rest.index_copy(dim, index, direction(m, v, age, beta1, beta2, eps)).reshape(p.shape)
+    return p - lr * proj_params_lr_scale * step, {"m": m, "v": v}

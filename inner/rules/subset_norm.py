@@ -51,14 +51,12 @@ def basis(size, rank, change, seed):
     return signs * (torch.cos(angle) + torch.sin(angle)) / size**0.5
 
 
-def inside(g, rank, change, seed):
-    """The part of a matrix in the subspace, along its shorter side."""
-    flat = g.flatten(1).to(at_least_float32(g.dtype))
-    tall = flat.shape[0] >= flat.shape[1]
-    size = min(flat.shape)
-    b = basis(size, min(rank, size), change, seed).to(flat)
-    part = flat @ b.mT @ b if tall else b.mT @ (b @ flat)
-    return part.reshape(g.shape).to(g.dtype)
+def _subspace_zeros(p, values, layout):
+    """One row per dimension of the subspace, along the longer side."""
+    if p.ndim < 2:
+        return torch.zeros_like(p)
+    sides = p.shape[0], p.shape[1:].numel()
+    return p.new_zeros(min(values["rank"], *sides), max(sides))
 
 
 def subspace_momentum(g, s, t, beta1, rank, update_proj_gap, seed):
@@ -66,11 +64,20 @@ def subspace_momentum(g, s, t, beta1, rank, update_proj_gap, seed):
     if g.ndim < 2:
         m = beta1 * s["m"] + (1 - beta1) * g
         return m, m
+    flat = g.flatten(1).to(at_least_float32(g.dtype))
+    tall = flat.shape[0] >= flat.shape[1]
+    flat = flat.mT if tall else flat
     change = torch.floor(t / update_proj_gap).to(g.device)
-    part = inside(g, rank, change, seed)
+    b = basis(len(flat), min(rank, len(flat)), change, seed).to(flat)
+    part = b @ flat
     kept = beta1 * (torch.remainder(t, update_proj_gap) > 0)
     m = kept * s["m"] + (1 - beta1) * part
-    return m + (g - part), m
+    flat = flat + b.mT @ (m - part)
+    return (flat.mT if tall else flat).reshape(g.shape), m.to(s["m"].dtype)
+
+
+def _elementwise_moments(p, values, layout):
+    return p.new_zeros(0) if values["second_moment"] == "none" else torch.zeros_like(p)
 
 
 def corrected(t, beta1, beta2, correct_bias, second_moment):
@@ -110,10 +117,10 @@ def subsetnorm(p, g, s, t, lr, beta1, beta2, eps, weight_decay, correct_bias, se
 
     The subsets of the paper's heuristic: of a matrix the lines along its shorter side, so that it
     has max(rows, columns) second moments; of more than two dimensions, those of the matrix of shape
-    (first, all others); a vector has one per entry, which is Adam. Subsets of another size are left
-    out, because the shape of a slot cannot depend on an option. A moment is of the sum over its
-    subset, not of the mean: steps are shorter than Adam's by the root of the subset's size, and the
-    authors take ten times Adam's lr.
+    (first, all others); a vector has one per entry, which is Adam. Memory: 1 + 1 / min(rows,
+    columns) per weight of a matrix. Subsets of another size are left out. A moment is of the sum
+    over its subset, not of the mean: steps are shorter than Adam's by the root of the subset's
+    size, and the authors take ten times Adam's lr.
 
     As their code (timmytonga/sn-sm), eps is added before the bias is corrected, and weight decay
     comes after the step. second_moment="sum" is AdaGrad's. The code says that by beta2 = 1, where
@@ -128,7 +135,7 @@ def subsetnorm(p, g, s, t, lr, beta1, beta2, eps, weight_decay, correct_bias, se
 @rule(
     "SubspaceMomentum",
     over="tensor",
-    slots={"m": zeros, "v": zeros},
+    slots={"m": Slot(_subspace_zeros), "v": Slot(_elementwise_moments)},
     lr=learning_rate(1e-3),
     beta1=decay(0.9, finest="tensor"),
     beta2=decay(0.999, when=_EMA),
@@ -160,16 +167,17 @@ def subspacemomentum(
     Nguyen & Nguyen 2024, arXiv:2411.07120 (ICML 2025).
 
     With Adam's denominator, or none (second_moment="none"), which is SGD. The subspace is one of
-    the shorter side (of the matrix of shape (first, all others)) of dimension rank. At every step
-    that update_proj_gap divides it is another one, and the momentum begins at 0. Vectors have
-    momentum everywhere.
+    the shorter side (of the matrix of shape (first, all others)) of dimension rank, or all of it
+    where it is no longer than that. At every step that update_proj_gap divides it is another one,
+    and the momentum begins at 0. Vectors have momentum everywhere.
 
     It is spanned by rows of a Hartley transform behind random signs: the authors' SRHT, with a
     transform that is orthogonal in every size. Gradients have no say in it, so a path's derivative
     is exact through every change, and nothing is kept of it. Left out: singular vectors of the
-    gradient, whose slopes are infinite where two singular values meet, as at a gradient of 0. The
-    momentum is kept in the whole space, because the shape of a slot cannot depend on rank: the
-    memory that the method is made to save is not saved here.
+    gradient, whose slopes are infinite where two singular values meet, as at a gradient of 0.
+
+    Memory: rank / min(rows, columns) per weight of a matrix for the momentum, and 1 for the
+    denominator. rank, second_moment and seed may not change during a training.
 
     As the authors' code (timmytonga/sn-sm), correct_bias divides by 1 - beta1^t what is no average
     too: outside, the first step is ten times as long for beta1 = 0.9. Momentum that begins anew is
@@ -188,7 +196,7 @@ def subspacemomentum(
 @rule(
     "SNSM",
     over="tensor",
-    slots={"m": zeros, "v": Slot(_subset_moments)},
+    slots={"m": Slot(_subspace_zeros), "v": Slot(_subset_moments)},
     lr=learning_rate(1e-3),
     beta1=decay(0.9, finest="tensor"),
     beta2=decay(0.999, finest="tensor", when=_EMA),
@@ -220,7 +228,7 @@ def snsm(
     arXiv:2411.07120 (ICML 2025).
 
     The numerator of `subspacemomentum` over the denominator of `subsetnorm`, and what is said of
-    them there.
+    them there. Memory: (rank + 1) / min(rows, columns) per weight of a matrix.
     """
     numerator, m = subspace_momentum(g, s, t, beta1, rank, update_proj_gap, seed)
     scale, v = subset_scale(g, s, beta2, eps, second_moment)

@@ -23,6 +23,7 @@ from points import (
     telling,
 )
 
+from hyperdescent.inner import inplace
 from hyperdescent.inner.flat import flat_readout, flat_step, initial_slots
 from hyperdescent.inner.hyper import Choice
 from hyperdescent.inner.layout import Layout
@@ -86,12 +87,15 @@ def combinations(options, defaults):
 
 
 def variants(rules):
-    """Every rule under its options."""
+    """Every rule under its options, but for those that its reference fixes; of rules in rules under
+    the defaults, because their options are those of others.
+    """
     for rule in rules:
-        options = {n: c.options for n, c in rule.choices.items() if isinstance(c, Choice)}
+        fixed = REFERENCE[rule.name].chosen if rule.name in REFERENCE else {}
+        free = {n: c for n, c in rule.choices.items() if isinstance(c, Choice) and n not in fixed}
+        options = {} if rule.name in COMPOSED else {n: c.options for n, c in free.items()}
         for named in combinations(options, {n: rule.options()[n] for n in options}):
             label = "-".join([rule.name, *(f"{n}={v}" for n, v in named.items())])
-            fixed = REFERENCE[rule.name].chosen if rule.name in REFERENCE else {}
             yield pytest.param(rule.choose(**named, **fixed), id=label)
 
 
@@ -99,7 +103,31 @@ ALL = [*RULES.values(), *map(find_rule, COMPOSED)]
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 each_variant = pytest.mark.parametrize("rule", list(variants(ALL)))
 registered = pytest.mark.parametrize("rule", list(variants(RULES.values())))
-each_grain = pytest.mark.parametrize("grain", GRAINS)
+
+
+def thorough(rule):
+    """Whether a variant gets what is dear: all but options of rules that act on whole tensors."""
+    return rule.over == "element" or all(
+        value == rule.choices[n].default
+        for n, value in rule.options().items()
+        if isinstance(rule.choices[n], Choice)
+    )
+
+
+each_of_elements = pytest.mark.parametrize(
+    "rule", [each for each in variants(ALL) if each.values[0].over == "element"]
+)
+each_thorough = pytest.mark.parametrize(
+    "rule", [each for each in variants(ALL) if thorough(each.values[0])]
+)
+each_in_grains = pytest.mark.parametrize(
+    ("rule", "grain"),
+    [
+        pytest.param(each.values[0], grain, id=f"{each.id}-{grain}")
+        for each in variants(ALL)
+        for grain in (GRAINS if thorough(each.values[0]) else ["shared"])
+    ],
+)
 
 
 def point(rule, grain="shared", **changed):
@@ -256,8 +284,7 @@ class TestReference:
 
 
 class TestGradient:
-    @each_grain
-    @each_variant
+    @each_in_grains
     def test_is_right_in_every_hyperparameter(self, rule, grain):
         values, names, free = free_point(rule, grain)
         moved = partial(free_path, rule, values, names)
@@ -275,7 +302,7 @@ class TestGradient:
 
     # torch's own forward mode scripts its decompositions on first use.
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-    @each_variant
+    @each_thorough
     def test_is_right_in_forward_mode(self, rule):
         values, names, free = free_point(rule)
         moved = partial(free_path, rule, values, names)
@@ -358,9 +385,8 @@ class TestForm:
             assert torch.equal(x, before[name][0]), name
             assert x._version == before[name][1], name
 
-    @each_grain
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @each_variant
+    @each_in_grains
     def test_dtype_and_shape_are_kept(self, rule, dtype, grain):
         p, s = path(rule, point(rule, grain), dtype=dtype)
         assert (p.dtype, p.shape) == (dtype, (SIZE,))
@@ -384,8 +410,7 @@ class TestForm:
             vectors = {n: x.dtype for n, x in s.items() if x.ndim}
             assert set(vectors.values()) <= {torch.float32}, f"{name} per tensor gives {vectors}"
 
-    @each_grain
-    @each_variant
+    @each_in_grains
     def test_flat_step_is_the_rule_on_each_tensor(self, rule, grain):
         if rule.over == "model":
             pytest.skip("its unit is the flat vector")
@@ -419,7 +444,17 @@ class TestForm:
 
     @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
     @each_variant
-    def test_torch_form_is_the_rule(self, rule, dtype):
+    def test_torch_form_is_the_rule(self, rule, dtype, monkeypatch):
+        monkeypatch.setattr(inplace, "FUSED", False)
+        self.assert_alike(rule, dtype, 0)
+
+    @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+    @each_of_elements
+    def test_fused_it_is_the_rule_but_for_rounding(self, rule, dtype):
+        # A product and a sum in one kernel round once, which the path then follows.
+        self.assert_alike(rule, dtype, 64 * torch.finfo(dtype).eps)
+
+    def assert_alike(self, rule, dtype, bound):
         values = point(rule)
         optimizer = torch_form(rule)(parameters(dtype), **grouped(rule, values))
         start = {str(i): p.clone() for i, p in enumerate(weights(optimizer))}
@@ -441,7 +476,7 @@ class TestForm:
             p, s = flat_step(rule, layout, p, g, s, t, values, loss=loss)
         descend([optimizer], STEPS)
         expected = [*layout.unflatten(p).values()]
-        torch.testing.assert_close(weights(optimizer), expected, rtol=0, atol=0)
+        torch.testing.assert_close(weights(optimizer), expected, rtol=bound, atol=bound)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @each_variant

@@ -393,6 +393,10 @@ class TestReadout:
     def test_lookahead_all_the_way_is_the_rule(self):
         agree(ours("lookahead({})", "adam", alpha=1.0), theirs("adam"))
 
+    def test_a_number_of_the_group_may_belong_to_a_rule_with_options(self):
+        optimizer = torch_form(find_rule("lookahead(nadam)"))(parameters(), alpha=1.0, lr=0.05)
+        agree(optimizer, torch_form(RULES["nadam"])(parameters(), lr=0.05))
+
     def test_xgrad_of_sgd_is_the_papers(self):
         steps, lr, momentum = 1.7, 0.1, 0.7
         stored = [p.detach().numpy().copy() for p in parameters()]

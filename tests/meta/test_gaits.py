@@ -5,6 +5,7 @@ By autograd and by traced graphs, which are run as they are: no compiler takes p
 
 import itertools
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -437,6 +438,21 @@ class TestBlowsUp:
     def test_not_where_training_is_calm(self, how):
         assert estimate_of(parabola(30, 0.1, 0.3), ["lr"], compile=how).note.blows_up() is None
         assert estimate_of(run_of(cnn), compile=how).note.blows_up() is None
+
+    @pytest.mark.parametrize("rule", ["agnes", "stochasticnesterov", "schedulefreesgd", "ldog"])
+    def test_beside_the_weights_to_use_where_gradients_are_taken_at_others(self, rule, how):
+        run = replace(run_of(), rule=find_rule(rule), given={"lr": 0.1}, schedules={}, grains={})
+        resolved = run.resolve({})
+        state, values = run.run(resolved, 1), resolved.at(run.steps - 1)
+        used = run.layout.flatten(run.params(state, values)).requires_grad_()
+        (g,) = torch.autograd.grad(run.outer_loss_at(used, state, values), used)
+        note = estimate_of(run, ["lr"], compile=how).note
+        share = 1.0
+        if rule == "schedulefreesgd":  # Its average is of where gradients are taken and of a slot.
+            beta = float(values["momentum"])
+            share = ((1 / beta) ** 2 + (1 - 1 / beta) ** 2) ** 0.5
+        assert float(note.adjoint[-1]) == pytest.approx(share * float(g.norm()), rel=1e-6)
+        assert note.blows_up() is None
 
     def test_an_infinite_adjoint_has_blown_up(self):
         norms = torch.tensor([float("nan"), float("inf"), 2.0, 1.0])

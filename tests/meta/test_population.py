@@ -52,6 +52,7 @@ RUNS = {
     "cnn": (lambda: training(of=problem(cnn)), ["lr", "beta1"]),
     "frozen": (lambda: training(of=problem(frozen)), ["lr"]),
     "alphagrad": (lambda: training("alphagrad"), ["lr", "alpha"]),
+    "readout": (lambda: training("ldog"), ["lr", "reps_rel"]),
     "slots": (lambda: training("adagrad"), ["lr", "initial_accumulator_value"]),
     "grains": (
         lambda: training(

@@ -1,6 +1,8 @@
 """Traced operations as TorchScript and as narrow products: the same numbers as before."""
 
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +151,19 @@ class TestPrice:
         assert ask()
         price.spend(run, 2)
         assert not ask()
+
+    def test_what_another_rule_spent_or_takes_does_not_count(self, asked, monkeypatch):
+        ask, run, state = asked
+        price.spend(replace(run, rule=find_rule("adam")), 1e3)
+        assert ask()
+        monkeypatch.undo()
+        ticks = iter((0.0, 2.0, 2.0, 6.0))
+        monkeypatch.setattr(price, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+        values = run.resolve({}).at(0)
+        assert price._step(run, state, values, 0) == price._step(run, state, values, 0) == 1.0
+        nesterov = replace(run, rule=run.rule.choose(nesterov=True), given={"momentum": 0.9})
+        values = nesterov.resolve({}).at(0)
+        assert price._step(nesterov, state, values, 0) == 2.0
 
     def test_is_less_where_the_code_is_on_disk(self, asked):
         ask, run, state = asked

@@ -4,7 +4,7 @@ from pytorch_optimizer.optimizer.snsm import AdamWSN
 
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rules import RULES
-from hyperdescent.inner.rules.subset_norm import basis, inside, subsets
+from hyperdescent.inner.rules.subset_norm import basis, subsets
 
 F64 = torch.float64
 
@@ -66,12 +66,29 @@ def test_the_basis_is_orthonormal_in_every_size(size):
     assert torch.equal(part, whole[: (size + 1) // 2])
 
 
-def test_subspaces_differ_and_projecting_twice_is_projecting_once():
-    g = normal(0, 9, 5)
-    first, other = (inside(g, 2, number(change), 0) for change in (0.0, 1.0))
-    torch.testing.assert_close(inside(first, 2, number(0.0), 0), first, rtol=0, atol=1e-13)
-    assert torch.linalg.matrix_rank(first) == 2
-    assert (first - other).abs().max() > 0.1
+def test_subspaces_differ_with_the_change_and_the_seed():
+    projectors = [
+        b.mT @ b
+        for b in (basis(5, 2, number(c), seed) for c, seed in ((0.0, 0), (1.0, 0), (0.0, 1)))
+    ]
+    for first, other in zip(projectors, [*projectors[1:], projectors[0]], strict=True):
+        assert (first - other).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["subspacemomentum", "snsm"])
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [((6, 4), (3, 6)), ((4, 9), (3, 9)), ((2, 9), (2, 9)), ((5, 3, 2, 2), (3, 12))],
+)
+def test_momentum_is_as_long_as_the_subspace_is_wide(name, shape, kept):
+    rule = RULES[name].choose(rank=3)
+    assert rule.init(torch.zeros(shape), rule.values())["m"].shape == kept
+    assert rule.init(torch.zeros(7), rule.values())["m"].shape == (7,)
+
+
+def test_without_a_denominator_there_are_no_second_moments():
+    rule = RULES["subspacemomentum"].choose(second_moment="none")
+    assert rule.init(torch.zeros(6, 4), rule.values())["v"].numel() == 0
 
 
 def test_momentum_in_a_subspace_that_is_everything_is_momentum():
@@ -82,6 +99,11 @@ def test_momentum_in_a_subspace_that_is_everything_is_momentum():
     )
 
 
+def inside(g, change):
+    b = basis(4, 2, number(change), 0)
+    return b.mT @ b @ g
+
+
 def test_the_gradient_outside_is_as_it_is_and_momentum_begins_anew():
     rule = RULES["subspacemomentum"].choose(
         rank=2, update_proj_gap=3, second_moment="none", correct_bias=False
@@ -89,10 +111,10 @@ def test_the_gradient_outside_is_as_it_is_and_momentum_begins_anew():
     gradients = [normal(step, 4, 6) for step in range(5)]
     ends = [run(rule, gradients[:count], lr=1.0)[0] for count in range(2, 5)]
     third, fourth = ends[0] - ends[1], ends[1] - ends[2]
-    part = inside(gradients[2], 2, number(1.0), 0)
+    part = inside(gradients[2], 1.0)
     # The third step is in a new subspace: a tenth of the gradient there, all of it outside.
     torch.testing.assert_close(third, gradients[2] - 0.9 * part, rtol=1e-12, atol=1e-13)
-    after = inside(gradients[3], 2, number(1.0), 0)
+    after = inside(gradients[3], 1.0)
     expected = gradients[3] - after + 0.1 * after + 0.09 * part
     torch.testing.assert_close(fourth, expected, rtol=1e-12, atol=1e-13)
 

@@ -1,0 +1,440 @@
+"""What may go wrong when a rule runs in a model's own memory, provoked by rules written for it."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from hyperdescent.inner import inplace, optim, plan
+from hyperdescent.inner.flat import flat_step, initial_slots
+from hyperdescent.inner.hyper import Hyper, learning_rate
+from hyperdescent.inner.layout import Layout
+from hyperdescent.inner.optim import torch_form
+from hyperdescent.inner.rule import Slot, number, root, rule, shared, weights, zeros
+
+F64 = torch.float64
+SHAPES = [(3, 4), (5,), (), (2, 2, 2)]
+any_number = Hyper(0.5, -10.0, 10.0, "linear", (-1.0, 1.0))
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch):
+    """Products and sums in kernels of their own, so that the bits are the rule's."""
+    monkeypatch.setattr(inplace, "FUSED", False)
+
+
+def noise(seed, shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def assert_the_rule(rule, *, dtype=torch.float32, shapes=SHAPES, grad=noise, **given):
+    """The torch form is flat_step bit for bit, weights and slots, in bunches and alone."""
+    for some in (shapes, [shape for shape in shapes if shape][:1]):
+        params = [torch.nn.Parameter(noise(i, shape, dtype)) for i, shape in enumerate(some)]
+        layout = Layout.of({str(i): p.detach() for i, p in enumerate(params)})
+        p = torch.cat([x.detach().reshape(-1) for x in params])
+        values = rule.values(given)
+        s = initial_slots(rule, layout, p, values)
+        optimizer = torch_form(rule)(params, **given)
+        for step in range(1, 5):
+            for i, q in enumerate(params):
+                q.grad = grad(10 * step + i, q.shape, dtype)
+            g, t = torch.cat([q.grad.reshape(-1) for q in params]), torch.tensor(step, dtype=F64)
+            loss = torch.tensor(1.0 + step, dtype=F64)
+            p, s = flat_step(rule, layout, p, g, s, t, values, loss=loss)
+            optimizer.step(loss=loss)
+            ours = torch.cat([q.detach().reshape(-1) for q in params])
+            torch.testing.assert_close(ours, p, rtol=0, atol=0)
+            for name in optimizer.state[params[0]]:
+                ours = torch.cat([optimizer.state[q][name].reshape(-1) for q in params])
+                if s[name].ndim:
+                    torch.testing.assert_close(ours, s[name], rtol=0, atol=0)
+
+
+class TestPlans:
+    @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+    @pytest.mark.parametrize("gate", [0.0, 0.3, 1.0])
+    def test_numbers_times_truth_values(self, gate, dtype):
+        @rule("Counting", lr=any_number, gate=any_number)
+        def counting(p, g, s, t, lr, gate):
+            steps = (g > 0) * gate + (p > 0) * gate
+            return p - (lr * steps).to(p.dtype), s
+
+        assert_the_rule(counting, gate=gate, dtype=dtype)
+
+    @pytest.mark.parametrize("gate", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize("lr", [0.0, 0.5, 1.0])
+    def test_numbers_in_the_place_of_vectors(self, gate, lr):
+        @rule("Shifted", slots={"m": zeros}, lr=any_number, gate=any_number)
+        def shifted(p, g, s, t, lr, gate):
+            m = gate * g + lr
+            return p - lr * root(gate * g * g) - torch.sqrt(m * m) * (lr - gate * g), {"m": m}
+
+        assert_the_rule(shifted, gate=gate, lr=lr)
+
+        @rule("Filled", slots={"m": zeros}, lr=any_number, gate=any_number)
+        def filled(p, g, s, t, lr, gate):
+            m = gate * g + lr
+            above = lr / (m * m + 1) * (gate + m) * (gate - m)
+            return p - torch.exp(m) * (m - m / lr) - above, {"m": m * m}
+
+        if lr:
+            assert_the_rule(filled, gate=gate, lr=lr)
+
+    def test_written_zeros_and_ones(self):
+        @rule("Literal", slots={"m": zeros}, lr=any_number)
+        def literal(p, g, s, t, lr):
+            m = torch.sqrt(s["m"] * 0.0 + 1.0) * 1.0
+            return p - lr * (torch.exp(g * 0.0) + g * 1), {"m": m + root(g * 0.0)}
+
+        assert_the_rule(literal)
+        assert_the_rule(literal, lr=0.0)
+
+    def test_a_guarded_root_of_another_guard(self):
+        @rule("Signed", lr=any_number)
+        def signed(p, g, s, t, lr):
+            low = g <= 0
+            return p - lr * torch.where(low, g, torch.where(low, 1.0, g).sqrt()), s
+
+        assert_the_rule(signed)
+
+    def test_a_slot_becomes_another(self):
+        @rule("Turning", slots={"a": weights, "b": zeros, "c": zeros}, lr=any_number)
+        def turning(p, g, s, t, lr):
+            return s["a"] - lr * g, {"a": s["b"] + g, "b": s["c"], "c": p}
+
+        assert_the_rule(turning)
+
+        @rule("Doubled", slots={"a": zeros, "b": zeros, "c": zeros}, lr=any_number)
+        def doubled(p, g, s, t, lr):
+            m = s["a"] * 0.5 + g
+            return p - lr * s["c"], {"a": m, "b": m, "c": g}
+
+        assert_the_rule(doubled)
+
+    @pytest.mark.parametrize("shapes", [SHAPES, [(1,), ()], [(3,), ()]], ids=str)
+    def test_views_and_vectors_made_of_shapes(self, shapes):
+        @rule("Viewed", slots={"a": zeros, "b": zeros}, lr=any_number)
+        def viewed(p, g, s, t, lr):
+            before = p.view_as(g).expand(p.shape)
+            return p - lr * g - p.new_ones(p.shape), {"a": before, "b": s["a"].view(g.shape)}
+
+        assert_the_rule(viewed, shapes=shapes)
+
+    def test_vectors_that_are_constant(self):
+        @rule("Filling", slots={"a": zeros}, lr=any_number)
+        def filling(p, g, s, t, lr):
+            ones = torch.ones_like(p, device=p.device)
+            return p - lr * torch.full_like(g, 2.0) * ones.to(p), {"a": torch.zeros_like(p)}
+
+        assert_the_rule(filling)
+
+    def test_steps_that_write_in_place_on_their_own(self):
+        @rule("Writing", slots={"m": zeros}, lr=any_number)
+        def writing(p, g, s, t, lr):
+            m = s["m"] + g
+            half = m.clone().mul_(0.5)
+            return p - lr * half - m, {"m": m}
+
+        assert_the_rule(writing)
+
+    def test_a_number_of_its_own_per_tensor(self):
+        @rule("Counted", slots={"count": number(1.0)}, lr=any_number)
+        def counted(p, g, s, t, lr):
+            return p - (lr / s["count"]).to(p.dtype) * g, {"count": s["count"] + 1}
+
+        assert_the_rule(counted)
+
+    def test_slots_of_one_number_that_are_the_counter(self):
+        @rule("Clock", slots={"last": shared(0.0), "late": shared(1.0)}, lr=any_number)
+        def clock(p, g, s, t, lr):
+            return p - lr * (t - s["last"]) * g * s["late"], {"last": t, "late": s["last"]}
+
+        assert_the_rule(clock)
+
+    def test_slots_of_a_longer_dtype(self):
+        def double(p, values, layout):
+            return torch.zeros_like(p, dtype=torch.float32)
+
+        @rule("Long", slots={"m": Slot(double)}, lr=any_number)
+        def long(p, g, s, t, lr):
+            m = s["m"] * 0.9 + g.to(torch.float32)
+            return p - (lr * m).to(p.dtype), {"m": m}
+
+        assert_the_rule(long, dtype=torch.bfloat16)
+
+    def test_numbers_that_become_0_and_come_back(self):
+        sgd = optim.SGD.rule
+        p = torch.nn.Parameter(noise(99, (4,)))
+        optimizer = optim.SGD([p])
+        q, s, made = p.detach().clone(), {"momentum_buffer": torch.zeros(4)}, 0
+        for step in range(1, 40):
+            given = {"lr": step % 3 / 2, "momentum": step // 2 % 2 * 0.5, "weight_decay": step % 2}
+            optimizer.param_groups[0].update(given)
+            p.grad = g = noise(step, (4,))
+            optimizer.step()
+            values, t = sgd.values({**given, "dampening": 0.0}), torch.tensor(step, dtype=F64)
+            q, s = sgd(q, g, s, t, values)
+            assert torch.equal(p.detach(), q)
+            assert torch.equal(optimizer.state[p]["momentum_buffer"], s["momentum_buffer"])
+            codes = plan.plan_of(sgd, p.dtype, p.device)._codes
+            made = made if step > 12 else len(codes)
+        assert len(codes) == made, "kernels are written once"
+
+    def test_blocks(self, monkeypatch):
+        monkeypatch.setattr(plan, "BLOCK", 5)
+        assert_the_rule(optim.NAdam.rule)
+        monkeypatch.setattr(inplace, "_BUNCH", 7)
+        assert_the_rule(optim.NAdam.rule)
+
+    @pytest.mark.parametrize(
+        "laid",
+        [
+            lambda seed, shape, dtype: noise(seed, shape[1:], dtype).expand(shape),
+            lambda seed, shape, dtype: noise(seed, shape[::-1], dtype).permute(
+                [*reversed(range(len(shape)))]
+            ),
+            lambda seed, shape, dtype: noise(seed, (*shape, 2), dtype)[..., 1],
+        ],
+        ids=["expanded", "transposed", "strided"],
+    )
+    def test_gradients_as_they_lie(self, laid):
+        assert_the_rule(optim.Adam.rule, grad=laid)
+
+
+def step(optimizer, params, seed=0):
+    for i, p in enumerate(params):
+        p.grad = noise(seed + i, p.shape)
+    optimizer.step()
+
+
+class TestMemory:
+    def test_a_slot_that_is_the_gradient_survives_the_next_one(self):
+        @rule("Recalling", slots={"last": zeros}, over="tensor", lr=learning_rate(0.5))
+        def recalling(p, g, s, t, lr):
+            return p - lr * s["last"], {"last": g}
+
+        p = torch.nn.Parameter(torch.zeros(3))
+        optimizer = torch_form(recalling)([p])
+        p.grad = torch.ones(3)
+        for _ in range(3):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            p.grad += 1
+        assert torch.equal(p.detach(), torch.full((3,), -1.0))
+
+    def test_gradients_are_left_as_they_are(self):
+        for shapes in (SHAPES, [(4,)]):
+            params = [torch.nn.Parameter(noise(i, s)) for i, s in enumerate(shapes)]
+            optimizer = optim.Adan(params, maximize=True, weight_decay=0.1)
+            for seed in range(3):
+                step(optimizer, params, seed)
+                assert all(
+                    torch.equal(p.grad, noise(seed + i, p.shape)) for i, p in enumerate(params)
+                )
+
+    def test_parameters_that_are_parts_of_one_tensor(self):
+        whole, alone = noise(0, (6,)), torch.nn.Parameter(noise(0, (6,)))
+        parts = [torch.nn.Parameter(whole[:2]), torch.nn.Parameter(whole[2:])]
+        ours, theirs = optim.Adam(parts, lr=0.1), optim.Adam([alone], lr=0.1)
+        for seed in range(3):
+            alone.grad = noise(seed, (6,))
+            for p, g in zip(parts, alone.grad.split([2, 4]), strict=True):
+                p.grad = g
+            ours.step()
+            theirs.step()
+        assert torch.equal(whole, alone.detach())
+        assert parts[0].data_ptr() == whole.data_ptr()
+
+    def test_a_tied_weight_is_stepped_once(self):
+        model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
+        model["b"].weight = model["a"].weight
+        optimizer = optim.SGD(model.parameters(), lr=1.0)
+        before = model["a"].weight.detach().clone()
+        model["a"].weight.grad = torch.ones(3, 3)
+        optimizer.step()
+        assert torch.equal(model["b"].weight.detach(), before - 1)
+
+    def test_slots_are_held_once_whichever_parameters_move(self):
+        """Bunches of earlier steps hold no memory."""
+        params = [torch.nn.Parameter(noise(i, (5,))) for i in range(6)]
+        optimizer = optim.Adam(params)
+        step(optimizer, params)
+        for still in range(6):
+            for i, p in enumerate(params):
+                p.grad = None if i == still else torch.ones(5)
+            optimizer.step()
+        gc.collect()
+        held = {
+            x.untyped_storage().data_ptr() for s in optimizer.state.values() for x in s.values()
+        }
+        alive = [x for x in gc.get_objects() if type(x) is inplace.Unit and params[0] in x.params]
+        assert len(alive) <= 1
+        for unit in alive:
+            assert {x.untyped_storage().data_ptr() for x in unit.flat.values()} <= held
+
+    def test_groups_and_parameters_that_are_taken_out_are_let_go(self):
+        groups = [{"params": [torch.nn.Parameter(noise(i, (5,)))]} for i in range(3)]
+        optimizer = optim.Adam(groups)
+        step(optimizer, [p for group in groups for p in group["params"]])
+        gone = weakref.ref(groups[2]["params"][0])
+        optimizer.state.pop(gone())
+        del optimizer.param_groups[2], groups[2]
+        optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(noise(7, (5,)))
+        step(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+        gc.collect()
+        assert gone() is None
+        assert len(optimizer._parted) == 2
+
+    def test_parameters_that_take_turns(self):
+        def run(form):
+            params = [torch.nn.Parameter(noise(i, (5,), F64)) for i in range(4)]
+            optimizer = form([{"params": [p]} for p in params] if form is alone else params)
+            for at in range(9):
+                for i, p in enumerate(params):
+                    p.grad = None if (at + i) % 3 == 0 else noise(at, (5,), F64)
+                optimizer.step()
+            return [p.detach() for p in params]
+
+        together, alone = optim.RMSprop, lambda params: torch.optim.RMSprop(params)
+        torch.testing.assert_close(run(together), run(alone), rtol=1e-12, atol=1e-14)
+
+
+class TestLoading:
+    def test_a_counter_may_be_set_to_a_plain_number(self):
+        def run(start):
+            p = torch.nn.Parameter(noise(0, (3,)))
+            nadam = optim.NAdam([p], lr=0.1)
+            nadam.param_groups[0]["t"] = start
+            step(nadam, [p])
+            step(nadam, [p], 1)
+            return p.detach()
+
+        assert torch.equal(run(4), run(torch.tensor(4.0, dtype=F64)))
+
+    def test_of_a_longer_dtype(self):
+        def params(dtype):
+            return [torch.nn.Parameter(noise(i, (5,), dtype)) for i in range(2)]
+
+        long = optim.AEGDM(params(torch.float32))
+        for p in long.param_groups[0]["params"]:
+            p.grad = noise(3, (5,))
+        long.step(loss=2.0)
+        short = optim.AEGDM(params(torch.bfloat16))
+        short.load_state_dict(long.state_dict())
+        (first, _) = short.param_groups[0]["params"]
+        dtypes = {n: x.dtype for n, x in short.state[first].items()}
+        assert dtypes == {"r": torch.float32, "momentum_buffer": torch.bfloat16}
+
+    def test_of_another_rule(self):
+        sgd = optim.SGD([p := torch.nn.Parameter(torch.ones(2))])
+        step(sgd, [p])
+        adam = optim.Adam([p])
+        with pytest.raises(ValueError, match=r"not one of Adam.* no slot momentum_buffer; .* m, v"):
+            adam.load_state_dict(sgd.state_dict())
+        assert adam.param_groups[0]["betas"] == (0.9, 0.999)
+
+    def test_hooks_may_change_what_is_loaded(self):
+        p = torch.nn.Parameter(torch.ones(2))
+        adam = optim.Adam([p])
+        step(adam, [p])
+
+        def halved(optimizer, given):
+            given["state"] = {
+                i: {n: x / 2 for n, x in s.items()} for i, s in given["state"].items()
+            }
+            return given
+
+        saved = copy.deepcopy(adam.state_dict())
+        adam.register_load_state_dict_pre_hook(halved)
+        adam.load_state_dict(dict(saved))
+        assert torch.equal(adam.state[p]["m"], saved["state"][0]["m"] / 2)
+        assert len(adam._optimizer_load_state_dict_pre_hooks) == 1
+
+    def test_a_snapshot_of_a_rate_that_a_scheduler_fills(self):
+        adam = optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=torch.tensor(1.0))
+        scheduler = LambdaLR(adam, lambda step: 0.5**step)
+        saved = adam.state_dict()
+        step(adam, adam.param_groups[0]["params"])
+        scheduler.step()
+        assert adam.param_groups[0]["lr"] == 0.5
+        assert saved["param_groups"][0]["lr"] == 1
+
+    def test_bunches_end_where_slots_are_replaced(self):
+        params = [torch.nn.Parameter(noise(i, (3,))) for i in range(3)]
+        adam = optim.Adam(params)
+        step(adam, params)
+        adam.state[params[1]] = {n: torch.zeros(3) for n in ("m", "v")}
+        for p in params:
+            p.grad = torch.ones(3)
+        adam.step()
+        torch.testing.assert_close(adam.state[params[1]]["m"], torch.full((3,), 0.1))
+
+
+class TestFused:
+    """Products inside of sums: which kernels they become, and what they come to."""
+
+    @pytest.fixture(autouse=True)
+    def fused(self, monkeypatch):
+        monkeypatch.setattr(inplace, "FUSED", True)
+
+    @staticmethod
+    def kernels(rule, **given):
+        """The kernels of a step, by name."""
+        numbers = torch.float64, torch.device("cpu")
+        made = plan.plan_of(rule, *numbers)
+        values = rule.values(given)
+        slots = rule.init(torch.zeros(3, dtype=F64), values)
+        held = {n: x for n, x in slots.items() if not x.ndim}
+        found, _ = made.numbers(torch.tensor(2.0, dtype=F64), None, values, held)
+        kinds = tuple(float(x) if x in (0, 1) else None for x in found)
+        writer = plan._Writer(made, kinds, True)
+        steps, ends = writer._simplified()
+        nodes = {n for n in ends.values() if isinstance(n, torch.fx.Node)}
+        return [step.kernel.__name__ for step in plan._fused(steps, nodes)]
+
+    def test_momentum_is_two_kernels(self):
+        assert self.kernels(optim.SGD.rule, momentum=0.9) == ["add", "sub"]
+
+    def test_adam_ends_in_a_quotient_taken_off(self):
+        kernels = self.kernels(optim.Adam.rule)
+        assert kernels[-1] == "addcdiv" and len(kernels) == 10
+
+    def test_a_product_that_is_read_twice_or_is_a_slot_stays(self):
+        @rule("Twice", slots={"kept": zeros}, lr=learning_rate(0.1))
+        def twice(p, g, s, t, lr):
+            d = lr * g
+            return p - d, {"kept": d}
+
+        assert self.kernels(twice) == ["mul", "sub"]
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            lambda p, g, m, lr: p - lr * g,
+            lambda p, g, m, lr: lr * g - p,
+            lambda p, g, m, lr: p + g * lr,
+            lambda p, g, m, lr: lr * p + lr * g,
+            lambda p, g, m, lr: p - (lr * g) * m,
+            lambda p, g, m, lr: p + m * (g * lr),
+            lambda p, g, m, lr: p - lr * (g / (2 + m * m)),
+            lambda p, g, m, lr: p - (lr * g) * (lr * g),
+            lambda p, g, m, lr: (lr * g) - (lr * g),
+            lambda p, g, m, lr: p - lr * (2 / (2 + g * g)),
+            lambda p, g, m, lr: p - lr * (g * g > 1),
+        ],
+    )
+    def test_what_they_come_to(self, body):
+        @rule("Body", slots={"m": weights}, lr=learning_rate(0.3))
+        def made(p, g, s, t, lr):
+            return body(p, g, s["m"], lr), {"m": s["m"]}
+
+        p, g = noise(1, (9,), F64), noise(2, (9,), F64)
+        q = torch.nn.Parameter(p.clone())
+        q.grad = g
+        torch_form(made)([q]).step()
+        expected = body(p, g, p, torch.tensor(0.3, dtype=F64))
+        torch.testing.assert_close(q.detach(), expected, rtol=1e-15, atol=1e-15)
