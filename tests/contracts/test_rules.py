@@ -288,8 +288,17 @@ class TestGradient:
     def test_is_right_in_every_hyperparameter(self, rule, grain):
         values, names, free = free_point(rule, grain)
         moved = partial(free_path, rule, values, names)
-        # The rounding of central differences is 1e-10; slopes at this point are above 1e-6.
-        assert torch.autograd.gradcheck(moved, free, eps=1e-5, atol=1e-8, rtol=1e-5)
+        # The rounding of central differences is 1e-10; slopes at this point are above 1e-6. Where
+        # a hyper has many values, a random mean of their slopes.
+        assert torch.autograd.gradcheck(
+            moved,
+            free,
+            eps=1e-5,
+            atol=1e-8,
+            rtol=1e-5,
+            check_undefined_grad=False,
+            fast_mode=grain != "shared",
+        )
 
     # torch's own forward mode scripts its decompositions on first use.
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -303,6 +312,7 @@ class TestGradient:
             eps=1e-5,
             atol=1e-8,
             rtol=1e-5,
+            check_undefined_grad=False,
             check_forward_ad=True,
             check_backward_ad=False,
         )
