@@ -619,7 +619,7 @@ WRONG = [
     ("adam + sgd", ValueError, r"'adam \+ sgd' is no rule; write a name, or wrappers around one"),
     ("clip_norm('adam')", ValueError, "\"'adam'\" is no rule; write a name, or wrappers around"),
     ("clip_norm(*adam)", ValueError, r"'\*adam' is no rule; write a name"),
-    ("", ValueError, "there is no rule ''; known: adagrad,"),
+    ("", ValueError, "there is no rule ''; known: adabelief, adagrad,"),
     ("clip_norm(adam, maxnorm=1)", TypeError, "clip_norm has no argument 'maxnorm'; did you mean"),
     ("clip_norm(adam, **x)", ValueError, "is no value that a name can hold; write a number, or"),
     ("clip_norm(adam, max_norm=x)", ValueError, "'max_norm=x' is no value that a name can hold"),
