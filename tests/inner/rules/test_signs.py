@@ -71,8 +71,8 @@ def test_smooth_forms_end_in_the_rough_ones(name):
 
 def test_clion_is_lion_in_the_cautious_wrapper_but_for_the_scale():
     # Of n elements that agree, numel / (n + 1) and numel / n.
-    given, p = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99}, noise(0, (3, 4))
-    ways = [[], []]
+    given, p = {"lr": 0.1, "beta1": 0.9, "beta2": 0.5}, noise(0, (3, 4))
+    seen, ways = set(), [[], []]
     for way, name in zip(ways, ("clion", "cautious(lion)"), strict=True):
         rule = find_rule(name)
         values = rule.values(given)
@@ -82,10 +82,11 @@ def test_clion_is_lion_in_the_cautious_wrapper_but_for_the_scale():
             way.append(p - after)
     for ours, wrapped in zip(*ways, strict=True):
         agreeing = int((wrapped != 0).sum())
-        assert 0 < agreeing < 12
+        seen.add(agreeing)
         torch.testing.assert_close(
             ours * (agreeing + 1), wrapped * agreeing, rtol=1e-12, atol=1e-13
         )
+    assert len(seen) > 1, "the mask is the same at every step"
 
 
 def test_a_tensor_of_one_element_is_halved_by_clion_and_not_by_cadamw():
