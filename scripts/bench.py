@@ -63,6 +63,7 @@ def run_optimizers(models: str, only: str, repeats: int, out: Path | None, devic
             if out is not None:
                 threads = torch.get_num_threads()
                 command = f"hyperdescent bench optimizers --model {model.name}"
+                command += f" --only {only}" if only else ""
                 command += f" --repeats {repeats} --threads {threads}"
                 command += f" --device {device}" if pairs[0].gpu else ""
                 optimizers_report.write(out, pairs, f"{command} --out {out.name}")

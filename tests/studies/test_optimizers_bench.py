@@ -114,5 +114,5 @@ def test_the_command_keeps_a_section_per_model(quick, monkeypatch, capsys, tmp_p
     text = file.read_text()
     assert text.count("## A step of the drop-in optimizers") == 1
     assert "| sgd |" in text and "| lion |" in text
-    assert "`hyperdescent bench optimizers --model tiny --repeats 1 --threads 1" in text
+    assert "bench optimizers --model tiny --only sgd,lion --repeats 1 --threads 1" in text
     assert "kept in" in capsys.readouterr().out
