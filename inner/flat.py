@@ -6,6 +6,8 @@ a handful of kernels however many tensors the model has.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -49,13 +51,8 @@ def flat_step(
         return rule(p, g, s, t, values, loss=loss, layout=layout)
     stepped = [
         rule(part, grad, slots, t, own, loss=loss, layout=unit)
-        for part, grad, slots, own, unit in zip(
-            _parts(p, layout),
-            _parts(g, layout),
-            _slots(rule, layout, s),
-            _values(layout, values, p),
-            layout.units,
-            strict=True,
+        for grad, (part, slots, own, unit) in zip(
+            _parts(g, layout), _tensors(rule, layout, p, s, values), strict=True
         )
     ]
     after = {name: [slots[name] for _, slots in stepped] for name in s}
@@ -76,15 +73,17 @@ def flat_readout(rule: Rule, layout: Layout, p: Tensor, s: Tensors, values: Tens
     return torch.cat(
         [
             rule.readout(part, slots, own, unit).reshape(-1)
-            for part, slots, own, unit in zip(
-                _parts(p, layout),
-                _slots(rule, layout, s),
-                _values(layout, values, p),
-                layout.units,
-                strict=True,
-            )
+            for part, slots, own, unit in _tensors(rule, layout, p, s, values)
         ]
     )
+
+
+def _tensors(
+    rule: Rule, layout: Layout, p: Tensor, s: Tensors, values: Tensors
+) -> Iterator[tuple[Tensor, Tensors, Tensors, Layout]]:
+    """The weights, slots, hypers and layout of each tensor."""
+    slots, own = _slots(rule, layout, s), _values(layout, values, p)
+    return zip(_parts(p, layout), slots, own, layout.units, strict=True)
 
 
 def _raw(rule: Rule) -> bool:

@@ -170,13 +170,13 @@ class InPlace:
         return states[p]
 
     def _begun(self, p: Tensor, name: str) -> Tensors:
-        one = Layout.alone(p.shape or torch.Size([1]), name)
+        one = Layout.alone(p.shape, name)
         slots = self.rule.init(p.view(one.shapes[0]), self.values, one)
         return {n: x.view(p.shape) if x.shape == one.shapes[0] else x for n, x in slots.items()}
 
     def _out_of_place(self, p: Tensor, name: str, g: Tensor, states: States) -> Tensors:
         """One tensor by the rule as it is written; the shared slots after it."""
-        one = Layout.alone(p.shape or torch.Size([1]), name)
+        one = Layout.alone(p.shape, name)
         unit = p.view(one.shapes[0])
         own = states[p] or self.rule.init(unit, self.values, one)
         before = {**own, **self.shared}

@@ -25,8 +25,10 @@ class Layout:
 
     @staticmethod
     def alone(shape: torch.Size, name: str = "") -> Layout:
-        """That of one tensor."""
-        return Layout((name,), (shape,))
+        """That of one tensor. A number is a vector of one: a rule must not see 0-dim weights, which
+        would take the float64 of hypers.
+        """
+        return Layout((name,), (shape or torch.Size([1]),))
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -34,11 +36,9 @@ class Layout:
 
     @cached_property
     def units(self) -> list[Layout]:
-        """Each tensor's own. A number is a vector of one: a rule must not see 0-dim weights, which
-        would take the float64 of hypers.
-        """
+        """Each tensor's own."""
         pairs = zip(self.names, self.shapes, strict=True)
-        return [Layout.alone(shape or torch.Size([1]), name) for name, shape in pairs]
+        return [Layout.alone(shape, name) for name, shape in pairs]
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([params[name].reshape(-1) for name in self.names])

@@ -114,14 +114,11 @@ def _readout(self: Any) -> list[Tensor]:
             read += layout.unflatten(flat_readout(rule, layout, p, slots, values)).values()
         else:
             for i, p in enumerate(group["params"]):
-                one = Layout.alone(p.shape or torch.Size([1]), _name(group, i))
+                one = Layout.alone(p.shape, _name(group, i))
                 unit = p.reshape(one.shapes[0])
-                known = rule.readout and state[i]
-                read.append(
-                    rule.readout(unit, state[i], values, one).view_as(p)
-                    if rule.readout and known
-                    else p
-                )
+                if rule.readout and state[i]:
+                    p = rule.readout(unit, state[i], values, one).view_as(p)
+                read.append(p)
     return read
 
 
@@ -156,7 +153,7 @@ def _update_group(
     t, sign = group["t"] + 1, -1 if group["maximize"] else 1
     for i, g in moving:
         p = group["params"][i]
-        one = Layout.alone(p.shape or torch.Size([1]), _name(group, i))
+        one = Layout.alone(p.shape, _name(group, i))
         unit, g = (x.reshape(one.shapes[0]) for x in (p, sign * g))
         before = {**(state[i] or rule.init(unit, values, one)), **shared}
         stepped, after = rule(unit, g, before, t, values, loss=sign * loss, layout=one)
@@ -179,7 +176,8 @@ def _update_model(
     sign = -1 if group["maximize"] else 1
     full = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
     p, g = (torch.cat([x.reshape(-1) for x in each]) for each in (params, full))
-    begun = any(state[i] for i in range(len(params))) or any(n in group for n in rule.slots)
+    # A group has its shared numbers from the start.
+    begun = all({*state[i], *group} >= {*rule.slots} for i in range(len(params)))
     slots = _joined(rule, layout, group, state) if begun else initial_slots(rule, layout, p, values)
     t = group["t"] + 1
     p, slots = flat_step(rule, layout, p, sign * g, slots, t, values, loss=sign * loss)
