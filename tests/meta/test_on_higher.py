@@ -10,7 +10,7 @@ from points import EVERY_RULE, values_in_nets
 from torch import nn
 
 from hyperdescent.inner import optim
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.rules import RULES, find_rule
 from hyperdescent.meta.on_higher import differentiable_form, register
 from hyperdescent.meta.problem import problem_from_module
 from hyperdescent.meta.replay import Replay
@@ -267,3 +267,28 @@ def test_importing_the_bridge_does_not_import_higher():
         "import sys, hyperdescent, hyperdescent.meta.on_higher; assert 'higher' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_rule_over_models_with_a_shared_number_begins():
+    """Its group has the number before the first step."""
+    made, twin = model(), model()
+    form = optim.torch_form(find_rule("clip_norm(nadam)"))
+    opt = form(twin.parameters(), lr=0.01)
+    differentiable = differentiable_form(form.rule)(
+        form(made.parameters(), lr=0.01), made.parameters()
+    )
+    params = list(made.parameters())
+    for _ in range(3):
+        loss = F.cross_entropy(
+            torch.func.functional_call(made, named(made, params), TRAIN[0]), TRAIN[1]
+        )
+        params = differentiable.step(loss, params=params)
+        opt.zero_grad()
+        F.cross_entropy(twin(TRAIN[0]), TRAIN[1]).backward()
+        opt.step()
+    for ours, torchs in zip(params, twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-14)
+
+
+def named(made, params):
+    return dict(zip(dict(made.named_parameters()), params, strict=True))
