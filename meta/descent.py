@@ -31,15 +31,16 @@ class Descent:
     """Where a descent stands: everything needed to go on with it.
 
     z: coordinates of the next estimate. anchor: a running average of those whose estimate was
-    trusted. losses: theirs. steepest: the sum of squares of the largest entries of their relative
-    gradients. best: the anchor when the median of recent losses was lowest, best_loss. since: how
-    many were trusted since it last went back there. scale: the factor by which failures have cut
-    the step.
+    trusted. losses: theirs. refuge: where it goes back to while there is no anchor. steepest: the
+    sum of squares of the largest entries of their relative gradients. best: the anchor when the
+    median of recent losses was lowest, best_loss. since: how many were trusted since it last went
+    back there. scale: the factor by which failures have cut the step.
     """
 
     z: Tensor
     slots: Tensors
     anchor: Tensor | None = None
+    refuge: Tensor | None = None
     losses: list[float] = field(default_factory=list)
     steepest: float = 0.0
     best: Tensor | None = None
@@ -69,10 +70,11 @@ class MetaOptimizer:
     blow_up on its way back (chaos, not a direction: Metz et al. 2021, arXiv:2111.05803), or if the
     loss jumped by more than `jump` of the recent median and far out of its spread. Such a step is
     taken back half the way to the anchor and the next are cut to `cut` of their length; `patience`
-    failures in a row, or one before anything was trusted, end the descent. Losses under different
-    seeds are too noisy to accept or refuse a single step by, but where their recent median has
-    risen by more than `drift` over its lowest, the descent goes back to where that was, with a cut
-    step: the gradient of runs that go well does not see the ones that are about to diverge.
+    failures in a row, or one before anything was trusted where no refuge was given, end the
+    descent. Losses under different seeds are too noisy to accept or refuse a single step by, but
+    where their recent median has risen by more than `drift` over its lowest, the descent goes back
+    to where that was, with a cut step: the gradient of runs that go well does not see the ones that
+    are about to diverge.
     """
 
     estimator: Estimator = field(default_factory=Replay)
@@ -88,10 +90,16 @@ class MetaOptimizer:
     cut: float = 0.7
     patience: int = 12
 
-    def begin(self, coordinates: Coordinates, start: Tensors) -> Descent:
-        """A descent about to take its first metagradient at start."""
+    def begin(
+        self, coordinates: Coordinates, start: Tensors, refuge: Tensors | None = None
+    ) -> Descent:
+        """A descent about to take its first metagradient at start. refuge: where it may fall back
+        to if that one fails.
+        """
         z = coordinates.inside(coordinates.free(start))
-        return Descent(z, initial_slots(self.rule, coordinates.layout, z, self._values(0.0)))
+        slots = initial_slots(self.rule, coordinates.layout, z, self._values(0.0))
+        safe = None if refuge is None else coordinates.inside(coordinates.free(refuge))
+        return Descent(z, slots, refuge=safe)
 
     def step(
         self,
@@ -183,11 +191,12 @@ class MetaOptimizer:
     def _retreat(self, descent: Descent, outcome: Outcome, why: str) -> None:
         descent.failures += 1
         descent.scale *= self.cut
-        if descent.anchor is None or descent.failures >= self.patience:
+        # To the average and not to the last point, which may itself stand on the edge.
+        safe = descent.refuge if descent.anchor is None else descent.anchor
+        if safe is None or descent.failures >= self.patience:
             descent.outcome, descent.reason = outcome, why
         else:
-            # To the average and not to the last point, which may itself stand on the edge.
-            descent.z = torch.lerp(descent.anchor, descent.z, 0.5)
+            descent.z = torch.lerp(safe, descent.z, 0.5)
 
     def _values(self, rate: float) -> Tensors:
         own = {"lr": rate, "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}

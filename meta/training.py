@@ -174,6 +174,10 @@ class Training:
                 raise ValueError(unknown(f"{self.label} has no hyper", name, known))
         return list(dict.fromkeys(full))
 
+    def levels(self, name: str) -> list[str]:
+        """Full names of what holds values of a hyper itself: of its schedule's knobs, or it."""
+        return [_full(name, suffix) for suffix in self._schedule(name).levels]
+
     def defaults(self) -> Tensors:
         """The values in force where nothing is learned: given ones, then declared defaults."""
         return {name: self._given(name, learned=False) for name in self.hypers}

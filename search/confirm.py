@@ -3,7 +3,8 @@
 Every evaluation of a run has a training seed of its own, so the lowest loss seen owes part to luck.
 Candidates meet in rounds of successive halving (Karnin, Koren & Somekh 2013; Jamieson & Talwalkar
 2016, arXiv:1502.07943): all under the same new seeds, twice as many each round, the better half
-stays. The winner's loss is then measured under seeds that took no part in choosing it.
+stays. Where there is time for few trainings, few candidates meet: one seed each would decide by
+luck. The winner's loss is then measured under seeds that took no part in choosing it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from .space import Point
 
 # Of candidates, and of the seeds under which the winner is reported.
 CANDIDATES, REPORTED = 16, 8
+# Rounds that there should be time for, each as long as the first.
+_ROUNDS = 3
 # Seeds of the report are counted from here, far from those of the rounds.
 _APART = 1000
 
@@ -33,9 +36,15 @@ def confirm(
     pool, seeds, done = candidates[:CANDIDATES], 1, 0
     losses: list[list[float]] = [[] for _ in pool]
     standing = list(range(len(pool)))
+    if len(pool) > 1 and (before := time_left()) > 0.5:
+        losses[0].append(train(pool[0], 0))
+        cost = max(before - time_left(), 1e-9)
+        standing = standing[: max(2, int((before - 0.5) / cost / _ROUNDS))]
     while len(standing) > 1 and time_left() > 0.5:
         for k in range(done, done + seeds):
             for i in standing:
+                if len(losses[i]) > k:
+                    continue  # The one whose time was taken.
                 if time_left() <= 0.5:
                     break
                 losses[i].append(train(pool[i], k))

@@ -35,7 +35,7 @@ class Event:
 @dataclass
 class Log:
     """rows: one per evaluation, plain values. found: the finite ones as (loss, point). descent:
-    the state of the gradient route, if it was taken.
+    the state of the gradient route, if it was taken, and scanned, where that began.
     """
 
     clock: Clock
@@ -44,6 +44,7 @@ class Log:
     rows: list[dict[str, Any]] = field(default_factory=list)
     found: list[tuple[float, Point]] = field(default_factory=list)
     descent: Descent | None = None
+    scanned: Point | None = None
     _saved: float = 0.0
 
     @property

@@ -65,7 +65,7 @@ class Drawing:
 def drawing_of(result: Result) -> Drawing:
     """The picture of one result against where it started, its evaluations by route."""
     drawing = compare({"default": result, "learned": result}, title=_title(result))
-    routes = {route: _marks(result, route) for route in ("gradient", "search")}
+    routes = {route: _marks(result, route) for route in ("scan", "gradient", "search")}
     return replace(drawing, evaluations={route: m for route, m in routes.items() if m})
 
 

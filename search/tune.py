@@ -1,4 +1,4 @@
-"""tune(): descend the metagradient, watch it, search where it fails, confirm what was found."""
+"""tune(): scan, descend the metagradient, search where that fails, confirm what was found."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ from .probe import check_budget, first_losses
 from .progress import watching
 from .provenance import provenance
 from .result import Result
+from .scan import scan
 from .searcher import OptunaSearcher
 from .space import Point, Space
 
 # The share of the budget kept for training the best candidates again under other seeds.
 _CONFIRMING = 0.12
+# And the most of it that goes into finding where to begin.
+_SCANNING = 0.35
 
 
 def tune(
@@ -64,7 +67,8 @@ def tune(
     schedules: by hyper, such as {"lr": "piecewise:16"}; its knobs are learned in its place.
     grains: {"alpha": "tensor"} for one value per parameter tensor, "element" per weight. given:
     values to start from, and to keep where not learned. route: "auto" descends the metagradient
-    and falls back to Optuna where there is none; "gradient" and "search" insist. out: a folder
+    and falls back to Optuna where there is none; "gradient" and "search" insist. A descent begins
+    with a scan (search/scan.py): plain trainings at rates factors of 4 apart. out: a folder
     that keeps the run; the same call on it goes on where it stopped. Ctrl-C ends the run with the
     best point so far.
 
@@ -124,7 +128,10 @@ def _descend(
 ) -> Decision | None:
     """The gradient route; the decision to leave it, or None when the budget is spent."""
     coordinates = Coordinates(space.smooth)
-    log.descent = descent = log.descent or meta.begin(coordinates, start.smooth)
+    log.scanned = best = _scan(space, start, log, settings["seed"])
+    moved = best is not start and log.rows[0]["loss"] is not None
+    refuge = start.smooth if moved else None
+    log.descent = descent = log.descent or meta.begin(coordinates, best.smooth, refuge)
     if isinstance(meta.estimator, Replay | Forward):
         # Whether compiling pays depends on how long the descent will last.
         spent = log.rows[-1]["seconds"] if log.rows else 0.0
@@ -141,6 +148,26 @@ def _descend(
         )
         log.note("gradient", estimate.loss, Point(here), outcome=str(estimate.note.outcome), seed=k)
     return reconsider(descent, space, settings["route"])
+
+
+def _scan(space: Space, start: Point, log: Log, seed: int) -> Point:
+    """Where the descent begins."""
+    # What an earlier call on the same folder has found, in its order.
+    known = [row["loss"] for row in reversed(log.rows) if row["route"] == "scan"]
+
+    def loss_at(point: Point) -> float:
+        if known:
+            loss = known.pop()
+            return math.inf if loss is None else loss
+        loss = float(held_out_loss(space.training, point.smooth, mix(seed, 0)))
+        outcome = Outcome.OK if math.isfinite(loss) else Outcome.DIVERGED
+        log.note("scan", loss, point, outcome=str(outcome), seed=0)
+        return loss if outcome is Outcome.OK else math.inf
+
+    def more() -> bool:
+        return bool(known) or (log.descent is None and log.clock.progress < _SCANNING)
+
+    return scan(space, start, loss_at, more)
 
 
 def _search(space: Space, start: Point, log: Log, seed: int) -> None:
@@ -162,12 +189,13 @@ def _search(space: Space, start: Point, log: Log, seed: int) -> None:
 
 def _confirm(space: Space, start: Point, log: Log, seed: int) -> tuple[list[float], Point]:
     """The best of the points found and of where it all started, under fresh seeds."""
-    candidates = log.best(CANDIDATES - 3)
-    if log.descent is not None:
-        # The descent's own answers: where it ended, and where its losses were lowest for a while.
-        own = [z for z in (log.descent.best, log.descent.anchor) if z is not None]
+    candidates = log.best(CANDIDATES)
+    if (d := log.descent) and d.anchor is not None:
+        # The descent's own answers: where its losses were lowest for a while, and where it ended.
+        own = [z for z in (d.best, d.anchor) if z is not None]
         candidates = [Point(Coordinates(space.smooth).point(z)) for z in own] + candidates
-    candidates.insert(1, start)
+    # And what was there before it, should its gradient have been no guide.
+    candidates[1:1] = [*([log.scanned] if log.scanned else []), start]
 
     def train(point: Point, k: int) -> float:
         training = space.at(point.discrete)

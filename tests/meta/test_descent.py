@@ -192,6 +192,19 @@ class TestDivergence:
         assert descent.outcome is Outcome.DIVERGED
         torch.testing.assert_close(descent.z, path[0], rtol=0, atol=0)
 
+    def test_but_to_a_refuge(self):
+        meta = MetaOptimizer(Stub(lambda call, point: failing() if call < 2 else quadratic(point)))
+        refuge = {"lr": torch.tensor(1e-4), "lr.knots": torch.tensor([1e-4, 1e-4])}
+        safe, descent = COORDINATES.free(refuge), meta.begin(COORDINATES, START, refuge)
+        first, met = descent.z, []
+        for k in range(3):
+            met.append(descent.z)
+            meta.step(None, COORDINATES, descent, seed=k, progress=k / 100)
+        for z, share in zip(met, (1, 1 / 2, 1 / 4), strict=True):
+            torch.testing.assert_close(z, safe + share * (first - safe))
+        assert descent.outcome is Outcome.OK
+        torch.testing.assert_close(descent.anchor, met[2], rtol=0, atol=0)
+
     def test_a_wall_is_approached_not_crossed_for_long(self):
         # Training diverges where the first learning rate is above 0.1; the loss falls towards it.
         wall, beyond = torch.tensor(0.1).log(), torch.tensor([0.0, -5, -5], dtype=torch.float64)

@@ -72,9 +72,22 @@ def test_without_time_the_likeliest_wins_and_is_trained_once():
 
 
 def test_a_round_cut_short_decides_nothing():
-    budget = Budget(noisy([9, 1, 1, 1, 1, 1], 0.0), trainings=6)
-    _, winner = confirm(points(6), budget.train, budget.left)
+    budget = Budget(noisy([9, 1, 1, 1, 1, 1], 0.0), trainings=1000)
+
+    def slower_and_slower():
+        return 1 - len(budget.calls) ** 3 / 200
+
+    _, winner = confirm(points(6), budget.train, slower_and_slower)
+    assert {i for i, _ in budget.calls} == {0, 1, 2, 3, 4}
     assert winner.smooth["lr"] == 0
+
+
+@pytest.mark.parametrize(("trainings", "met"), [(4, 2), (12, 2), (24, 4), (50, 8)])
+def test_as_many_meet_as_there_is_time_to_tell_apart(trainings, met):
+    budget = Budget(noisy([5, 4, 3, 2, 1, 0, 0, 0], 0.0), trainings)
+    _, winner = confirm(points(8), budget.train, budget.left)
+    assert {i for i, _ in budget.calls} == set(range(met))
+    assert winner.smooth["lr"] == min(met - 1, 5)
 
 
 def test_no_more_than_so_many_candidates_are_trained():

@@ -33,6 +33,10 @@ def losses(result):
     return [row["loss"] for row in result.history]
 
 
+def routes(result):
+    return [row["route"] for row in result.history]
+
+
 def stop_after(count):
     """A watcher that presses Ctrl-C."""
     seen = []
@@ -88,9 +92,11 @@ class TestRoutes:
         result = run(problem, progress=events.append)
         evaluations = [event for event in events if event.route != "confirm"]
         assert [event.loss for event in evaluations] == losses(result)
-        assert len(result.history) > 10
+        assert [event.route for event in evaluations] == routes(result)
+        assert routes(result).count("gradient") > 10
         for k, row in enumerate(result.history):
-            assert (row["route"], row["outcome"], row["seed"]) == ("gradient", "ok", k)
+            assert row["outcome"] == "ok"
+            assert row["seed"] == (k if row["route"] == "gradient" else 0)
             assert row["point"].keys() == {"lr"}
         told = [row["seconds"] for row in result.history]
         assert told == sorted(told)
@@ -167,22 +173,32 @@ class TestFallback:
         assert Outcome.NOT_DIFFERENTIABLE.sentence in result.reason
         assert "no graph" in result.reason
         assert result.outcome is Outcome.OK
-        assert [row["route"] for row in result.history][:2] == ["gradient", "search"]
+        assert list(dict.fromkeys(routes(result))) == ["scan", "gradient", "search"]
+        assert routes(result).count("gradient") == 1
         assert result.loss < losses(result)[0]
 
-    def test_a_start_that_diverges_is_searched_from_there(self, make_problem):
+    def test_a_start_that_diverges_is_left_by_the_scan(self, make_problem):
         problem = make_problem(
             lambda output, target: (output - target[:, None]).square().mean(), spread=10
         )
         result = run(problem, "sgd", given={"lr": 10.0}, steps=40)
-        assert result.route == "search"
-        assert Outcome.DIVERGED.sentence in result.reason
-        first, second = result.history[:2]
-        assert (first["route"], first["outcome"], first["loss"]) == ("gradient", "diverged", None)
-        assert (second["route"], second["point"]["lr"]) == ("search", pytest.approx(10))
+        first, *_ = result.history
+        assert (first["route"], first["outcome"], first["loss"]) == ("scan", "diverged", None)
+        descended = [row for row in result.history if row["route"] == "gradient"]
+        assert result.route == "gradient" and descended[0]["point"]["lr"] < 1
         assert result.outcome is Outcome.OK
         assert math.isfinite(result.loss)
         assert result.hypers["lr"] < 1
+
+    def test_an_end_before_anything_was_trusted_is_searched_from_the_best_seen(self, make_problem):
+        result = run(make_problem(), meta=giving_up_after(0), given=RATE)
+        assert result.route == "search"
+        assert Outcome.DIVERGED.sentence in result.reason
+        tried = [row for row in result.history if row["route"] != "search"]
+        best = min((row for row in tried if row["loss"] is not None), key=lambda row: row["loss"])
+        searched = result.history[len(tried)]
+        assert searched["route"] == "search"
+        assert searched["point"]["lr"] == pytest.approx(best["point"]["lr"])
 
     def test_a_hyper_that_does_nothing_stalls_and_is_searched(self, make_problem):
         problem = make_problem(
@@ -199,7 +215,7 @@ class TestFallback:
         assert result.route == "gradient"
         assert result.outcome is Outcome.NOT_DIFFERENTIABLE
         assert "no graph" in result.reason
-        assert {row["route"] for row in result.history} == {"gradient"}
+        assert set(routes(result)) == {"scan", "gradient"}
 
     def test_nothing_finite_is_divergence_not_an_exception(self, make_problem):
         # Every rate in the search range diverges.
@@ -221,11 +237,11 @@ class TestFallback:
 
         monkeypatch.setattr(module, "OptunaSearcher", searcher)
         result = run(make_problem(), meta=giving_up_after(6), given=RATE)
-        descended = [row for row in result.history if row["route"] == "gradient"]
-        assert result.route == "search" and len(descended) == 7
-        found = [row["loss"] for row in descended if row["loss"] is not None]
-        assert [loss for _, loss in seen["known"]] == found
-        best = min(descended[:6], key=lambda row: row["loss"])
+        assert result.route == "search" and routes(result).count("gradient") == 7
+        before = [row for row in result.history if row["route"] != "search"]
+        ended = [row for row in before if row["loss"] is not None]
+        assert [loss for _, loss in seen["known"]] == [row["loss"] for row in ended]
+        best = min(ended, key=lambda row: row["loss"])
         assert seen["start"].smooth["lr"] == best["point"]["lr"]
 
     def test_too_many_numbers_to_search_keep_what_the_gradient_found(self, make_problem):
@@ -237,7 +253,7 @@ class TestFallback:
         )
         assert (result.route, result.outcome) == ("gradient", Outcome.DIVERGED)
         assert "1001 numbers are too many to search" in result.reason
-        assert len(result.history) == 7
+        assert routes(result).count("gradient") == 7
         assert math.isfinite(result.loss)
 
 
@@ -327,7 +343,10 @@ class TestFolder:
         second = run(problem, budget="1s", **call)
         assert len(second.history) > len(first.history) + 3
         assert second.history[: len(first.history)] == first.history
-        assert [row["seed"] for row in second.history] == list(range(len(second.history)))
+        scanned = routes(second).count("scan")
+        assert routes(second)[:scanned] == ["scan"] * scanned
+        seeds = [row["seed"] for row in second.history]
+        assert seeds == [0] * scanned + list(range(scanned, len(seeds)))
         # The rows after the break are new points, not the old ones again.
         points = [tuple(row["point"].values()) for row in second.history]
         assert len(set(points)) >= len(points) - 1
@@ -461,6 +480,19 @@ class TestInterrupt:
 
 
 class TestConfirm:
+    @pytest.mark.usefixtures("ticking")
+    def test_a_gradient_that_was_no_guide_loses_to_where_it_began(self, make_problem):
+        def uphill(training, point, carry=None, *, seed):
+            estimate, carry = Replay()(training, point, seed=seed)
+            return replace(estimate, grad={n: -g for n, g in estimate.grad.items()}), carry
+
+        meta = MetaOptimizer(uphill, drift=math.inf, jump=math.inf)
+        result = run(make_problem(), meta=meta, steps=10, budget="4s")
+        scanned = [row for row in result.history if row["route"] == "scan"]
+        best = min(scanned, key=lambda row: row["loss"])
+        assert losses(result)[-1] > 1.2 * best["loss"]
+        assert result.hypers["lr"] == pytest.approx(best["point"]["lr"])
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     @pytest.mark.usefixtures("ticking")
     def test_a_candidate_that_fails_a_fresh_seed_does_not_win(self, problem, monkeypatch, bad):
