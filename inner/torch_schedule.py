@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -13,8 +14,8 @@ class HyperScheduler(LRScheduler):
     """Sets scheduled hyperparameters of every parameter group, step by step.
 
     tables: for each name ("lr", "beta1", "momentum", …) its value at steps 0 … T-1, or one such
-    sequence per parameter group. After the last step the last value stays. beta1 and beta2 are
-    written into a group's "betas" where it has that pair. Call step() after every optimizer step.
+    sequence per parameter group. After the last step the last value stays. beta1, beta2, ... are
+    written into a group's "betas" where it has that tuple. Call step() after every optimizer step.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class HyperScheduler(LRScheduler):
                 value = table[min(self.last_epoch, len(table) - 1)]
                 if name == "lr":
                     rates[i] = value
-                elif name in ("beta1", "beta2") and "betas" in group:
+                elif re.fullmatch(r"beta[1-9]", name) and "betas" in group:
                     betas = list(group["betas"])
-                    betas[name == "beta2"] = value
+                    betas[int(name.removeprefix("beta")) - 1] = value
                     group["betas"] = tuple(betas)
                 elif name in group:
                     group[name] = value

@@ -170,7 +170,7 @@ def study(
         str | None, typer.Option(help="Of optimizers: rules by name; all without.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Of optimizers: time to tune each rule; 15s without.")
+        str | None, typer.Option(help="Of optimizers: time to tune each rule; 30s without.")
     ] = None,
     into: Annotated[
         Path | None,

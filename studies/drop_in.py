@@ -1,11 +1,12 @@
 """Every rule, tuned, then used for what it is to others: an optimizer in a plain PyTorch loop.
 
-A rule's learning rates and the few hypers beside them that matter most are tuned by
-`hyperdescent.tune` on a small net for digits. The optimizer that it returns then trains that net
-from other starts, in a loop that knows nothing else of this package; so does the optimizer at its
-defaults. What counts is the validation loss at the end of training, and whether it is below a
-target that is the same for all. Where it is not, one training at each of a grid of rates, the other
-numbers as tuned, tells a rule that cannot from a tuner that did not get there.
+A rule's learning rates, along half a cosine, and the few hypers beside them that matter most are
+tuned by `hyperdescent.tune` on a small net for digits. The optimizer and scheduler that it returns
+then train that net from other starts, in a loop that knows nothing else of this package; so does
+the optimizer at its defaults. What counts is the validation loss at the end of training, and
+whether it is below a target that is the same for all. Where it is not, one training at each of a
+grid of rates, the other numbers as tuned, tells a rule that cannot from a tuner that did not get
+there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..inner import optim
 from ..inner.rule import Rule
@@ -42,9 +45,12 @@ ARMS = ("defaults", "tuned")
 FACTORS = tuple(4.0**k for k in range(-2, 6))
 # What takes the place of a learning rate in rules that find their own from a first guess.
 _GUESSES = ("reps_rel", "d0")
+# Of every rate, but where weights are averaged, which takes the place of a falling rate.
+_SCHEDULE = "cosine"
 # What is tuned beside rates, where a rule has it and its derivative is a guide.
 _MATTERS = ("momentum", "beta1", "beta", "alpha", "scale", "gamma", "weight_decay")
 Data = dict[str, Part]
+Maker = Callable[[nn.Module], tuple[Optimizer, LRScheduler | None]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Setting:
     """
 
     problem: str = "digits-mlp"
-    steps: int = 100
+    steps: int = 200
     batch_size: int = 64
     seeds: int = 3
     target: float = 0.25
@@ -83,6 +89,7 @@ class DropInCell:
                 "name": self.rule,
                 "options": plain(rule.options()),
                 "learn": plain(learned_of(rule)),
+                "schedules": plain(scheduled_of(rule)),
                 "declared": plain(declared),
                 "budget": self.budget,
             },
@@ -90,7 +97,7 @@ class DropInCell:
         }
 
 
-def drop_in_cells(rules: str = "", budget: str = "15s") -> tuple[list[DropInCell], list[str]]:
+def drop_in_cells(rules: str = "", budget: str = "30s") -> tuple[list[DropInCell], list[str]]:
     """(a cell for each rule, nothing that is left out). rules: names, all without. budget: to tune
     each.
     """
@@ -99,26 +106,37 @@ def drop_in_cells(rules: str = "", budget: str = "15s") -> tuple[list[DropInCell
 
 
 def learned_of(rule: Rule) -> list[str]:
-    """What is tuned of a rule: its learning rates, or the guess that they grow from, and what of
-    the usual others is smooth.
+    """What is tuned of a rule: its learning rates, or the guess that they grow from where a rate
+    is none, and what of the usual others is smooth.
     """
     rough, options = rule.rough(), rule.options()
-    return [
+    rates = rates_of(rule)
+    return rates + [
         name
         for name, hyper in rule.hypers.items()
-        if (is_rate(name) or name in _MATTERS)
-        and name not in rough
+        if name in _MATTERS
+        and name not in (*rates, *rough)
         and (hyper.when is None or options[hyper.when[0]] == hyper.when[1])
     ]
 
 
-def is_rate(name: str) -> bool:
-    return name == "lr" or name.endswith("_lr") or name in _GUESSES
+def rates_of(rule: Rule) -> list[str]:
+    """What decides how far its steps go."""
+    return [name for name in _GUESSES if name in rule.hypers] or _learning_rates(rule)
+
+
+def scheduled_of(rule: Rule) -> dict[str, str]:
+    """The schedules of its rates."""
+    return {} if rule.readout else dict.fromkeys(_learning_rates(rule), _SCHEDULE)
+
+
+def _learning_rates(rule: Rule) -> list[str]:
+    return [name for name in rule.hypers if name == "lr" or name.endswith("_lr")]
 
 
 def scanned_of(rule: Rule) -> str:
     """The rate that a grid is laid over."""
-    return next((name for name in _GUESSES if name in rule.hypers), "lr")
+    return rates_of(rule)[0]
 
 
 def tune_and_train(cell: DropInCell) -> Record:
@@ -126,10 +144,10 @@ def tune_and_train(cell: DropInCell) -> Record:
     torch.set_num_threads(1)
     rule = find_rule(cell.rule)
     result, tuned = _tuned(rule, cell)
-    at_defaults: Callable[..., torch.optim.Optimizer] = getattr(optim, rule.title)
-    makers: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-        "defaults": lambda model: at_defaults(model.parameters()),
-        "tuned": result.optimizer,
+    at_defaults: Callable[..., Optimizer] = getattr(optim, rule.title)
+    makers: dict[str, Maker] = {
+        "defaults": lambda model: (at_defaults(model.parameters()), None),
+        "tuned": partial(_as_tuned, result),
     }
     data, measures = _data(), _of_tuning(result)
     began = time.perf_counter()
@@ -172,7 +190,10 @@ def draw_batches(x: Tensor, y: Tensor, seed: int) -> Iterator[Part]:
 
 
 def train_plainly(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Part]
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[Part],
+    scheduler: LRScheduler | None = None,
 ) -> None:
     """A step for each batch; the model is left with the weights to use."""
     for x, y in batches:
@@ -184,6 +205,8 @@ def train_plainly(
             return loss
 
         optimizer.step(closure)
+        if scheduler:
+            scheduler.step()
     optimizer.eval()  # type: ignore[attr-defined]  # torch's own have none
 
 
@@ -209,20 +232,24 @@ def reached(measures: Measures) -> int:
     return sum(loss is not None and loss < SETTING.target for loss in losses)
 
 
-def _trained(
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], data: Data, seed: int
-) -> nn.Module:
+def _as_tuned(result: Result, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
+    optimizer = result.optimizer(model)
+    return optimizer, result.scheduler(optimizer) if result.scheduled else None
+
+
+def _trained(make: Maker, data: Data, seed: int) -> nn.Module:
     model = make_model(seed)
-    train_plainly(model, make_optimizer(model), draw_batches(*data["train"], seed))
+    optimizer, scheduler = make(model)
+    train_plainly(model, optimizer, draw_batches(*data["train"], seed), scheduler)
     return model
 
 
 def _scan(result: Result, name: str, data: Data) -> dict[str, float | None]:
     """Validation loss under the first seed by factor of the tuned rate; the learned others stay."""
 
-    def scaled(factor: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    def scaled(factor: float) -> Maker:
         changed = {**result.in_force, name: factor * result.in_force[name]}
-        return replace(result, in_force=changed).optimizer
+        return partial(_as_tuned, replace(result, in_force=changed))
 
     return {
         f"{factor:g}": measure(_trained(scaled(factor), data, 0), *data["valid"])["loss"]
@@ -253,6 +280,7 @@ def _tuned(rule: Rule, cell: DropInCell) -> tuple[Result, Tuned]:
         rule,
         learn=learned_of(rule),
         steps=SETTING.steps,
+        schedules=scheduled_of(rule),
         budget=cell.budget,
         seed=cell.seed,
         # Seconds do not pay for a trace: it would be a third of what there is, for some rules all.
@@ -296,13 +324,14 @@ __all__ = [
     "DropInCell",
     "draw_batches",
     "drop_in_cells",
-    "is_rate",
     "learned_of",
     "make_model",
     "measure",
     "of_arm",
+    "rates_of",
     "reached",
     "scanned_of",
+    "scheduled_of",
     "train_plainly",
     "tune_and_train",
 ]

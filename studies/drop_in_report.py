@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..inner.rules import find_rule
-from .drop_in import ARMS, FACTORS, NAME, SETTING, is_rate, of_arm, reached, scanned_of
-from .record import Json, Record, Records
+from .drop_in import ARMS, FACTORS, NAME, SETTING, of_arm, rates_of, reached, scanned_of
+from .record import Record, Records
 from .report import group_of, spelled, spread
 from .tables import for_terminal, markdown, origin_of, write_section
 
@@ -75,9 +75,10 @@ def _introduction(records: Records) -> str:
     return f"""\
 Each rule is tuned for {" or ".join(budgets)} s on {SETTING.problem}, {SETTING.steps} steps, in its
 learning rates (or the first guess that takes their place) and in what it has of momentum, beta1,
-beta, alpha, scale, gamma and weight_decay, from its defaults. `result.optimizer(model)` then trains
-the same net in a plain PyTorch loop under {SETTING.seeds} seeds that tuning has not seen, beside
-the optimizer at its defaults. Validation loss, mean and standard deviation; tuning saw these
+beta, alpha, scale, gamma and weight_decay, from its defaults; rates fall along half a cosine, but
+for rules that average weights. `result.optimizer(model)` and its scheduler then train the same net
+in a plain PyTorch loop under {SETTING.seeds} seeds that tuning has not seen, beside the optimizer
+at its defaults. Validation loss, mean and standard deviation; tuning saw these
 examples, not these starts. "Reached" counts the tuned trainings that end below {SETTING.target:g};
 seconds are of tuning and of one training. A rule that missed is listed with how far tuning came,
 and with the best of one training at each of {len(FACTORS)} rates from 1/16 to 1024 times the tuned
@@ -98,7 +99,7 @@ def why(record: Record) -> str:
         f"{', '.join(_moved(record))} in {count} evaluation{'s' * (count != 1)}"
         f"{', too few to go far' if count < _FEW else ''}"
     )
-    if edge := [name for name, value in tuned.hypers.items() if _at_edge(record, name, value)]:
+    if edge := [name for name, value in _values(record).items() if _at_edge(record, name, value)]:
         told.append(f"{', '.join(edge)} at the edge of its range")
     told += _scanned(record)
     if tuned.route == "search":
@@ -114,7 +115,7 @@ def _scanned(record: Record) -> Iterable[str]:
         return
     name = scanned_of(find_rule(_name(record)))
     best = min(ended, key=lambda factor: ended[factor])
-    rate = best * _number(record.tuned.hypers[name])
+    rate = best * _values(record)[name]
     yield f"of a grid around it {name} = {rate:.2g} is best, with {ended[best]:.3f}"
     low, high = find_rule(_name(record)).hypers[name].search
     if not low <= rate <= high:
@@ -125,16 +126,16 @@ def _scanned(record: Record) -> Iterable[str]:
 
 def _moved(record: Record) -> Iterable[str]:
     """From where to where the learned rates went."""
-    hypers = find_rule(_name(record)).hypers
-    for name, value in (record.tuned.hypers if record.tuned else {}).items():
-        if is_rate(name):
-            yield f"{name} {hypers[name].default:.2g} → {_number(value):.2g}"
+    rule = find_rule(_name(record))
+    for name, value in _values(record).items():
+        if name in rates_of(rule):
+            yield f"{name} {rule.hypers[name].default:.2g} → {value:.2g}"
 
 
-def _at_edge(record: Record, name: str, value: Json) -> bool:
+def _at_edge(record: Record, name: str, value: float) -> bool:
     hyper = find_rule(_name(record)).hypers[name]
     low, high = hyper.box()
-    at = _coordinate(hyper, _number(value))
+    at = _coordinate(hyper, value)
     # Where tuning starts outside its range, the range reaches there.
     return min(at - low, high - at) < _EDGE * (high - low)
 
@@ -147,8 +148,12 @@ def _coordinate(hyper: Any, value: float) -> float:
     return value
 
 
-def _number(value: Json) -> float:
-    return float(value)  # type: ignore[arg-type]  # learned hypers of this study are one number
+def _values(record: Record) -> dict[str, float]:
+    """The tuned values of the rule's own hypers, of a scheduled one its peak."""
+    hypers, tuned = find_rule(_name(record)).hypers, record.tuned.hypers if record.tuned else {}
+    named = {name.removesuffix(".peak"): value for name, value in tuned.items()}
+    # Learned hypers of this study are one number each.
+    return {name: float(value) for name, value in named.items() if name in hypers}  # type: ignore[arg-type]
 
 
 def _name(record: Record) -> str:

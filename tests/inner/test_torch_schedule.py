@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hyperdescent.inner import optim
 from hyperdescent.inner.hyper import decay, learning_rate
 from hyperdescent.inner.schedule import SCHEDULES, find_schedule
 from hyperdescent.inner.torch_schedule import HyperScheduler
@@ -50,3 +51,12 @@ def test_it_sets_the_values_of_every_schedule(spec):
             assert (group["lr"], group["momentum"]) == (tables["lr"][i], tables["momentum"][i])
         sgd.step()
         scheduler.step()
+
+
+def test_betas_of_any_number_are_set_in_their_tuple():
+    adan = optim.Adan([torch.nn.Parameter(torch.zeros(1))], betas=(0.98, 0.92, 0.99))
+    scheduler = HyperScheduler(adan, {"beta3": [0.9, 0.5], "beta1": [0.8, 0.7]})
+    assert adan.param_groups[0]["betas"] == (0.8, 0.92, 0.9)
+    adan.step()
+    scheduler.step()
+    assert adan.param_groups[0]["betas"] == (0.7, 0.92, 0.5)

@@ -1,6 +1,7 @@
 """Every rule as an optimizer: the plain loop against the package's own, the records, the report."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from typer.testing import CliRunner
 
 from hyperdescent.inner import optim
@@ -26,6 +28,7 @@ from hyperdescent.studies.drop_in import (
     make_model,
     measure,
     of_arm,
+    scheduled_of,
     train_plainly,
     tune_and_train,
 )
@@ -44,6 +47,21 @@ def small(monkeypatch):
     monkeypatch.setattr(budget, "time", clock)
     for module in (drop_in, drop_in_report):
         monkeypatch.setattr(module, "SETTING", SMALL)
+
+
+def trained_by_sgd(tuned, data, seed):
+    """The net trained by SGD at its defaults, or along half a cosine from the tuned peak."""
+    model, given = make_model(seed), dict(tuned or {})
+    peak, floor = given.pop("lr.peak", None), given.pop("lr.floor", None)
+    rates = {} if peak is None else {"lr": peak}
+    optimizer, scheduler = optim.SGD(model.parameters(), **rates, **given), None
+    if peak is not None:
+        down = [(1 + math.cos(math.pi * i / SMALL.steps)) / 2 for i in range(SMALL.steps)]
+        table = [floor + (1 - floor) * x for x in down]
+        scheduler = LambdaLR(optimizer, lambda i: table[min(i, SMALL.steps - 1)])
+    batches = drop_in.draw_batches(*data["train"], seed)
+    train_plainly(model, optimizer, batches, scheduler)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -96,7 +114,9 @@ class TestCells:
         assert [cell.rule for cell in cells] == list(RULES) and left_out == []
         for rule in RULES.values():
             learned = learned_of(rule)
-            assert learned[0] == "lr" and not set(learned) & set(rule.rough())
+            assert learned[0] in ("lr", "reps_rel", "d0")
+            assert not set(learned) & set(rule.rough())
+            assert ("lr" in scheduled_of(rule)) == (rule.readout is None)
 
     @pytest.mark.parametrize(
         ("name", "learned"),
@@ -104,8 +124,9 @@ class TestCells:
             ("adamw", ["lr", "beta1", "weight_decay"]),
             ("alphagrad", ["lr", "alpha", "momentum", "weight_decay"]),
             ("lion", ["lr", "weight_decay"]),  # Its betas are inside a sign.
-            ("dog", ["lr", "reps_rel", "weight_decay", "gamma"]),
-            ("muon", ["lr", "momentum", "weight_decay", "aux_lr"]),
+            ("dog", ["reps_rel", "weight_decay", "gamma"]),
+            ("prodigy", ["d0", "beta1", "weight_decay"]),  # Its lr is 1 by design.
+            ("muon", ["lr", "aux_lr", "momentum", "weight_decay"]),
         ],
     )
     def test_what_is_learned(self, name, learned):
@@ -132,17 +153,17 @@ class TestRecord:
     def test_it_holds_each_training_of_both_optimizers(self, small):
         record = tune_and_train(DropInCell("sgd", 0.3))
         assert record.outcome is Outcome.OK and Record.from_line(record.line()) == record
-        assert set(record.tuned.hypers) == {"lr", "momentum", "weight_decay"}
+        tuned = record.tuned.hypers
+        assert set(tuned) == {"lr.peak", "lr.floor", "momentum", "weight_decay"}
         assert record.measures["tuning"]["evaluations"] > 0
-        tables = {"defaults": {}, "tuned": record.tuned.hypers}
         data = drop_in._data()
-        for arm, given in tables.items():
+        for arm, given in {"defaults": None, "tuned": tuned}.items():
             for seed in range(SMALL.seeds):
-                model = make_model(seed)
-                optimizer = optim.SGD(model.parameters(), **given)
-                train_plainly(model, optimizer, drop_in.draw_batches(*data["train"], seed))
+                model = trained_by_sgd(given, data, seed)
                 for split in ("valid", "test"):
-                    assert record.measures[f"{arm} {split} {seed}"] == measure(model, *data[split])
+                    expected = measure(model, *data[split])
+                    found = record.measures[f"{arm} {split} {seed}"]
+                    assert found == pytest.approx(expected, rel=1e-6)
         losses = of_arm(record.measures, "tuned", "valid", "loss")
         assert record.measures["valid"]["loss"] == pytest.approx(sum(losses) / len(losses))
 
@@ -151,12 +172,11 @@ class TestRecord:
         grid = record.measures["rates"]
         assert [float(factor) for factor in grid] == list(drop_in.FACTORS)
         assert grid["1"] == of_arm(record.measures, "tuned", "valid", "loss")[0]
-        model, data, tuned = make_model(0), drop_in._data(), record.tuned.hypers
-        optimizer = optim.SGD(model.parameters(), **{**tuned, "lr": 16 * tuned["lr"]})
-        train_plainly(model, optimizer, drop_in.draw_batches(*data["train"], 0))
-        assert grid["16"] == measure(model, *data["valid"])["loss"]
+        data, tuned = drop_in._data(), record.tuned.hypers
+        model = trained_by_sgd({**tuned, "lr.peak": 16 * tuned["lr.peak"]}, data, 0)
+        assert grid["16"] == pytest.approx(measure(model, *data["valid"])["loss"], rel=1e-6)
         best = min(grid, key=grid.get)
-        rate = float(best) * tuned["lr"]
+        rate = float(best) * tuned["lr.peak"]
         told = f"of a grid around it lr = {rate:.2g} is best, with {grid[best]:.3f}"
         assert told in drop_in_report.why(record)
 
@@ -230,7 +250,7 @@ class TestReport:
 
     def test_a_value_at_the_edge_of_its_range_is_told(self, records):
         record = next(r for r in records if r.inputs["arm"]["name"] == "sgd")
-        edge = {**record.tuned.hypers, "lr": RULES["sgd"].hypers["lr"].search[1]}
+        edge = {**record.tuned.hypers, "lr.peak": RULES["sgd"].hypers["lr"].search[1]}
         moved = replace(record, tuned=replace(record.tuned, hypers=edge))
         assert "lr at the edge of its range" in drop_in_report.why(moved)
 
