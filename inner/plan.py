@@ -160,7 +160,8 @@ def make_plan(rule: Rule, p: Tensor, values: Tensors) -> Plan | None:
     """
     like = torch.zeros(3, dtype=p.dtype, device=p.device)
     slots = rule.init(like, values)
-    vectors = [n for n in slots if not rule.slots[n].shared]
+    # A slot that belongs to another option has no entry.
+    vectors = [n for n, x in slots.items() if not rule.slots[n].shared and x.numel()]
     shared = [n for n in slots if rule.slots[n].shared]
     if any(slots[n].shape != like.shape for n in vectors):
         return None
@@ -172,7 +173,7 @@ def make_plan(rule: Rule, p: Tensor, values: Tensors) -> Plan | None:
     def step(*flat: Tensor) -> list[Tensor]:
         t, *rest = flat[:count]
         own = dict(zip(rule.hypers, rest, strict=False))
-        before = dict(zip(shared, rest[len(own) :], strict=False))
+        before = slots | dict(zip(shared, rest[len(own) :], strict=False))
         p, g, *each = flat[count:]
         before |= dict(zip(vectors, each, strict=True))
         p, after = rule(p, g, before, t, own, loss=rest[-1] if loss else None)
