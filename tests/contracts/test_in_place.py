@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hyperdescent.inner import inplace, optim, plan
 from hyperdescent.inner.flat import flat_step, initial_slots
 from hyperdescent.inner.hyper import Hyper, learning_rate
+from hyperdescent.inner.kernels import kernels_of
 from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rule import Slot, number, root, rule, shared, weights, zeros
@@ -391,10 +392,8 @@ class TestFused:
         held = {n: x for n, x in slots.items() if not x.ndim}
         found, _ = made.numbers(torch.tensor(2.0, dtype=F64), None, values, held)
         kinds = tuple(float(x) if x in (0, 1) else None for x in found)
-        writer = plan._Writer(made, kinds, True)
-        steps, ends = writer._simplified()
-        nodes = {n for n in ends.values() if isinstance(n, torch.fx.Node)}
-        return [step.kernel.__name__ for step in plan._fused(steps, nodes)]
+        steps, _ = kernels_of(made.after, kinds, fused=True)
+        return [step.kernel.__name__ for step in steps]
 
     def test_momentum_is_two_kernels(self):
         assert self.kernels(optim.SGD.rule, momentum=0.9) == ["add", "sub"]
