@@ -145,7 +145,7 @@ class InPlace:
 
     def _bunch(self, unit: Unit, grads: list[Tensor], states: States, running: Running) -> None:
         """Short tensors, gathered."""
-        if tuple(unit.flat) != running.slots or not all(
+        if [*unit.flat] != running.slots or not all(
             states[q].get(n) is x
             for q, views in zip(unit.params, unit.views, strict=False)
             for n, x in views.items()
@@ -168,7 +168,7 @@ class InPlace:
         is in force only now begins now.
         """
         own = states[p]
-        if not own or not all(own[n].numel() for n in running.slots):
+        if running.slots and not all(n in own and own[n].numel() for n in running.slots):
             begun = {n: x for n, x in self._begun(p, "").items() if n not in self.shared}
             states[p] = begun | {n: x for n, x in own.items() if x.numel()}
         return states[p]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,11 +60,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class Number:
-    """One of a step's numbers. tensor: for a kernel that takes no other. minus: its negative."""
+    """One of a step's numbers. tensor: for a kernel that takes no other. minus: its negative. over:
+    the place of what it is divided by.
+    """
 
     place: int
     tensor: bool = False
     minus: bool = False
+    over: int | None = None
 
 
 class Zero:
@@ -102,7 +106,8 @@ def kernels_of(
         steps, found = _simplified(trace, kinds)
     except _Vanished:
         steps, found = _simplified(trace, None)
-    return _fused(steps, set(nodes(found.values()))) if fused else steps, found
+    numbers = {place: n for n, place in trace.places.items()}
+    return _fused(steps, set(nodes(found.values())), numbers) if fused else steps, found
 
 
 def nodes(operands: Iterable[Any]) -> list[fx.Node]:
@@ -161,8 +166,14 @@ def _simplified(
     return kept[::-1], found
 
 
-def _fused(steps: list[Step], ends: set[fx.Node]) -> list[Step]:
-    """Sums that do a product or a quotient of theirs themselves, where nobody else reads it."""
+# The step that makes an operand by one of these kernels and for one reader alone.
+Once = Callable[..., Step | None]
+
+
+def _fused(steps: list[Step], ends: set[fx.Node], numbers: Mapping[int, fx.Node]) -> list[Step]:
+    """Sums that do products and quotients of theirs themselves, where nobody else reads them.
+    numbers: by place.
+    """
     readers: dict[fx.Node, int] = {}
     for step in steps:
         for n in step.reads:
@@ -172,7 +183,6 @@ def _fused(steps: list[Step], ends: set[fx.Node]) -> list[Step]:
     gone: set[fx.Node] = set()
 
     def once(a: Any, *kernels: Callable[..., Tensor]) -> Step | None:
-        """The step that makes an operand for one reader alone."""
         step = made.get(a) if isinstance(a, fx.Node) else None
         mine = step and step.kernel in kernels and not step.kwargs
         return step if mine and readers[a] == 1 and a not in ends else None
@@ -181,60 +191,94 @@ def _fused(steps: list[Step], ends: set[fx.Node]) -> list[Step]:
         if step.kernel not in (torch.add, torch.sub) or step.kwargs:
             continue
         orders = [step.args, step.args[::-1]] if step.kernel is torch.add else [step.args]
-        for a, b in orders:
-            product = once(b, torch.mul)
-            if not isinstance(a, fx.Node) or product is None or dtype(b) != dtype(a):
-                continue
-            number, x = _scaled(product)
-            if number is None or dtype(x) != dtype(a):
-                continue
-            inner = once(x, torch.mul, torch.div)
-            gone.add(b)
-            if inner is not None and inner.kernel is torch.div and _vectors(inner, a):
-                value = replace(number, minus=step.kernel is torch.sub)
-                step.kernel, step.args = torch.addcdiv, (a, *inner.args)
-                step.kwargs = {"value": value}
-                gone.add(x)
-            else:
-                step.args, step.kwargs = (a, x), {"alpha": number}
-            break
-        else:
-            _add_product(step, orders, once, gone)
+        # Those that spare two kernels first.
+        ways = (partial(_average, numbers=numbers), _add_product, _add_quotient, _add_multiple)
+        any(way(step, a, b, once, gone) for way in ways for a, b in orders)
     return [step for step in steps if step.node not in gone]
 
 
-def _add_product(
-    step: Step,
-    orders: Sequence[Sequence[Any]],
-    once: Callable[..., Step | None],
-    gone: set[fx.Node],
-) -> None:
+def _average(
+    step: Step, a: Any, b: Any, once: Once, gone: set[fx.Node], *, numbers: Mapping[int, fx.Node]
+) -> bool:
+    """(1 - share) * x + share * y, and x + share * (y - x), in one kernel."""
+    share, y = _scaled(once(b, torch.mul))
+    if share is None or step.kernel is not torch.add or not _alike(step, a, b, y):
+        return False
+    kept, x = _scaled(once(a, torch.mul))
+    whole = kept is not None and _make_one(numbers[share.place], numbers[kept.place])
+    difference = once(y, torch.sub)
+    if whole and _alike(step, x):
+        gone.update((a, b))
+    elif difference is not None and difference.args[1] is a and _alike(step, difference.args[0]):
+        gone.update((b, y))
+        x, y = a, difference.args[0]
+    else:
+        return False
+    step.kernel, step.args = torch.lerp, (x, y, share)
+    return True
+
+
+def _make_one(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two numbers make 1, as the trace tells."""
+    pairs = ((a, b), (b, a))
+    return any(x.target is aten.rsub.Scalar and x.args == (y, 1) for x, y in pairs)
+
+
+def _add_product(step: Step, a: Any, b: Any, once: Once, gone: set[fx.Node]) -> bool:
     """a + (number * x) * y in one kernel."""
-    for a, b in orders:
-        outer = once(b, torch.mul)
-        if not isinstance(a, fx.Node) or outer is None or not _vectors(outer, a):
-            continue
-        for x, y in (outer.args, outer.args[::-1]):
-            inner = once(x, torch.mul)
-            number, z = _scaled(inner) if inner is not None else (None, None)
-            if number is not None and isinstance(z, fx.Node) and dtype(z) == dtype(a):
-                value = replace(number, minus=step.kernel is torch.sub)
-                step.kernel, step.args, step.kwargs = torch.addcmul, (a, z, y), {"value": value}
-                gone.update((b, x))
-                return
+    outer = once(b, torch.mul)
+    if outer is None or not _alike(step, a, *outer.args):
+        return False
+    for x, y in (outer.args, outer.args[::-1]):
+        number, z = _scaled(once(x, torch.mul))
+        if number is not None and _alike(step, z):
+            value = replace(number, minus=step.kernel is torch.sub)
+            step.kernel, step.args, step.kwargs = torch.addcmul, (a, z, y), {"value": value}
+            gone.update((b, x))
+            return True
+    return False
 
 
-def _scaled(product: Step) -> tuple[Number | None, Any]:
+def _add_quotient(step: Step, a: Any, b: Any, once: Once, gone: set[fx.Node]) -> bool:
+    """a + number * (x / y) in one kernel, and so if x is divided by another number."""
+    number, x = _scaled(once(b, torch.mul))
+    inner = once(x, torch.div)
+    if number is None or inner is None or not _alike(step, a, b, *inner.args):
+        return False
+    above, below = inner.args
+    gone.update((b, x))
+    if (divided := once(above, torch.div)) is not None:
+        x, by = divided.args
+        if isinstance(by, Number) and _alike(step, x):
+            gone.add(above)
+            above, number = x, replace(number, over=by.place)
+    value = replace(number, minus=step.kernel is torch.sub)
+    step.kernel, step.args, step.kwargs = torch.addcdiv, (a, above, below), {"value": value}
+    return True
+
+
+def _add_multiple(step: Step, a: Any, b: Any, once: Once, gone: set[fx.Node]) -> bool:
+    """a + number * x in one kernel."""
+    number, x = _scaled(once(b, torch.mul))
+    if number is None or not _alike(step, a, b, x):
+        return False
+    gone.add(b)
+    step.args, step.kwargs = (a, x), {"alpha": number}
+    return True
+
+
+def _scaled(product: Step | None) -> tuple[Number | None, Any]:
     """(number, vector) of a product of the two; no number otherwise."""
-    for number, x in (product.args, product.args[::-1]):
+    args = product.args if product is not None else ()
+    for number, x in zip(args, args[::-1], strict=True):
         if isinstance(number, Number) and isinstance(x, fx.Node):
             return number, x
     return None, None
 
 
-def _vectors(step: Step, like: fx.Node) -> bool:
-    """Whether all operands are vectors of a node's dtype."""
-    return all(isinstance(a, fx.Node) and dtype(a) == dtype(like) for a in step.args)
+def _alike(step: Step, *operands: Any) -> bool:
+    """Whether operands are vectors of the dtype that a step makes."""
+    return all(isinstance(a, fx.Node) and dtype(a) == dtype(step.node) for a in operands)
 
 
 def dtype(n: fx.Node) -> torch.dtype:

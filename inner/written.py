@@ -82,7 +82,8 @@ class _Writer:
             return self._names[operand]
         if isinstance(operand, Number):
             sign = "-" if operand.minus else ""
-            return f"{sign}{'m' if operand.tensor else 'n'}[{operand.place}]"
+            over = "" if operand.over is None else f" / n[{operand.over}]"
+            return f"{sign}{'m' if operand.tensor else 'n'}[{operand.place}]{over}"
         name = f"a{len(self._scope)}"
         self._scope[name] = operand
         return name
