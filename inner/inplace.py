@@ -133,7 +133,7 @@ class InPlace:
 
     def _long(self, p: Tensor, g: Tensor, states: States, running: Running) -> None:
         """One tensor, in its own memory."""
-        own = self._own(p, states)
+        own = self._own(p, states, running)
         held = (p, g, *(own[n] for n in running.slots))
         flat = [x.reshape(-1) for x in held]
         running.step(flat)
@@ -145,9 +145,9 @@ class InPlace:
 
     def _bunch(self, unit: Unit, grads: list[Tensor], states: States, running: Running) -> None:
         """Short tensors, gathered."""
-        if not unit.flat or not all(
+        if [*unit.flat] != running.slots or not all(
             states[q].get(n) is x
-            for q, views in zip(unit.params, unit.views, strict=True)
+            for q, views in zip(unit.params, unit.views, strict=False)
             for n, x in views.items()
         ):
             self._gather(unit, states, running)
@@ -156,17 +156,21 @@ class InPlace:
         torch._foreach_copy_(unit.params, _parted(p, unit.params))
 
     def _gather(self, unit: Unit, states: States, running: Running) -> None:
-        each = [self._own(q, states) for q in unit.params]
+        each = [self._own(q, states, running) for q in unit.params]
         unit.flat = {n: _joined([slots[n] for slots in each]) for n in running.slots}
         parts = {n: _parted(x, unit.params) for n, x in unit.flat.items()}
         unit.views = [{n: parts[n][i] for n in parts} for i in range(len(unit.params))]
-        for q, views in zip(unit.params, unit.views, strict=True):
-            states[q] = dict(views)
+        for q, slots, views in zip(unit.params, each, unit.views, strict=True):
+            states[q] = {**slots, **views}  # What has no entry, for it is of another option, stays.
 
-    def _own(self, p: Tensor, states: States) -> Tensors:
-        """The slots of a parameter, which begin if it has none."""
-        if not states[p]:
-            states[p] = {n: x for n, x in self._begun(p, "").items() if n not in self.shared}
+    def _own(self, p: Tensor, states: States, running: Running) -> Tensors:
+        """The slots of a parameter. They begin if it has none, and one that was of an option that
+        is in force only now begins now.
+        """
+        own = states[p]
+        if running.slots and not all(n in own and own[n].numel() for n in running.slots):
+            begun = {n: x for n, x in self._begun(p, "").items() if n not in self.shared}
+            states[p] = begun | {n: x for n, x in own.items() if x.numel()}
         return states[p]
 
     def _begun(self, p: Tensor, name: str) -> Tensors:

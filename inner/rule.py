@@ -100,6 +100,17 @@ def _sized(
     return p.new_zeros(tuple(shape(p.shape)))
 
 
+def under(option: str, value: object, slot: Slot) -> Slot:
+    """A slot of one entry per element that is empty unless an option has that value."""
+    return Slot(partial(_under, option, value, slot.init))
+
+
+def _under(
+    option: str, value: object, init: Init, p: Tensor, values: Mapping[str, Any], layout: Layout
+) -> Tensor:
+    return init(p, values, layout) if values[option] == value else p.new_zeros(0)
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """What sums over many elements are made in."""
     return torch.promote_types(dtype, torch.float32)

@@ -13,7 +13,7 @@ from ..studies.bench_report import remarks, table, trust_section, write, write_s
 from ..studies.device import find_device
 from ..studies.implicit_bench import bench_implicit, find_cases
 from ..studies.low import bench_bfloat16
-from ..studies.optimizers_bench import bench_optimizers, find_models, find_rivals
+from ..studies.optimizers_bench import Pair, bench_optimizers, find_models, find_rivals
 from ..studies.workloads import find_workloads
 from .show import console, telling
 
@@ -58,16 +58,26 @@ def run_optimizers(models: str, only: str, repeats: int, out: Path | None, devic
     where, rules = find_device(device), find_rivals(split_names(only))
     with telling(screen) as say:
         for model in find_models(split_names(models)):
-            pairs = list(bench_optimizers([model], rules, repeats=repeats, device=where, say=say))
-            screen.print(optimizers_report.table(pairs))
-            if out is not None:
-                threads = torch.get_num_threads()
-                command = f"hyperdescent bench optimizers --model {model.name}"
-                command += f" --only {only}" if only else ""
-                command += f" --repeats {repeats} --threads {threads}"
-                command += f" --device {device}" if pairs[0].gpu else ""
-                optimizers_report.write(out, pairs, f"{command} --out {out.name}")
-                screen.print(f"kept in {out}", markup=False)
+            pairs: list[Pair] = []
+            try:
+                for pair in bench_optimizers(
+                    [model], rules, repeats=repeats, device=where, say=say
+                ):
+                    pairs.append(pair)
+                    screen.print(optimizers_report.line(pair), markup=False)
+                    if out is not None:  # At once: the next one may fail, or take an hour.
+                        done = ",".join(each.rule for each in pairs)
+                        named = only if len(pairs) == len(rules) else done
+                        told = f"--only {named} " if named else ""
+                        told += f"--repeats {repeats} --threads {torch.get_num_threads()} "
+                        told += f"--device {device} " if pair.gpu else ""
+                        command = f"hyperdescent bench optimizers --model {model.name} {told}"
+                        optimizers_report.write(out, pairs, f"{command}--out {out.name}")
+            finally:
+                if pairs:
+                    screen.print(optimizers_report.table(pairs))
+                    if out is not None:
+                        screen.print(f"kept in {out}", markup=False)
 
 
 def run_bfloat16(only: str, seeds: int, out: Path | None) -> None:

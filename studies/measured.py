@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -55,14 +57,22 @@ def in_rounds(
     return {name: times[1:] for name, times in seconds.items()}, answers
 
 
-def alone(measure: Callable[..., Grown], *inputs: Any) -> Grown:
-    """What measure(*inputs) says in a process that did nothing else."""
+def alone(measure: Callable[..., Grown], *inputs: Any, limit: float | None = None) -> Grown:
+    """What measure(*inputs) says in a process that did nothing else, and that is ended when it took
+    longer than a limit in seconds.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
+        number = process.submit(os.getpid).result()
+        answer = process.submit(measure, *inputs)
         try:
-            return process.submit(measure, *inputs).result()
+            return answer.result(limit)
         except BrokenProcessPool:
             return Grown(None, left_out="its process ended early; the system may have killed it")
+        except TimeoutError:
+            # A kernel that takes minutes does not hear of Python's own ways to stop.
+            os.kill(number, signal.SIGTERM)
+            return Grown(None, left_out=f"its process was ended after {limit:g} s")
 
 
 def reason(error: Exception) -> str:

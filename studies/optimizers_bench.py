@@ -8,8 +8,9 @@ the growth over weights and gradients, state included, in a process of its own.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -21,12 +22,15 @@ from ..inner.optim import torch_form
 from ..inner.rule import unknown
 from ..inner.rules import RULES
 from .device import CPU, gpu_name, settle
-from .measured import Grown, Say, alone, check_repeats, in_rounds
+from .measured import Grown, Say, alone, check_repeats, in_rounds, reason
 from .memory import meter_of, return_freed_blocks
 
 Maker = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
-# Steps per round and optimizer: one of them may be less than the clock's resolution can tell.
-_STEPS = 5
+# Seconds of a round, by which steps are counted that are shorter, and at most so many of them.
+_ROUND, _MOST = 0.25, 100
+# Steps for memory, so that rules that wait for their averages are past that, unless they take so
+# many seconds; and the seconds after which a process is ended.
+_GROWING, _PATIENCE, _LIMIT = 8, 20.0, 300.0
 SEED = 0
 
 
@@ -70,13 +74,21 @@ MODELS = {
 }  # fmt: skip
 
 
+def _matrices_apart(params: Sequence[Tensor]) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in params if p.ndim > 1], "use_muon": True},
+        {"params": [p for p in params if p.ndim <= 1], "use_muon": False},
+    ]
+
+
 @dataclass(frozen=True)
 class Rival:
-    """Another library's form of a rule."""
+    """Another library's form of a rule. grouped: parameters as it takes them."""
 
     library: str
     title: str
     given: Mapping[str, Any] = field(default_factory=dict)
+    grouped: Callable[[Sequence[Tensor]], Sequence[Any]] = list
 
     @property
     def missing(self) -> str:
@@ -86,7 +98,7 @@ class Rival:
     def make(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
         form: Callable[..., torch.optim.Optimizer]
         form = getattr(importlib.import_module(self.library), self.title)
-        return form(params, **self.given)
+        return form(self.grouped(params), **self.given)
 
 
 def _torch(title: str, **given: Any) -> Rival:
@@ -118,7 +130,7 @@ RIVALS: dict[str, tuple[Rival, dict[str, Any]]] = {
     "schedulefreesgd": (_other("ScheduleFreeSGD"), {}),
     "schedulefreeadamw": (_other("ScheduleFreeAdamW"), {}),
     "prodigy": (_other("Prodigy"), {}),
-    "muon": (_other("Muon"), {}),
+    "muon": (replace(_other("Muon"), grouped=_matrices_apart), {}),
     "shampoo": (_other("Shampoo"), {}),
     "scion": (_other("SCION"), {}),
 }
@@ -182,49 +194,94 @@ def bench_optimizers(
 def _pair(model: Model, name: str, repeats: int, device: torch.device, say: Say) -> Pair:
     rival, _ = RIVALS[name]
     known = (model.name, name, RULES[name].over, f"{rival.library}.{rival.title}")
-    if rival.missing:
-        none = Grown(None, left_out=rival.missing)
-        return Pair(*known, [], [], (none, none), left_out=rival.missing)
-    makers: dict[str, Maker] = {"ours": partial(_ours, name), "other": rival.make}
-    steps = {who: _stepping(make(model.parameters(device))) for who, make in makers.items()}
+    left_out = rival.missing
+    seconds: tuple[list[float], list[float]] = [], []
+    grown = Grown(None), Grown(None)
+    try:
+        if not left_out:
+            grown = _memory(model, name, device, say)
+            sides = zip(("ours", "theirs"), grown, strict=True)
+            left_out = ", ".join(f"{who}: {x.left_out}" for who, x in sides if x.left_out)
+        if not left_out:
+            seconds = _seconds(model, name, repeats, device, say)
+    except Exception as error:  # Of whatever kind a library raises; the other pairs are measured.
+        left_out = reason(error)
+    return Pair(*known, *seconds, grown, gpu=gpu_name(device), left_out=left_out)
+
+
+def _memory(model: Model, name: str, device: torch.device, say: Say) -> tuple[Grown, Grown]:
+    each = []
+    for who in ("ours", "other"):
+        say(f"{model.name}, {name}: memory, {who}")
+        each.append(alone(memory_of, model, name, who, device, limit=_LIMIT))
+    return each[0], each[1]
+
+
+def _seconds(
+    model: Model, name: str, repeats: int, device: torch.device, say: Say
+) -> tuple[list[float], list[float]]:
+    both = {who: _maker(name, who)(model.parameters(device)) for who in ("ours", "other")}
+    steps = {who: Steps(optimizer, device) for who, optimizer in both.items()}
     seconds, _ = in_rounds(
         steps,
         repeats,
         lambda told: say(f"{model.name}, {name}: {told}"),
         settle=partial(settle, device),
     )
-    del steps
-    each = []
-    for who in makers:
-        say(f"{model.name}, {name}: memory, {who}")
-        each.append(alone(memory_of, model, name, who, device))
-    ours, others = ([s / _STEPS for s in seconds[who]] for who in ("ours", "other"))
-    return Pair(*known, ours, others, (each[0], each[1]), gpu=gpu_name(device))
+    ours, others = ([s / steps[who].count for s in seconds[who]] for who in ("ours", "other"))
+    return ours, others
+
+
+def _maker(name: str, who: str) -> Maker:
+    return RIVALS[name][0].make if who == "other" else partial(_ours, name)
 
 
 def _ours(name: str, params: Sequence[Tensor]) -> torch.optim.Optimizer:
     return torch_form(RULES[name])(params, lr=1e-3, **RIVALS[name][1])
 
 
-def _stepping(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def several() -> None:
-        for _ in range(_STEPS):
-            optimizer.step()
+class Steps:
+    """A round of an optimizer: as many steps as fill one, which the first call finds out."""
 
-    return several
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.count = 0
+        self._optimizer, self._device = optimizer, device
+
+    def __call__(self) -> None:
+        if not self.count:
+            self._optimizer.step()  # It begins its state.
+            settle(self._device)
+            begun = time.perf_counter()
+            self._optimizer.step()
+            settle(self._device)
+            self.count = steps_of(time.perf_counter() - begun)
+            return
+        for _ in range(self.count):
+            self._optimizer.step()
+
+
+def steps_of(seconds: float) -> int:
+    """Those of a round, where one takes so long."""
+    return max(1, min(_MOST, round(_ROUND / max(seconds, _ROUND / _MOST))))
 
 
 def memory_of(model: Model, name: str, who: str, device: torch.device) -> Grown:
     """In this process: what an optimizer takes beside weights and gradients, its state included."""
     return_freed_blocks()
-    params = model.parameters(device)
-    make: Maker = RIVALS[name][0].make if who == "other" else partial(_ours, name)
+    params, make = model.parameters(device), _maker(name, who)
     # What the first call of a library brings along is no part of it.
-    small = Model("", "", ((8, 8),)).parameters(device)
-    _stepping(make(small))()
+    _several(make(Model("", "", ((8, 8), (8,))).parameters(device)))
     meter = meter_of(device)
-    _stepping(make(params))()
+    _several(make(params))
     return Grown(meter.mib, meter.exact)
+
+
+def _several(optimizer: torch.optim.Optimizer) -> None:
+    begun = time.perf_counter()
+    for i in range(_GROWING):
+        optimizer.step()
+        if i and time.perf_counter() - begun > _PATIENCE:
+            break
 
 
 __all__ = [
@@ -232,8 +289,11 @@ __all__ = [
     "RIVALS",
     "Model",
     "Pair",
+    "Rival",
+    "Steps",
     "bench_optimizers",
     "find_models",
     "find_rivals",
     "memory_of",
+    "steps_of",
 ]

@@ -22,6 +22,15 @@ def table(pairs: Sequence[Pair]) -> Table:
     return for_terminal(_described(pairs[0]), [_HEADER, *map(_cells, pairs)], words=3)
 
 
+def line(pair: Pair) -> str:
+    """One pair, as it is measured."""
+    if pair.left_out:
+        return f"{pair.rule} left out: {pair.left_out}"
+    ours, theirs = (in_mib(grown.mib) for grown in pair.grown)
+    times = f"{spread(pair.ratios)} times the time of {pair.rival}"
+    return f"{pair.rule}: {times}, {ours} MiB beside {theirs}"
+
+
 def write(file: Path, pairs: Sequence[Pair], command: str) -> None:
     """Put the measurements on one model into a Markdown file."""
     write_section(file, _INTRODUCTION, NAME)
@@ -62,10 +71,10 @@ def _described(pair: Pair) -> str:
 
 def _cells(pair: Pair) -> list[str]:
     if pair.left_out:
-        return [pair.rule, pair.over, f"{pair.rival}: {pair.left_out}", *["-"] * 4]
+        return [pair.rule, pair.over, f"{pair.rival}, left out: {pair.left_out}", *["-"] * 4]
     ours, theirs = (in_mib(grown.mib) for grown in pair.grown)
     milliseconds = f"{1e3 * median(pair.seconds):.2f}"
     return [pair.rule, pair.over, pair.rival, milliseconds, spread(pair.ratios), ours, theirs]
 
 
-__all__ = ["section", "table", "write"]
+__all__ = ["line", "section", "table", "write"]

@@ -30,7 +30,8 @@ def adabelief(p, g, s, t, lr, beta1, beta2, eps, weight_decay, decoupled_weight_
     off = g - m
     variance = beta2 * s["variance"] + (1 - beta2) * off * off + eps
     if rectify:
-        step = m / (1 - beta1**t) * rectified(variance, t, beta2, eps)
+        scale, spread = rectified(variance, t, beta2, eps)
+        p = p - lr * scale / (1 - beta1**t) * (m / spread)
     else:
-        step = direction(m, variance, t, beta1, beta2, eps)
-    return p - lr * step, {"m": m, "variance": variance}
+        p = p - lr * direction(m, variance, t, beta1, beta2, eps)
+    return p, {"m": m, "variance": variance}

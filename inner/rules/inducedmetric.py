@@ -12,7 +12,7 @@ where the metric is all but flat.
 import torch
 
 from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import at_least_float32, number, root, rule, zeros
+from ..rule import at_least_float32, number, root, rule, under, zeros
 
 
 def unbiased(average, share, t):
@@ -31,7 +31,7 @@ def averaged_metric(s, products, t, xi, beta):
 @rule(
     "InducedMetric",
     over="model",
-    slots={"m": zeros, "v": zeros, "metric": number()},
+    slots={"m": zeros, "v": under("form", "rms", zeros), "metric": number()},
     lr=learning_rate(0.1, search=(1e-4, 10.0)),
     momentum=decay(0.9),
     xi=positive(0.1, search=(1e-9, 10.0), finest="shared"),

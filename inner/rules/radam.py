@@ -12,7 +12,9 @@ from .adam import decayed, moments
 
 
 def rectified(v, t, beta2, eps):
-    """What the corrected first moment is multiplied by: 1 until the variance can be trusted."""
+    """What the corrected first moment is multiplied by, a number, and divided by: 1 until the
+    variance can be trusted.
+    """
     c2 = 1 - beta2**t
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * t * beta2**t / c2
@@ -21,7 +23,7 @@ def rectified(v, t, beta2, eps):
     n, k = torch.where(adaptive, length, 6.0), torch.where(adaptive, longest, 6.0)
     rectified = torch.sqrt((n - 4) * (n - 2) * k / ((k - 4) * (k - 2) * n) * c2)
     # adaptive as a factor and not a branch: t may be a number on another device than the weights.
-    return torch.where(adaptive, rectified, 1.0) / (adaptive * (root(v) + eps) + ~adaptive)
+    return torch.where(adaptive, rectified, 1.0), adaptive * (root(v) + eps) + ~adaptive
 
 
 @rule(
@@ -37,5 +39,5 @@ def rectified(v, t, beta2, eps):
 def radam(p, g, s, t, lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay):
     p, g = decayed(p, g, lr, weight_decay, decoupled_weight_decay)
     m, v = moments(g, s, beta1, beta2)
-    step = m / (1 - beta1**t) * rectified(v, t, beta2, eps)
-    return p - lr * step, {"m": m, "v": v}
+    scale, spread = rectified(v, t, beta2, eps)
+    return p - lr * scale / (1 - beta1**t) * (m / spread), {"m": m, "v": v}

@@ -4,12 +4,16 @@ Without bias correction, and eps added to the root, as in torch.optim.RMSprop.
 """
 
 from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, zeros
+from ..rule import root, rule, under, zeros
 
 
 @rule(
     "RMSprop",
-    slots={"square_avg": zeros, "grad_avg": zeros, "momentum_buffer": zeros},
+    slots={
+        "square_avg": zeros,
+        "grad_avg": under("centered", True, zeros),
+        "momentum_buffer": zeros,
+    },
     lr=learning_rate(1e-2),
     alpha=decay(0.99),
     eps=positive(1e-8, search=(1e-12, 1e-2)),

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hyperdescent.inner import inplace, optim, plan
 from hyperdescent.inner.flat import flat_step, initial_slots
 from hyperdescent.inner.hyper import Hyper, learning_rate
+from hyperdescent.inner.kernels import kernels_of
 from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rule import Slot, number, root, rule, shared, weights, zeros
@@ -363,6 +364,15 @@ class TestLoading:
         assert adam.param_groups[0]["lr"] == 0.5
         assert saved["param_groups"][0]["lr"] == 1
 
+    def test_bunches_stay(self):
+        params = [torch.nn.Parameter(noise(i, (3,))) for i in range(3)]
+        adam = optim.Adam(params)
+        step(adam, params)
+        before = [x for p in params for x in adam.state[p].values()]
+        step(adam, params)
+        after = [x for p in params for x in adam.state[p].values()]
+        assert len(after) == 6 and all(x is y for x, y in zip(before, after, strict=True))
+
     def test_bunches_end_where_slots_are_replaced(self):
         params = [torch.nn.Parameter(noise(i, (3,))) for i in range(3)]
         adam = optim.Adam(params)
@@ -382,26 +392,55 @@ class TestFused:
         monkeypatch.setattr(inplace, "FUSED", True)
 
     @staticmethod
-    def kernels(rule, **given):
+    def kernels(rule, t=2.0, **given):
         """The kernels of a step, by name."""
         numbers = torch.float64, torch.device("cpu")
         made = plan.plan_of(rule, *numbers)
         values = rule.values(given)
         slots = rule.init(torch.zeros(3, dtype=F64), values)
         held = {n: x for n, x in slots.items() if not x.ndim}
-        found, _ = made.numbers(torch.tensor(2.0, dtype=F64), None, values, held)
+        found, _ = made.numbers(torch.tensor(t, dtype=F64), None, values, held)
         kinds = tuple(float(x) if x in (0, 1) else None for x in found)
-        writer = plan._Writer(made, kinds, True)
-        steps, ends = writer._simplified()
-        nodes = {n for n in ends.values() if isinstance(n, torch.fx.Node)}
-        return [step.kernel.__name__ for step in plan._fused(steps, nodes)]
+        steps, _ = kernels_of(made.after, kinds, fused=True)
+        return [step.kernel.__name__ for step in steps]
 
     def test_momentum_is_two_kernels(self):
         assert self.kernels(optim.SGD.rule, momentum=0.9) == ["add", "sub"]
 
     def test_adam_ends_in_a_quotient_taken_off(self):
-        kernels = self.kernels(optim.Adam.rule)
-        assert kernels[-1] == "addcdiv" and len(kernels) == 10
+        kernels = ["lerp", "mul", "addcmul", "div", "sqrt", "add", "addcdiv"]
+        assert self.kernels(optim.Adam.rule) == kernels
+
+    def test_averages_are_one_kernel(self):
+        assert self.kernels(optim.Lion.rule) == ["lerp", "sign", "lerp", "sub"]
+        assert self.kernels(optim.Signum.rule) == ["lerp", "sign", "sub"]
+
+        @rule("Toward", slots={"z": weights}, lr=learning_rate(0.1))
+        def toward(p, g, s, t, lr):
+            return p + lr * (s["z"] - p), {"z": s["z"] - lr * g}
+
+        assert self.kernels(toward) == ["lerp", "sub"]
+
+    def test_what_waited_for_its_variance_ends_so_too(self):
+        waited = ["lerp", "sub", "mul", "addcmul", "add", "sqrt", "add", "addcdiv"]
+        assert self.kernels(optim.AdaBelief.rule, t=9.0) == waited
+
+    def test_shares_that_are_not_of_a_whole_are_no_average(self):
+        @rule("Apart", slots={"m": zeros}, lr=learning_rate(0.1), a=any_number, b=any_number)
+        def apart(p, g, s, t, lr, a, b):
+            m = a * s["m"] + (1 - b) * g
+            return p - lr * m, {"m": m}
+
+        assert self.kernels(apart, a=0.5, b=0.25) == ["mul", "add", "sub"]
+
+    def test_an_average_of_what_is_read_again_stays(self):
+        @rule("Again", slots={"m": zeros, "share": zeros}, lr=learning_rate(0.1), a=any_number)
+        def again(p, g, s, t, lr, a):
+            share = (1 - a) * g
+            m = a * s["m"] + share
+            return p - lr * m, {"m": m, "share": share}
+
+        assert self.kernels(again, a=0.25) == ["mul", "add", "sub"]
 
     def test_a_product_that_is_read_twice_or_is_a_slot_stays(self):
         @rule("Twice", slots={"kept": zeros}, lr=learning_rate(0.1))
@@ -425,6 +464,21 @@ class TestFused:
             lambda p, g, m, lr: (lr * g) - (lr * g),
             lambda p, g, m, lr: p - lr * (2 / (2 + g * g)),
             lambda p, g, m, lr: p - lr * (g * g > 1),
+            lambda p, g, m, lr: lr * p + (1 - lr) * g,
+            lambda p, g, m, lr: (1 - lr) * p + g * lr,
+            lambda p, g, m, lr: (1 - lr) * p - lr * g,
+            lambda p, g, m, lr: lr * p + (1 - lr) * p,
+            lambda p, g, m, lr: lr * g + (1 - lr) * (p * m),
+            lambda p, g, m, lr: p + lr * (g - p),
+            lambda p, g, m, lr: lr * (g - p) + p,
+            lambda p, g, m, lr: p + lr * (p - g),
+            lambda p, g, m, lr: p - lr * (g - p),
+            lambda p, g, m, lr: g * m + lr * (p - g * m),
+            lambda p, g, m, lr: p - lr * ((g / (1 - lr)) / (2 + m * m)),
+            lambda p, g, m, lr: p + lr * ((g / m) / (2 + m * m)),
+            lambda p, g, m, lr: p - lr * ((lr / g) / (2 + m * m)),
+            lambda p, g, m, lr: lr * p + (1 - lr) * g * g,
+            lambda p, g, m, lr: lr * p - (1 - lr) * g * m,
         ],
     )
     def test_what_they_come_to(self, body):

@@ -5,10 +5,10 @@ from math import prod
 import pytest
 import torch
 
-from hyperdescent.inner.flat import initial_slots
+from hyperdescent.inner.flat import flat_step, initial_slots
 from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.optim import torch_form
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.rules import RULES, find_rule
 
 MATRIX, VECTOR, KERNEL = (64, 128), (128,), (8, 4, 3, 3)
 
@@ -42,8 +42,7 @@ FORMULAS = {
     "frugal": "2 * density",
     "grams": "2",
     "hybridauon": "1",
-    # The second one is of form="rms".
-    "inducedmetric": "2",
+    "inducedmetric": "2 if form == 'rms' else 1",
     "ldog": "3",
     "lion": "1",
     "loginducedmetric": "1",
@@ -57,8 +56,7 @@ FORMULAS = {
     "psgdlra": "2 * rank + 2",
     "psgdxmat": "3",
     "radam": "2",
-    # One of them is of centered=True.
-    "rmsprop": "3",
+    "rmsprop": "3 if centered else 2",
     "sania": "1",
     # Roots are made at every step, so none are kept; the graft has a moment and a momentum.
     "scalableshampoo": "(m**2 + n**2) / (m * n) + 3",
@@ -100,6 +98,7 @@ CHOSEN += [
     if (projector, density) != ("columns", 0.125)
 ]
 CHOSEN += [(name, {"rank": 4}) for name in ("psgdlra", "snsm", "subspacemomentum")]
+CHOSEN += [("rmsprop", {"centered": True}), ("inducedmetric", {"form": "rms"})]
 each = pytest.mark.parametrize(("name", "options"), CHOSEN, ids=str)
 
 
@@ -140,3 +139,59 @@ def test_nor_does_the_torch_form_hold_more(name, options):
     # Nor views of more.
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     assert sum(storages.values()) <= sum(x.nbytes for x in kept)
+
+
+def steps_of_rmsprop(p, gradients, switched):
+    """Written out: centered from the step of that number on, with an average of 0 then."""
+    square, mean, momentum = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)
+    for i, g in enumerate(gradients):
+        square = 0.9 * square + 0.1 * g * g
+        variance = square
+        if i >= switched:
+            mean = 0.9 * mean + 0.1 * g
+            variance = square - mean * mean
+        momentum = 0.5 * momentum + g / (variance.sqrt() + 0.1)
+        p = p - 0.01 * momentum
+    return p
+
+
+# Of these one is stepped where it is, the others gathered, one of which has one element only.
+@pytest.mark.parametrize("shapes", [((2**16,),), ((4, 3), (1,))], ids=str)
+def test_a_slot_of_an_option_begins_when_that_is_switched_on(shapes):
+    draw = torch.Generator().manual_seed(0)
+    params, gradients = [], []
+    for shape in shapes:
+        params.append(torch.nn.Parameter(torch.ones(shape, dtype=torch.float64)))
+        gradients.append(torch.randn((6, *shape), generator=draw, dtype=torch.float64))
+    optimizer = torch_form(RULES["rmsprop"])(params, alpha=0.9, eps=0.1, momentum=0.5)
+    for i in range(6):
+        if i == 3:
+            assert {optimizer.state[p]["grad_avg"].numel() for p in params} == {0}
+            snapshot = optimizer.state_dict()
+            optimizer.load_state_dict(snapshot)
+            assert {optimizer.state[p]["grad_avg"].numel() for p in params} == {0}
+            optimizer.param_groups[0]["centered"] = True
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g[i]
+        optimizer.step()
+    for p, g in zip(params, gradients, strict=True):
+        assert optimizer.state[p]["grad_avg"].shape == p.shape
+        reference = steps_of_rmsprop(torch.ones_like(p), g, switched=3)
+        torch.testing.assert_close(p.detach(), reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(
+    "rule",
+    ["clip_norm(rmsprop)", "lookahead(rmsprop)", "cautious_weight_decay(rmsprop)"],
+)
+def test_nor_do_wrappers_hold_slots_of_other_options(rule, held):
+    rule = find_rule(rule).choose(centered=held)
+    model = {str(i): torch.zeros(x) for i, x in enumerate((MATRIX, VECTOR))}
+    layout = Layout.of(model)
+    p = layout.flatten(model)
+    slots = initial_slots(rule, layout, p, rule.values())
+    assert slots["grad_avg"].numel() == held * p.numel()
+    after = flat_step(rule, layout, p, p + 1, slots, torch.ones((), dtype=torch.float64),
+                      rule.values())[1]  # fmt: skip
+    assert {n: x.shape for n, x in after.items()} == {n: x.shape for n, x in slots.items()}

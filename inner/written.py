@@ -1,0 +1,107 @@
+"""The kernels of a step as a Python function that writes where it may.
+
+That is into the vectors themselves, where nobody reads any more what they held, and else into few
+buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .kernels import Number, Step, Trace, Zero, dtype, kernels_of, nodes
+
+Buffers = Mapping[torch.dtype, list[Tensor]]
+# (vectors, numbers, the same as tensors, buffers): the kernels of a step, one after the other.
+Code = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor], Buffers], None]
+
+
+def written(
+    trace: Trace, kinds: Sequence[float | None], *, fused: bool
+) -> tuple[Code, dict[torch.dtype, int]]:
+    """(the function, how many buffers of each dtype it takes), for numbers of which some are 0 or
+    1. kinds: which.
+    """
+    return _Writer(trace.inputs).code(*kernels_of(trace, kinds, fused=fused))
+
+
+class _Writer:
+    """Knows where every value is, and which buffers are free."""
+
+    def __init__(self, inputs: Mapping[str, fx.Node]) -> None:
+        self._inputs = inputs
+        self._names = {n: f"x[{i}]" for i, n in enumerate(inputs.values())}
+        self._free: dict[torch.dtype, list[str]] = {}
+        self._taken: dict[fx.Node, str] = {}
+        self._made: dict[torch.dtype, int] = {}
+        self._scope: dict[str, Any] = {"torch": torch}
+
+    def code(
+        self, steps: Sequence[Step], found: Mapping[str, Any]
+    ) -> tuple[Code, dict[torch.dtype, int]]:
+        last = {n: i for i, step in enumerate(steps) for n in step.reads}
+        last |= dict.fromkeys(nodes(found.values()), len(steps))
+        homes = {n: self._inputs[name] for name, n in found.items() if isinstance(n, fx.Node)}
+        lines: list[str] = []
+        for i, step in enumerate(steps):
+            given = [*map(self._spelled, step.args)]
+            given += [f"{name}={self._spelled(x)}" for name, x in step.kwargs.items()]
+            # What is read here for the last time gives its place back, to this very step even.
+            for n in step.reads:
+                if last[n] == i and n in self._taken:
+                    self._free.setdefault(dtype(n), []).append(self._taken.pop(n))
+            if step.writes:
+                home = homes.get(step.node)
+                vacant = home is not None and last.get(home, -1) <= i
+                if home is not None and vacant and dtype(home) == dtype(step.node):
+                    place = self._names[home]
+                else:
+                    place = self._taken[step.node] = self._buffer(dtype(step.node))
+                lines.append(f"k{i}({', '.join([*given, f'out={place}'])})")
+            else:
+                place = f"b{i}"
+                lines.append(f"{place} = k{i}({', '.join(given)})")
+            self._names[step.node] = place
+        lines += self._moves(found)
+        source = "\n    ".join(["def run(x, n, m, o):", *(lines or ["pass"])])
+        self._scope |= {f"k{i}": step.kernel for i, step in enumerate(steps)}
+        exec(source, self._scope)
+        return self._scope["run"], self._made
+
+    def _buffer(self, dtype: torch.dtype) -> str:
+        if self._free.get(dtype):
+            return self._free[dtype].pop()
+        count = self._made[dtype] = self._made.get(dtype, 0) + 1
+        return f"o[{dtype}][{count - 1}]"
+
+    def _spelled(self, operand: Any) -> str:
+        if isinstance(operand, fx.Node):
+            return self._names[operand]
+        if isinstance(operand, Number):
+            sign = "-" if operand.minus else ""
+            over = "" if operand.over is None else f" / n[{operand.over}]"
+            return f"{sign}{'m' if operand.tensor else 'n'}[{operand.place}]{over}"
+        name = f"a{len(self._scope)}"
+        self._scope[name] = operand
+        return name
+
+    def _moves(self, found: Mapping[str, Any]) -> Iterator[str]:
+        """What brings values that are elsewhere to where they belong."""
+        homes = {name: self._names[self._inputs[name]] for name in found}
+        away = {
+            name: self._names[n]
+            for name, n in found.items()
+            if isinstance(n, fx.Node) and self._names[n] != homes[name]
+        }
+        # A slot may become what another was: such are read before any is written.
+        changed = {homes[name] for name in away}
+        for i, value in enumerate(away.values()):
+            yield f"c{i} = {value}{'.clone()' if value in changed else ''}"
+        yield from (f"{homes[n]}.zero_()" for n, x in found.items() if isinstance(x, Zero))
+        yield from (f"{homes[name]}.copy_(c{i})" for i, name in enumerate(away))
+
+
+__all__ = ["Buffers", "Code", "written"]
