@@ -41,8 +41,9 @@ from .space import Point, Space
 
 # The share of the budget kept for training the best candidates again under other seeds.
 _CONFIRMING = 0.12
-# And the most of it that goes into finding where to begin.
-_SCANNING = 0.35
+# And the most of it that goes into finding where to begin: in all, and into a point of which there
+# is time for several trainings, up to so many.
+_SCANNING, _POINT, _SEEDS = 0.35, 0.02, 4
 
 
 def tune(
@@ -153,16 +154,29 @@ def _descend(
 def _scan(space: Space, start: Point, log: Log, seed: int) -> Point:
     """Where the descent begins."""
     # What an earlier call on the same folder has found, in its order.
-    known = [row["loss"] for row in reversed(log.rows) if row["route"] == "scan"]
+    known = [row for row in log.rows if row["route"] == "scan"]
+    # Under one seed alone, luck may lead to where others diverge.
+    seeds = next((k for k, row in enumerate(known) if k and row["seed"] == 0), len(known))
+    known.reverse()
+
+    def trained(point: Point, k: int) -> float:
+        if known:
+            loss = known.pop()["loss"]
+            return math.inf if loss is None else loss
+        loss = float(held_out_loss(space.training, point.smooth, mix(seed, k)))
+        outcome = Outcome.OK if math.isfinite(loss) else Outcome.DIVERGED
+        log.note("scan", loss, point, outcome=str(outcome), seed=k)
+        return loss if outcome is Outcome.OK else math.inf
 
     def loss_at(point: Point) -> float:
-        if known:
-            loss = known.pop()
-            return math.inf if loss is None else loss
-        loss = float(held_out_loss(space.training, point.smooth, mix(seed, 0)))
-        outcome = Outcome.OK if math.isfinite(loss) else Outcome.DIVERGED
-        log.note("scan", loss, point, outcome=str(outcome), seed=0)
-        return loss if outcome is Outcome.OK else math.inf
+        nonlocal seeds
+        began = log.clock.spent
+        losses = [trained(point, 0)]
+        if not seeds:
+            cost = max(log.clock.spent - began, 1e-9)
+            seeds = min(_SEEDS, max(1, int(_POINT * log.clock.budget / cost)))
+        losses += [trained(point, k) for k in range(1, seeds)]
+        return sum(losses) / len(losses)
 
     def more() -> bool:
         return bool(known) or (log.descent is None and log.clock.progress < _SCANNING)
