@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..inner.flat import flat_readout, flat_step, initial_slots
+from ..inner.groups import betas_of, check_number, chosen_in, values_in
 from ..inner.hyper import Tensors
 from ..inner.layout import Layout
-from ..inner.optim import betas_of, torch_form
+from ..inner.optim import torch_form
 from ..inner.rule import Rule, unknown
 from ..inner.rules import RULES
 
@@ -74,14 +75,12 @@ def _apply_override(self: Any, override: Mapping[str, Sequence[Any]]) -> None:
         else:
             alone[name] = entries
     for name in alone.keys() & rule.hypers.keys():
-        for value in map(torch.as_tensor, alone[name]):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; a param group takes one number, so "
-                    "give the parameters groups of their own"
-                )
-            rule.hypers[name].check(name, value.detach())
-    _split_betas(self.param_groups, rule)
+        for value in alone[name]:
+            check_number(rule, name, value)
+    # Apart, so that either can be overridden.
+    for group in self.param_groups:
+        if "betas" in group:
+            group.update(zip(betas_of(rule), group.pop("betas"), strict=True))
     _higher().optim.DifferentiableOptimizer._apply_override(self, alone)
 
 
@@ -92,7 +91,6 @@ def _step(self: Any, loss: Tensor, *args: Any, **given: Any) -> Any:
 
 
 def _update(self: Any, grouped_grads: list[list[Tensor | None]], **_: object) -> None:
-    _split_betas(self.param_groups, self.rule)
     # Without this, higher's test mode would keep a graph through slots that hold weights.
     with torch.set_grad_enabled(self._track_higher_grads):
         for group, slots, grads in zip(self.param_groups, self.state, grouped_grads, strict=True):
@@ -106,7 +104,7 @@ def _readout(self: Any) -> list[Tensor]:
     """The weights to use, in the order of the param groups, where the rule trains others."""
     read: list[Tensor] = []
     for group, state in zip(self.param_groups, self.state, strict=True):
-        rule, values = _of_group(self.rule, group)
+        rule, values = chosen_in(self.rule, group), values_in(self.rule, group)
         if rule.over == "model":
             layout = _layout(group)
             p = layout.flatten(dict(zip(layout.names, group["params"], strict=True)))
@@ -120,13 +118,6 @@ def _readout(self: Any) -> list[Tensor]:
                     p = rule.readout(unit, state[i], values, one).view_as(p)
                 read.append(p)
     return read
-
-
-def _of_group(rule: Rule, group: dict[str, Any]) -> tuple[Rule, Tensors]:
-    """The rule with a group's options, and its hypers."""
-    rule = rule.choose(**{name: group[name] for name in rule.choices})
-    values = {n: torch.as_tensor(group[n], dtype=torch.float64).reshape(()) for n in rule.hypers}
-    return rule, values
 
 
 def _name(group: dict[str, Any], i: int) -> str:
@@ -147,7 +138,7 @@ def _update_group(
     loss: Tensor,
 ) -> None:
     """One step on one param group, as the torch form does it, but out of place."""
-    rule, values = _of_group(rule, group)
+    rule, values = chosen_in(rule, group), values_in(rule, group)
     shared = {n: group[n] for n, slot in rule.slots.items() if slot.shared}
     moving = [(i, g) for i, g in enumerate(grads) if g is not None]
     t, sign = group["t"] + 1, -1 if group["maximize"] else 1
@@ -171,7 +162,7 @@ def _update_model(
     loss: Tensor,
 ) -> None:
     """The same for a rule that takes a param group as one vector."""
-    rule, values = _of_group(rule, group)
+    rule, values = chosen_in(rule, group), values_in(rule, group)
     params, layout = group["params"], _layout(group)
     sign = -1 if group["maximize"] else 1
     full = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
@@ -202,13 +193,6 @@ def _joined(
         n: group[n] if n in group else torch.cat([state[i][n].reshape(-1) for i in count])
         for n in rule.slots
     }
-
-
-def _split_betas(groups: list[dict[str, Any]], rule: Rule) -> None:
-    """Keep beta1 and beta2 apart, so that either can be overridden."""
-    for group in groups:
-        if "betas" in group:
-            group.update(zip(betas_of(rule), group.pop("betas"), strict=True))
 
 
 __all__ = ["differentiable_form", "register"]

@@ -1,9 +1,11 @@
 """The torch forms as drop-in replacements: construction, groups, schedulers, errors, copies."""
 
 import copy
+import gc
 import inspect
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from hyperdescent.inner import optim
 from hyperdescent.inner.hyper import learning_rate
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rule import rule
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.wrappers import WRAPPERS
 
 
 def model(seed=0):
@@ -65,6 +68,22 @@ class TestNames:
         form = torch_form(RULES["sgd"].choose(nesterov=True))
         assert form is not optim.SGD
         assert form([torch.zeros(2)], momentum=0.9).param_groups[0]["nesterov"] is True
+
+    def test_equal_rules_have_one_class(self):
+        form = torch_form("clip_norm(cautious(muon))")
+        clip_norm, cautious = WRAPPERS["clip_norm"], WRAPPERS["cautious"]
+        assert form is torch_form(clip_norm(cautious("muon")))
+        assert form is torch_form(find_rule("clip_norm(cautious(muon))"))
+        assert torch_form("adam") is optim.Adam
+        others = clip_norm(cautious("muon"), max_norm=2.0), form.rule.choose(nesterov=False)
+        assert len({form, *map(torch_form, others)}) == 3
+        assert torch_form(others[0])([torch.zeros(2)]).param_groups[0]["max_norm"] == 2.0
+
+    def test_a_class_nobody_uses_is_let_go(self):
+        rule = find_rule("clip_value(cautious(sgd))")
+        gone = weakref.ref(torch_form(rule))
+        gc.collect()
+        assert gone() is None and torch_form(rule).rule is rule
 
     def test_a_rule_that_is_not_registered_has_a_form(self):
         @rule("Descent", lr=learning_rate(0.5))
