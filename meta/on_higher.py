@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inner.flat import flat_readout, flat_step, initial_slots
+from ..inner.flat import flat_readout, flat_step, joined_slots, parted_slots
 from ..inner.groups import betas_of, check_number, chosen_in, values_in
 from ..inner.hyper import Tensors
 from ..inner.layout import Layout
@@ -108,8 +108,8 @@ def _readout(self: Any) -> list[Tensor]:
         if rule.over == "model":
             layout = _layout(group)
             p = layout.flatten(dict(zip(layout.names, group["params"], strict=True)))
-            slots = _joined(rule, layout, group, state)
-            read += layout.unflatten(flat_readout(rule, layout, p, slots, values)).values()
+            slots = _joined(rule, layout, p, group, state, values)
+            read += layout.parted(flat_readout(rule, layout, p, slots, values))
         else:
             for i, p in enumerate(group["params"]):
                 one = Layout.alone(p.shape, _name(group, i))
@@ -167,32 +167,29 @@ def _update_model(
     sign = -1 if group["maximize"] else 1
     full = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
     p, g = (torch.cat([x.reshape(-1) for x in each]) for each in (params, full))
-    # A group has its shared numbers from the start.
-    begun = all({*state[i], *group} >= {*rule.slots} for i in range(len(params)))
-    slots = _joined(rule, layout, group, state) if begun else initial_slots(rule, layout, p, values)
+    slots = _joined(rule, layout, p, group, state, values)
     t = group["t"] + 1
     p, slots = flat_step(rule, layout, p, sign * g, slots, t, values, loss=sign * loss)
-    for i, (stepped, grad) in enumerate(zip(layout.unflatten(p).values(), grads, strict=True)):
+    for i, (stepped, grad) in enumerate(zip(layout.parted(p), grads, strict=True)):
         if grad is not None:
             params[i] = stepped
-    for name, x in slots.items():
-        if x.shape == p.shape:
-            for i, piece in enumerate(layout.unflatten(x).values()):
-                state[i] = {**state[i], name: piece}
-        else:
-            group[name] = x
-    group["t"] = t
+    each, whole = parted_slots(layout, p, slots)
+    state.update(enumerate(each))
+    group.update(t=t, **whole)
 
 
 def _joined(
-    rule: Rule, layout: Layout, group: dict[str, Any], state: dict[int, Tensors]
+    rule: Rule,
+    layout: Layout,
+    p: Tensor,
+    group: dict[str, Any],
+    state: dict[int, Tensors],
+    values: Tensors,
 ) -> Tensors:
     """The slots of a param group in flat vectors, as a rule over models takes them."""
-    count = range(len(layout.names))
-    return {
-        n: group[n] if n in group else torch.cat([state[i][n].reshape(-1) for i in count])
-        for n in rule.slots
-    }
+    each = [state[i] for i in range(len(layout.names))]
+    whole = {n: group[n] for n in rule.slots if n in group}
+    return joined_slots(rule, layout, p, each, whole, values)
 
 
 __all__ = ["differentiable_form", "register"]
