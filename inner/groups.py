@@ -25,6 +25,14 @@ that were zero until then; torch.optim would count its steps from its first. To 
 1, add it as a group of its own."""
 
 
+# lr over a group's "initial_lr" is no factor to scale them by: OneCycleLR has another rate than was
+# given there, ReduceLROnPlateau none, and a learned schedule writes every rate itself.
+_ABOUT_RATES = """
+
+torch's schedulers change group["lr"] alone, and {names} stays where it is. To keep the ratio of the
+two, after every step of the scheduler: group["{name}"] = ratio * group["lr"]."""
+
+
 def betas_of(rule: Rule) -> tuple[str, ...]:
     """The hyperparameters kept as torch's tuple `betas`; none where there is only one beta."""
     names = tuple(name for name in rule.hypers if re.fullmatch(r"beta\d", name))
@@ -58,7 +66,10 @@ def doc_of(rule: Rule) -> str:
     for name, choice in rule.choices.items():
         lines.append(f"    {name}: {choice.default!r} unless given")
     lines.append("    maximize: ascend instead of descend")
-    return "\n".join([rule.doc.strip(), "", "Args:", *lines, "", _ABOUT_GROUPS])
+    about = _ABOUT_GROUPS
+    if rates := [name for name in rule.hypers if name.endswith("_lr")]:
+        about += _ABOUT_RATES.format(names=" and ".join(rates), name=rates[0])
+    return "\n".join([rule.doc.strip(), "", "Args:", *lines, "", about])
 
 
 def _explain(hyper: Hyper) -> str:

@@ -105,6 +105,16 @@ class TestSignature:
         assert "arXiv:1711.05101" in optim.AdamW.__doc__
         assert "weight_decay: 0.01 unless given; in [0, inf)" in optim.AdamW.__doc__
 
+    def test_documents_what_a_scheduler_does_with_a_second_rate(self):
+        optimizer = optim.Muon([torch.nn.Parameter(torch.ones(2))], lr=0.1, aux_lr=0.02)
+        LambdaLR(optimizer, lambda step: 0.5)
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["aux_lr"]) == (0.05, 0.02)
+        assert 'group["lr"] alone, and aux_lr stays where it is' in optim.Muon.__doc__
+        assert 'group["aux_lr"] = ratio * group["lr"]' in optim.Muon.__doc__
+        assert 'group["rest_lr"] = ' in torch_form("partition(sgd, adam)").__doc__
+        assert "ratio" not in optim.AdamW.__doc__
+
     @pytest.mark.parametrize(
         "name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad"]
     )
