@@ -91,13 +91,13 @@ def _step(self: Any, loss: Tensor, *args: Any, **given: Any) -> Any:
 
 
 def _update(self: Any, grouped_grads: list[list[Tensor | None]], **_: object) -> None:
+    update = _update_model if self.rule.over == "model" else _update_group
     # Without this, higher's test mode would keep a graph through slots that hold weights.
     with torch.set_grad_enabled(self._track_higher_grads):
         for group, slots, grads in zip(self.param_groups, self.state, grouped_grads, strict=True):
-            if self.rule.over == "model":
-                _update_model(self.rule, group, slots, grads, self._loss)
-            else:
-                _update_group(self.rule, group, slots, grads, self._loss)
+            sign = -1 if group["maximize"] else 1
+            signed = [g if g is None else sign * g for g in grads]
+            update(chosen_in(self.rule, group), group, slots, signed, sign * self._loss)
 
 
 def _readout(self: Any) -> list[Tensor]:
@@ -138,16 +138,15 @@ def _update_group(
     loss: Tensor,
 ) -> None:
     """One step on one param group, as the torch form does it, but out of place."""
-    rule, values = chosen_in(rule, group), values_in(rule, group)
+    values, t = values_in(rule, group), group["t"] + 1
     shared = {n: group[n] for n, slot in rule.slots.items() if slot.shared}
     moving = [(i, g) for i, g in enumerate(grads) if g is not None]
-    t, sign = group["t"] + 1, -1 if group["maximize"] else 1
     for i, g in moving:
         p = group["params"][i]
         one = Layout.alone(p.shape, _name(group, i))
-        unit, g = (x.reshape(one.shapes[0]) for x in (p, sign * g))
+        unit, g = (x.reshape(one.shapes[0]) for x in (p, g))
         before = {**(state[i] or rule.init(unit, values, one)), **shared}
-        stepped, after = rule(unit, g, before, t, values, loss=sign * loss, layout=one)
+        stepped, after = rule(unit, g, before, t, values, loss=loss, layout=one)
         group["params"][i] = stepped.view_as(p)
         state[i] = {n: x for n, x in after.items() if n not in shared}
     if moving:
@@ -162,14 +161,12 @@ def _update_model(
     loss: Tensor,
 ) -> None:
     """The same for a rule that takes a param group as one vector."""
-    rule, values = chosen_in(rule, group), values_in(rule, group)
+    values, t = values_in(rule, group), group["t"] + 1
     params, layout = group["params"], _layout(group)
-    sign = -1 if group["maximize"] else 1
     full = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
     p, g = (torch.cat([x.reshape(-1) for x in each]) for each in (params, full))
     slots = _joined(rule, layout, p, group, state, values)
-    t = group["t"] + 1
-    p, slots = flat_step(rule, layout, p, sign * g, slots, t, values, loss=sign * loss)
+    p, slots = flat_step(rule, layout, p, g, slots, t, values, loss=loss)
     for i, (stepped, grad) in enumerate(zip(layout.parted(p), grads, strict=True)):
         if grad is not None:
             params[i] = stepped
