@@ -6,7 +6,7 @@ a handful of kernels however many tensors the model has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,27 @@ def initial_slot(rule: Rule, name: str, layout: Layout, p: Tensor, values: Tenso
         units = zip(_parts(p, layout), _values(layout, values, p), layout.units, strict=True)
         return torch.cat([rule.begin(name, *unit).reshape(-1) for unit in units])
     return rule.begin(name, p, values if _raw(rule) else layout.spread_all(values, p), layout)
+
+
+def joined_slots(
+    rule: Rule, layout: Layout, p: Tensor, each: Sequence[Tensors], whole: Tensors, values: Tensors
+) -> Tensors:
+    """The slots of a flat parameter vector from those of every tensor and of the whole model; they
+    begin where there are none.
+    """
+    if not all({*own, *whole} >= {*rule.slots} for own in each):
+        return initial_slots(rule, layout, p, values)
+    return {
+        n: whole[n] if n in whole else torch.cat([own[n].reshape(-1) for own in each])
+        for n in rule.slots
+    }
+
+
+def parted_slots(layout: Layout, p: Tensor, s: Tensors) -> tuple[list[Tensors], Tensors]:
+    """(the slots of every tensor, those of the whole model, without an entry per element)"""
+    whole = {n: x for n, x in s.items() if x.shape != p.shape}
+    parts = {n: layout.parted(x) for n, x in s.items() if n not in whole}
+    return [{n: x[i] for n, x in parts.items()} for i in range(len(layout.names))], whole
 
 
 def flat_step(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .flat import flat_readout, flat_step, initial_slots
+from .flat import flat_readout, flat_step, joined_slots, parted_slots
 from .hyper import Tensors
 from .layout import Layout
 from .plan import Running, plan_of
@@ -209,14 +209,11 @@ class InPlace:
         parts = zip(pairs, _parted(p, unit.params), strict=True)
         moved = [(q, x) for (q, grad), x in parts if grad is not None]
         torch._foreach_copy_([q for q, _ in moved], [x for _, x in moved])
-        rest: Tensors = {}
-        for name, x in after.items():
-            if x.shape != p.shape:
-                rest[name] = x
-                continue
-            for q, piece in zip(unit.params, _parted(x, unit.params), strict=True):
-                states[q][name] = piece.clone()  # A view would keep all others' memory.
-        return rest
+        each, whole = parted_slots(unit.layout, p, after)
+        for q, own in zip(unit.params, each, strict=True):
+            # A view would keep all others' memory.
+            states[q].update((n, x.clone()) for n, x in own.items())
+        return whole
 
     def readout(self, unit: Unit, states: States) -> list[Tensor]:
         """The weights to use of every parameter."""
@@ -225,12 +222,8 @@ class InPlace:
         return _parted(flat_readout(self.rule, unit.layout, p, slots, self.values), unit.params)
 
     def _joined_slots(self, unit: Unit, p: Tensor, states: States) -> Tensors:
-        """The slots of a unit in flat vectors; they begin where there are none."""
-        own = [states[q] for q in unit.params]
-        # Of a model's slots those of one number, or of another length, are all with the group.
-        if not all({*slots, *self.shared} >= {*self.rule.slots} for slots in own):
-            return initial_slots(self.rule, unit.layout, p, self.values)
-        return {n: _joined([slots[n] for slots in own]) for n in own[0]} | self.shared
+        each = [states[q] for q in unit.params]
+        return joined_slots(self.rule, unit.layout, p, each, self.shared, self.values)
 
 
 # torch's own for gradients in buckets: no call from Python per tensor.

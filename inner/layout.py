@@ -44,11 +44,12 @@ class Layout:
         return torch.cat([params[name].reshape(-1) for name in self.names])
 
     def unflatten(self, flat: Tensor) -> Tensors:
+        return dict(zip(self.names, self.parted(flat), strict=True))
+
+    def parted(self, flat: Tensor) -> list[Tensor]:
+        """The same without names."""
         # One split, not a slice per tensor: the backward of a slice fills a whole vector of zeros.
-        parts = flat.split(self.sizes)
-        return {
-            n: x.view(shape) for n, shape, x in zip(self.names, self.shapes, parts, strict=True)
-        }
+        return [x.view(n) for x, n in zip(flat.split(self.sizes), self.shapes, strict=True)]
 
     def spread(self, value: Tensor, like: Tensor) -> Tensor:
         """A hyperparameter of any grain (shared, per tensor, per element) against a flat vector."""

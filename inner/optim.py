@@ -7,32 +7,30 @@ the rule and copies its answer into the weights.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from inspect import Parameter, Signature
-from numbers import Real
+from inspect import Signature
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .hyper import Hyper, Tensors
+from .groups import (
+    betas_of,
+    check_group,
+    chosen_in,
+    defaults_of,
+    doc_of,
+    grouped,
+    signature_of,
+    values_in,
+)
+from .hyper import Tensors
 from .inplace import InPlace, Unit, units
 from .layout import Layout
 from .rule import Rule, unknown
-from .rules import RULES
-
-_ABOUT_GROUPS = """\
-Hyperparameters are read from the param groups at every step, so that schedulers and edits of
-group["lr"] or group["betas"] act; numbers and one-element tensors both do. Slots have the dtype of
-the weights, and a parameter whose gradient is None is left alone.
-
-The step counter belongs to the param group: it counts the steps in which any parameter of the
-group had a gradient. A parameter whose first gradient comes later has the averages of gradients
-that were zero until then; torch.optim would count its steps from its first. To start its count at
-1, add it as a group of its own."""
+from .rules import RULES, find_rule
 
 # Where a state_dict has the trained weights, if others are in use.
 _TRAINED = "trained"
@@ -67,21 +65,20 @@ class RuleOptimizer(torch.optim.Optimizer):
         bound = self.__signature__.bind(params, *args, **given).arguments
         del bound["params"]
         self._lent, self._evaluating, self._parted = False, {}, {}
-        super().__init__(params, self._grouped(bound, _defaults(self.rule)))
+        super().__init__(params, grouped(self.rule, bound, defaults_of(self.rule)))
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
         """Add a group; it may set any argument, and may carry further keys, which are ignored."""
         title = type(self).__name__
-        near = [*_defaults(self.rule), *betas_of(self.rule)]
+        near = [*defaults_of(self.rule), *betas_of(self.rule)]
         for name in param_group:
             # Groups may be tagged freely, but a misspelt argument would silently do nothing.
             close = difflib.get_close_matches(name, near, n=1, cutoff=0.85)
             if name not in near and close:
                 raise TypeError(unknown(f"{title} has no group argument", name, near))
-        group = self._grouped(param_group, self.defaults)
-        self._check(group)
-        rule = self.rule.choose(**{name: group[name] for name in self.rule.choices})
-        values, one = self._values(group), torch.zeros(1)
+        group = grouped(self.rule, param_group, self.defaults)
+        check_group(self.rule, group)
+        rule, values, one = *_of_group(self.rule, group), torch.zeros(1)
         for name, slot in self.rule.slots.items():
             if slot.shared:
                 group[name] = rule.begin(name, one, values, Layout.alone(one.shape))
@@ -214,10 +211,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _in_place(
         self, group: Mapping[str, object], t: Tensor | None = None, loss: Tensor | None = None
     ) -> InPlace:
-        rule = self.rule.choose(**{name: group[name] for name in self.rule.choices})
+        rule, values = _of_group(self.rule, group)
         # Slots of a whole model, too, are kept by the group, from its first step on.
         kept = {n: x for n, x in group.items() if n in rule.slots and isinstance(x, Tensor)}
-        return InPlace(rule, self._values(group), kept, t, loss)
+        return InPlace(rule, values, kept, t, loss)
 
     def _units(self, group: Mapping[str, object], moving: Sequence[bool]) -> list[Unit]:
         """The parameters that move, or all of a group where the rule takes them as one."""
@@ -247,60 +244,39 @@ class RuleOptimizer(torch.optim.Optimizer):
             p.copy_(trained)
         self._evaluating.clear()
 
-    def _grouped(
-        self, given: Mapping[str, object], defaults: Mapping[str, object]
-    ) -> dict[str, object]:
-        """The arguments of one group, with beta1, beta2, ... kept as torch's tuple betas."""
-        group = {**defaults, **given}
-        betas = betas_of(self.rule)
-        if betas:
-            alone = {i: group.pop(name) for i, name in enumerate(betas) if name in given}
-            if alone and "betas" in given:
-                both = f"betas and {betas[min(alone)]}"
-                raise TypeError(f"{type(self).__name__} got {both}; give one of the two")
-            pair = group["betas"]
-            if not isinstance(pair, tuple | list) or len(pair) != len(betas):
-                raise ValueError(f"betas={pair!r} is not a tuple ({', '.join(betas)})")
-            group["betas"] = tuple(alone.get(i, beta) for i, beta in enumerate(pair))
-        return group
 
-    def _given(self, group: Mapping[str, object]) -> dict[str, object]:
-        """Every hyperparameter of a group under its own name."""
-        betas = dict(zip(betas_of(self.rule), group.get("betas", ()), strict=True))  # type: ignore[call-overload]  # a tuple by now
-        return {name: betas[name] if name in betas else group[name] for name in self.rule.hypers}
-
-    def _values(self, group: Mapping[str, object]) -> Tensors:
-        given = self._given(group).items()
-        return {n: torch.as_tensor(v, dtype=torch.float64).detach().reshape(()) for n, v in given}
-
-    def _check(self, group: Mapping[str, object]) -> None:
-        """Raise unless the values of a group are legal, alone and together."""
-        given = self._given(group)
-        for name, value in given.items():
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; a param group takes one number, so "
-                    "give the parameters groups of their own"
-                )
-            if not isinstance(value, Real | Tensor):
-                raise TypeError(f"{name}={value!r} is not a number")
-            number = value if isinstance(value, Tensor) else float(value)
-            self.rule.hypers[name].check(name, number)
-        options = {name: group[name] for name in self.rule.choices}
-        self.rule.choose(**options).complain(given)
+# Of equal rules, for as long as there is a use of it.
+_FORMS: WeakValueDictionary[Rule, type[RuleOptimizer]] = WeakValueDictionary()
 
 
-def torch_form(rule: Rule) -> type[RuleOptimizer]:
-    """The rule as a torch.optim.Optimizer class; its options in force become the defaults.
+def torch_form(rule: str | Rule) -> type[RuleOptimizer]:
+    """The rule, or the one of this name, such as "clip_norm(adamw)", as a torch.optim.Optimizer
+    class; its options in force become the defaults.
 
-    The same class each time for a registered rule, and only those can be pickled.
+    The same class for equal rules. Optimizers can be pickled, their class only if its rule is a
+    registered one.
     """
-    return _registered(rule.name) if RULES.get(rule.name) is rule else _build(rule)
+    rule = find_rule(rule)
+    form = _FORMS.get(rule)
+    if form is None:
+        form = _FORMS[rule] = _build(rule)
+    return form
 
 
-@cache
-def _registered(name: str) -> type[RuleOptimizer]:
-    return _build(RULES[name])
+def _build(rule: Rule) -> type[RuleOptimizer]:
+    namespace = {
+        "rule": rule,
+        "__doc__": doc_of(rule),
+        "__module__": __name__,
+        "__qualname__": rule.title,
+        "__signature__": signature_of(rule),
+    }
+    return type(rule.title, (RuleOptimizer,), namespace)
+
+
+def _of_group(rule: Rule, group: Mapping[str, object]) -> tuple[Rule, Tensors]:
+    """The rule with a group's options, and its hypers."""
+    return chosen_in(rule, group), {n: x.detach() for n, x in values_in(rule, group).items()}
 
 
 def _called(group: Mapping[str, Any], i: int) -> str:
@@ -317,58 +293,6 @@ def _number(loss: float | Tensor) -> Tensor:
 def _blank(rule: Rule) -> RuleOptimizer:
     form = torch_form(rule)
     return form.__new__(form)
-
-
-def _build(rule: Rule) -> type[RuleOptimizer]:
-    namespace = {
-        "rule": rule,
-        "__doc__": _doc(rule),
-        "__module__": __name__,
-        "__qualname__": rule.title,
-        "__signature__": _signature(rule),
-    }
-    return type(rule.title, (RuleOptimizer,), namespace)
-
-
-def betas_of(rule: Rule) -> tuple[str, ...]:
-    """The hyperparameters kept as torch's tuple `betas`; none where there is only one beta."""
-    names = tuple(name for name in rule.hypers if re.fullmatch(r"beta\d", name))
-    return names if len(names) > 1 else ()
-
-
-def _defaults(rule: Rule) -> dict[str, object]:
-    """What the param groups hold where nothing is given, in torch.optim's order of arguments."""
-    betas = betas_of(rule)
-    defaults: dict[str, object] = {}
-    for name, hyper in rule.hypers.items():
-        if name in betas:
-            defaults["betas"] = tuple(rule.hypers[beta].default for beta in betas)
-        else:
-            defaults[name] = hyper.default
-    return {**defaults, **rule.options(), "maximize": False}
-
-
-def _signature(rule: Rule) -> Signature:
-    named, alone = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
-    given = [
-        Parameter(name, alone if name == "maximize" else named, default=default)
-        for name, default in _defaults(rule).items()
-    ]
-    betas = [Parameter(name, alone, default=rule.hypers[name].default) for name in betas_of(rule)]
-    return Signature([Parameter("params", named), *given, *betas], return_annotation=None)
-
-
-def _doc(rule: Rule) -> str:
-    lines = [f"    {name}: {_explain(hyper)}" for name, hyper in rule.hypers.items()]
-    for name, choice in rule.choices.items():
-        lines.append(f"    {name}: {choice.default!r} unless given")
-    lines.append("    maximize: ascend instead of descend")
-    return "\n".join([rule.doc.strip(), "", "Args:", *lines, "", _ABOUT_GROUPS])
-
-
-def _explain(hyper: Hyper) -> str:
-    low, high = hyper.search
-    return f"{hyper.default:g} unless given; in {hyper.legal()}, tuned in [{low:g}, {high:g}]"
 
 
 def __getattr__(name: str) -> type[RuleOptimizer]:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inner.flat import flat_readout, flat_step, initial_slots
+from ..inner.flat import flat_readout, flat_step, joined_slots, parted_slots
+from ..inner.groups import betas_of, check_number, chosen_in, values_in
 from ..inner.hyper import Tensors
 from ..inner.layout import Layout
-from ..inner.optim import betas_of, torch_form
+from ..inner.optim import torch_form
 from ..inner.rule import Rule, unknown
 from ..inner.rules import RULES
 
@@ -74,14 +75,12 @@ def _apply_override(self: Any, override: Mapping[str, Sequence[Any]]) -> None:
         else:
             alone[name] = entries
     for name in alone.keys() & rule.hypers.keys():
-        for value in map(torch.as_tensor, alone[name]):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; a param group takes one number, so "
-                    "give the parameters groups of their own"
-                )
-            rule.hypers[name].check(name, value.detach())
-    _split_betas(self.param_groups, rule)
+        for value in alone[name]:
+            check_number(rule, name, value)
+    # Apart, so that either can be overridden.
+    for group in self.param_groups:
+        if "betas" in group:
+            group.update(zip(betas_of(rule), group.pop("betas"), strict=True))
     _higher().optim.DifferentiableOptimizer._apply_override(self, alone)
 
 
@@ -92,26 +91,25 @@ def _step(self: Any, loss: Tensor, *args: Any, **given: Any) -> Any:
 
 
 def _update(self: Any, grouped_grads: list[list[Tensor | None]], **_: object) -> None:
-    _split_betas(self.param_groups, self.rule)
+    update = _update_model if self.rule.over == "model" else _update_group
     # Without this, higher's test mode would keep a graph through slots that hold weights.
     with torch.set_grad_enabled(self._track_higher_grads):
         for group, slots, grads in zip(self.param_groups, self.state, grouped_grads, strict=True):
-            if self.rule.over == "model":
-                _update_model(self.rule, group, slots, grads, self._loss)
-            else:
-                _update_group(self.rule, group, slots, grads, self._loss)
+            sign = -1 if group["maximize"] else 1
+            signed = [g if g is None else sign * g for g in grads]
+            update(chosen_in(self.rule, group), group, slots, signed, sign * self._loss)
 
 
 def _readout(self: Any) -> list[Tensor]:
     """The weights to use, in the order of the param groups, where the rule trains others."""
     read: list[Tensor] = []
     for group, state in zip(self.param_groups, self.state, strict=True):
-        rule, values = _of_group(self.rule, group)
+        rule, values = chosen_in(self.rule, group), values_in(self.rule, group)
         if rule.over == "model":
             layout = _layout(group)
             p = layout.flatten(dict(zip(layout.names, group["params"], strict=True)))
-            slots = _joined(rule, layout, group, state)
-            read += layout.unflatten(flat_readout(rule, layout, p, slots, values)).values()
+            slots = _joined(rule, layout, p, group, state, values)
+            read += layout.parted(flat_readout(rule, layout, p, slots, values))
         else:
             for i, p in enumerate(group["params"]):
                 one = Layout.alone(p.shape, _name(group, i))
@@ -120,13 +118,6 @@ def _readout(self: Any) -> list[Tensor]:
                     p = rule.readout(unit, state[i], values, one).view_as(p)
                 read.append(p)
     return read
-
-
-def _of_group(rule: Rule, group: dict[str, Any]) -> tuple[Rule, Tensors]:
-    """The rule with a group's options, and its hypers."""
-    rule = rule.choose(**{name: group[name] for name in rule.choices})
-    values = {n: torch.as_tensor(group[n], dtype=torch.float64).reshape(()) for n in rule.hypers}
-    return rule, values
 
 
 def _name(group: dict[str, Any], i: int) -> str:
@@ -147,16 +138,15 @@ def _update_group(
     loss: Tensor,
 ) -> None:
     """One step on one param group, as the torch form does it, but out of place."""
-    rule, values = _of_group(rule, group)
+    values, t = values_in(rule, group), group["t"] + 1
     shared = {n: group[n] for n, slot in rule.slots.items() if slot.shared}
     moving = [(i, g) for i, g in enumerate(grads) if g is not None]
-    t, sign = group["t"] + 1, -1 if group["maximize"] else 1
     for i, g in moving:
         p = group["params"][i]
         one = Layout.alone(p.shape, _name(group, i))
-        unit, g = (x.reshape(one.shapes[0]) for x in (p, sign * g))
+        unit, g = (x.reshape(one.shapes[0]) for x in (p, g))
         before = {**(state[i] or rule.init(unit, values, one)), **shared}
-        stepped, after = rule(unit, g, before, t, values, loss=sign * loss, layout=one)
+        stepped, after = rule(unit, g, before, t, values, loss=loss, layout=one)
         group["params"][i] = stepped.view_as(p)
         state[i] = {n: x for n, x in after.items() if n not in shared}
     if moving:
@@ -171,44 +161,32 @@ def _update_model(
     loss: Tensor,
 ) -> None:
     """The same for a rule that takes a param group as one vector."""
-    rule, values = _of_group(rule, group)
+    values, t = values_in(rule, group), group["t"] + 1
     params, layout = group["params"], _layout(group)
-    sign = -1 if group["maximize"] else 1
     full = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
     p, g = (torch.cat([x.reshape(-1) for x in each]) for each in (params, full))
-    # A group has its shared numbers from the start.
-    begun = all({*state[i], *group} >= {*rule.slots} for i in range(len(params)))
-    slots = _joined(rule, layout, group, state) if begun else initial_slots(rule, layout, p, values)
-    t = group["t"] + 1
-    p, slots = flat_step(rule, layout, p, sign * g, slots, t, values, loss=sign * loss)
-    for i, (stepped, grad) in enumerate(zip(layout.unflatten(p).values(), grads, strict=True)):
+    slots = _joined(rule, layout, p, group, state, values)
+    p, slots = flat_step(rule, layout, p, g, slots, t, values, loss=loss)
+    for i, (stepped, grad) in enumerate(zip(layout.parted(p), grads, strict=True)):
         if grad is not None:
             params[i] = stepped
-    for name, x in slots.items():
-        if x.shape == p.shape:
-            for i, piece in enumerate(layout.unflatten(x).values()):
-                state[i] = {**state[i], name: piece}
-        else:
-            group[name] = x
-    group["t"] = t
+    each, whole = parted_slots(layout, p, slots)
+    state.update(enumerate(each))
+    group.update(t=t, **whole)
 
 
 def _joined(
-    rule: Rule, layout: Layout, group: dict[str, Any], state: dict[int, Tensors]
+    rule: Rule,
+    layout: Layout,
+    p: Tensor,
+    group: dict[str, Any],
+    state: dict[int, Tensors],
+    values: Tensors,
 ) -> Tensors:
     """The slots of a param group in flat vectors, as a rule over models takes them."""
-    count = range(len(layout.names))
-    return {
-        n: group[n] if n in group else torch.cat([state[i][n].reshape(-1) for i in count])
-        for n in rule.slots
-    }
-
-
-def _split_betas(groups: list[dict[str, Any]], rule: Rule) -> None:
-    """Keep beta1 and beta2 apart, so that either can be overridden."""
-    for group in groups:
-        if "betas" in group:
-            group.update(zip(betas_of(rule), group.pop("betas"), strict=True))
+    each = [state[i] for i in range(len(layout.names))]
+    whole = {n: group[n] for n in rule.slots if n in group}
+    return joined_slots(rule, layout, p, each, whole, values)
 
 
 __all__ = ["differentiable_form", "register"]

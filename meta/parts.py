@@ -204,10 +204,17 @@ def split_early(
 
     others: nodes that are not there when the rest runs either.
     """
-    early = set(numbers)
+    early, constant = set(numbers), set[fx.Node]()
+    place = numbers[0].meta["val"].device
     for n in whole.graph.nodes:
-        small = n.op == "call_function" and 0 <= _numel(n) <= largest and not is_random(n)
-        if small and n.all_input_nodes and all(x in early for x in n.all_input_nodes):
+        small = n.op in ("call_function", "get_attr") and 0 <= _numel(n) <= largest
+        if not small or n.meta["val"].device != place or is_random(n):
+            continue
+        # What is made of constants alone is done again wherever it is read.
+        varying = [x for x in n.all_input_nodes if x not in constant]
+        if not varying:
+            constant.add(n)
+        elif all(x in early for x in varying):
             early.add(n)
     absent = early | set(others)
     body = [n for n in whole.graph.nodes if n.op in ("call_function", "output") and n not in absent]

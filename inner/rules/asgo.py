@@ -4,7 +4,7 @@ import torch
 
 from ..hyper import Integer, decay, positive, weight_decay
 from ..newton_schulz import inverse_root
-from ..rule import Slot, at_least_float32, root, rule, zeros
+from ..rule import Slot, at_least_float32, root
 from .matrices import as_matrix, averaged, with_adam
 
 
@@ -50,16 +50,14 @@ def asgo_matrix(p, g, s, t, lr, momentum, beta2, weight_decay, matalg_steps):
 
 
 asgo = with_adam(
-    rule(
-        "ASGO",
-        over="tensor",
-        slots={"momentum_buffer": zeros, "v": Slot(_square)},
-        lr=positive(1e-2, search=(1e-4, 1.0)),
-        momentum=decay(0.9),
-        beta2=decay(0.8, finest="tensor"),
-        weight_decay=weight_decay(0.1),
-        matalg_steps=Integer(10, 5, 20),
-    )(asgo_matrix)
+    "ASGO",
+    asgo_matrix,
+    slots={"v": Slot(_square)},
+    lr=positive(1e-2, search=(1e-4, 1.0)),
+    momentum=decay(0.9),
+    beta2=decay(0.8, finest="tensor"),
+    weight_decay=weight_decay(0.1),
+    matalg_steps=Integer(10, 5, 20),
 )
 
 
@@ -80,14 +78,12 @@ def dasgo_matrix(p, g, s, t, lr, momentum, beta2, eps, weight_decay):
 
 
 dasgo = with_adam(
-    rule(
-        "DASGO",
-        over="tensor",
-        slots={"momentum_buffer": zeros, "v": Slot(_row)},
-        lr=positive(1e-3, search=(1e-4, 1.0)),
-        momentum=decay(0.9),
-        beta2=decay(0.95, finest="tensor"),
-        eps=positive(1e-8, search=(1e-12, 1e-2), finest="tensor"),
-        weight_decay=weight_decay(0.1),
-    )(dasgo_matrix)
+    "DASGO",
+    dasgo_matrix,
+    slots={"v": Slot(_row)},
+    lr=positive(1e-3, search=(1e-4, 1.0)),
+    momentum=decay(0.9),
+    beta2=decay(0.95, finest="tensor"),
+    eps=positive(1e-8, search=(1e-12, 1e-2), finest="tensor"),
+    weight_decay=weight_decay(0.1),
 )

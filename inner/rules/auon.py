@@ -6,10 +6,15 @@ import torch
 
 from ..hyper import Integer, decay, positive, weight_decay
 from ..newton_schulz import JORDAN, first, polar
-from ..rule import at_least_float32, root, rule, zeros
+from ..rule import at_least_float32, root
 from .matrices import as_matrix, averaged, shape_factor, with_adam
 
-GAMMA = positive(1.0, search=(0.1, 30.0), finest="tensor")
+_BOTH = {
+    "lr": positive(0.02, search=(1e-4, 10.0)),
+    "momentum": decay(0.95),
+    "weight_decay": weight_decay(0.0),
+    "gamma": positive(1.0, search=(0.1, 30.0), finest="tensor"),
+}
 
 
 def braked(x, gamma):
@@ -37,17 +42,7 @@ def auon_matrix(p, g, s, t, lr, momentum, weight_decay, gamma):
     return (1 - lr * weight_decay) * p - lr * shape_factor(p) * x, s
 
 
-auon = with_adam(
-    rule(
-        "AuON",
-        over="tensor",
-        slots={"momentum_buffer": zeros},
-        lr=positive(0.02, search=(1e-4, 10.0)),
-        momentum=decay(0.95),
-        weight_decay=weight_decay(0.0),
-        gamma=GAMMA,
-    )(auon_matrix)
-)
+auon = with_adam("AuON", auon_matrix, **_BOTH)
 
 
 def hybrid_auon_matrix(p, g, s, t, lr, momentum, weight_decay, gamma, ns_steps):
@@ -66,15 +61,4 @@ def hybrid_auon_matrix(p, g, s, t, lr, momentum, weight_decay, gamma, ns_steps):
     return (1 - lr * weight_decay) * p - lr * shape_factor(p) * x, s
 
 
-hybrid_auon = with_adam(
-    rule(
-        "HybridAuON",
-        over="tensor",
-        slots={"momentum_buffer": zeros},
-        lr=positive(0.02, search=(1e-4, 10.0)),
-        momentum=decay(0.95),
-        weight_decay=weight_decay(0.0),
-        gamma=GAMMA,
-        ns_steps=Integer(1, 1, 10),
-    )(hybrid_auon_matrix)
-)
+hybrid_auon = with_adam("HybridAuON", hybrid_auon_matrix, **_BOTH, ns_steps=Integer(1, 1, 10))

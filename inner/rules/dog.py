@@ -55,6 +55,16 @@ SLOTS = {
 }
 
 
+def hypers(finest):
+    return {
+        "lr": learning_rate(1.0, search=(0.1, 10.0)),
+        "reps_rel": positive(1e-6, search=(1e-8, 1e-2), finest=finest),
+        "weight_decay": weight_decay(0.0),
+        "eps": positive(1e-8, search=(1e-12, 1e-2), finest=finest),
+        "gamma": positive(8.0, search=(0.1, 100.0), finest=finest),
+    }
+
+
 def distance_over_gradients(p, g, s, t, lr, reps_rel, weight_decay, eps, gamma):
     """The step of one unit, a tensor or the model."""
     x, g = p + s["rest"], precise(g + weight_decay * p)
@@ -66,32 +76,12 @@ def distance_over_gradients(p, g, s, t, lr, reps_rel, weight_decay, eps, gamma):
     return p, {"start": s["start"], "rest": x - p, "average": mean, "reach": far, "total": total}
 
 
-@rule(
-    "DoG",
-    over="model",
-    slots=SLOTS,
-    readout=average,
-    lr=learning_rate(1.0, search=(0.1, 10.0)),
-    reps_rel=positive(1e-6, search=(1e-8, 1e-2), finest="shared"),
-    weight_decay=weight_decay(0.0),
-    eps=positive(1e-8, search=(1e-12, 1e-2), finest="shared"),
-    gamma=positive(8.0, search=(0.1, 100.0), finest="shared"),
-)
+@rule("DoG", over="model", slots=SLOTS, readout=average, **hypers("shared"))
 def dog(p, g, s, t, lr, reps_rel, weight_decay, eps, gamma):
     return distance_over_gradients(p, g, s, t, lr, reps_rel, weight_decay, eps, gamma)
 
 
-@rule(
-    "LDoG",
-    over="tensor",
-    slots=SLOTS,
-    readout=average,
-    lr=learning_rate(1.0, search=(0.1, 10.0)),
-    reps_rel=positive(1e-6, search=(1e-8, 1e-2), finest="tensor"),
-    weight_decay=weight_decay(0.0),
-    eps=positive(1e-8, search=(1e-12, 1e-2), finest="tensor"),
-    gamma=positive(8.0, search=(0.1, 100.0), finest="tensor"),
-)
+@rule("LDoG", over="tensor", slots=SLOTS, readout=average, **hypers("tensor"))
 def ldog(p, g, s, t, lr, reps_rel, weight_decay, eps, gamma):
     """DoG with a distance and a sum of each tensor. Ivgi et al. 2023, arXiv:2302.12022, LDoG."""
     return distance_over_gradients(p, g, s, t, lr, reps_rel, weight_decay, eps, gamma)

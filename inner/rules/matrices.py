@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ..hyper import decay, learning_rate, positive, weight_decay
 from ..partition import partition
-from ..rule import Rule, rule, zeros
+from ..rule import rule, zeros
 from .adam import decayed, direction, moments
 
 
@@ -32,12 +32,14 @@ def adam_for_the_rest(p, g, s, t, aux_lr, aux_beta1, aux_beta2, aux_eps, aux_wei
     return p - aux_lr * step, {"aux_m": m, "aux_v": v}
 
 
-def with_adam(matrix: Rule) -> Rule:
-    """The rule for the matrices of a model, under its name, and Jordan's Adam for the rest.
+def with_adam(title, matrix, *, slots=None, **declared):
+    """The rule for the matrices of a model, which have momentum, and Jordan's Adam for the rest.
 
     All that is Adam's begins with aux_, so that no beta of one comes to stand beside one of the
     other in a pair of betas.
     """
+    kept = {"momentum_buffer": zeros, **(slots or {})}
+    one = rule(title, over="tensor", slots=kept, **declared)(matrix)
     rest = rule(
         "AdamForTheRest",
         slots={"aux_m": zeros, "aux_v": zeros},
@@ -47,5 +49,4 @@ def with_adam(matrix: Rule) -> Rule:
         aux_eps=positive(1e-10, search=(1e-12, 1e-2)),
         aux_weight_decay=weight_decay(0.0),
     )(adam_for_the_rest)
-    made = partition(matrix, rest)
-    return replace(made, name=matrix.title.lower(), title=matrix.title, doc=matrix.doc)
+    return replace(partition(one, rest), name=title.lower(), title=title, doc=one.doc)

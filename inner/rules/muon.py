@@ -19,10 +19,14 @@ average and a sum as momentum are the same rule: the steps do not see the norm.
 
 from ..hyper import Choice, Integer, decay, positive, weight_decay
 from ..newton_schulz import JORDAN, QUINTIC, first, polar
-from ..rule import rule, zeros
 from .matrices import as_matrix, averaged, shape_factor, with_adam
 
-SCALE = Choice("keller", ("keller", "moonlight", "spectral"))
+_BOTH = {
+    "lr": positive(0.02, search=(1e-4, 1.0)),
+    "momentum": decay(0.95),
+    "weight_decay": weight_decay(0.0),
+    "scale": Choice("keller", ("keller", "moonlight", "spectral")),
+}
 
 
 def muon_matrix(p, g, s, t, lr, momentum, weight_decay, ns_steps, ns_coefficients, scale, nesterov):
@@ -33,18 +37,12 @@ def muon_matrix(p, g, s, t, lr, momentum, weight_decay, ns_steps, ns_coefficient
 
 
 muon = with_adam(
-    rule(
-        "Muon",
-        over="tensor",
-        slots={"momentum_buffer": zeros},
-        lr=positive(0.02, search=(1e-4, 1.0)),
-        momentum=decay(0.95),
-        weight_decay=weight_decay(0.0),
-        ns_steps=Integer(5, 1, 20),
-        ns_coefficients=Choice("jordan", ("jordan", "quintic")),
-        scale=SCALE,
-        nesterov=Choice(True, (True, False)),
-    )(muon_matrix)
+    "Muon",
+    muon_matrix,
+    **_BOTH,
+    ns_steps=Integer(5, 1, 20),
+    ns_coefficients=Choice("jordan", ("jordan", "quintic")),
+    nesterov=Choice(True, (True, False)),
 )
 
 
@@ -66,15 +64,4 @@ def turbo_muon_matrix(p, g, s, t, lr, momentum, weight_decay, ns_steps, scale):
     return (1 - lr * weight_decay) * p - lr * shape_factor(p, scale) * o, s
 
 
-turbo_muon = with_adam(
-    rule(
-        "TurboMuon",
-        over="tensor",
-        slots={"momentum_buffer": zeros},
-        lr=positive(0.02, search=(1e-4, 1.0)),
-        momentum=decay(0.95),
-        weight_decay=weight_decay(0.0),
-        ns_steps=Integer(4, 1, 20),
-        scale=SCALE,
-    )(turbo_muon_matrix)
-)
+turbo_muon = with_adam("TurboMuon", turbo_muon_matrix, **_BOTH, ns_steps=Integer(4, 1, 20))

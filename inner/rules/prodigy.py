@@ -13,11 +13,16 @@ arithmetic, but steps of size d0 are lost in bfloat16 weights, and d would stay 
 import torch
 
 from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import Slot, at_least_float32, number, root, rule, zeros
+from ..rule import Slot, at_least_float32, number, root, rule
 
 
 def _nowhere(p, values, layout):
     return torch.zeros_like(p, dtype=at_least_float32(p.dtype))
+
+
+def _small(p, values, layout):
+    # float16 has no number as small as the square of d0 times a gradient.
+    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.bfloat16))
 
 
 def _first_distance(p, values, layout):
@@ -28,10 +33,10 @@ def _first_distance(p, values, layout):
     "Prodigy",
     over="model",
     slots={
-        "m": zeros,
-        "v": zeros,
+        "m": Slot(_small),
+        "v": Slot(_small),
         "way": Slot(_nowhere),
-        "sum": zeros,
+        "sum": Slot(_small),
         "numerator": number(),
         "d": Slot(_first_distance),
     },
@@ -48,7 +53,7 @@ def _first_distance(p, values, layout):
 def prodigy(
     p, g, s, t, lr, beta1, beta2, beta3, eps, weight_decay, use_bias_correction, d0, d_coef
 ):
-    before = s["d"]
+    before, g = s["d"], g.to(s["m"].dtype)
     rate = before * lr
     if use_bias_correction:
         rate = rate * torch.sqrt(1 - beta2**t) / (1 - beta1**t)
@@ -64,4 +69,4 @@ def prodigy(
     d = torch.maximum(before, estimate.to(before.dtype))
     step = rate * (m / (root(v) + d * eps) + weight_decay * p)
     slots = {"m": m, "v": v, "way": s["way"] + step, "sum": summed, "numerator": numerator, "d": d}
-    return p - step, slots
+    return (p - step).to(p.dtype), slots

@@ -1,5 +1,7 @@
 """Subset-Norm and Subspace-Momentum. Nguyen & Nguyen 2024, arXiv:2411.07120 (ICML 2025)."""
 
+from typing import Any
+
 import torch
 
 from .. import noise
@@ -94,22 +96,31 @@ def stepped(p, step, lr, weight_decay):
 
 
 _EMA = ("second_moment", "ema")
-_RANK = Integer(128, 1, 2**20, log=True)
-_GAP = Integer(200, 1, 10**6, log=True)
-_SEED = Integer(0, 0, 2**31 - 1)
+_ALL: dict[str, Any] = {
+    "lr": learning_rate(1e-3),
+    "weight_decay": weight_decay(0.0),
+    "correct_bias": Choice(True, (True, False)),
+}
+_SUBSETS: dict[str, Any] = {
+    "beta2": decay(0.999, finest="tensor", when=_EMA),
+    "eps": positive(1e-6, search=(1e-12, 1e-2)),
+    "second_moment": Choice("ema", ("ema", "sum")),
+}
+_SUBSPACE: dict[str, Any] = {
+    "beta1": decay(0.9, finest="tensor"),
+    "rank": Integer(128, 1, 2**20, log=True),
+    "update_proj_gap": Integer(200, 1, 10**6, log=True),
+    "seed": Integer(0, 0, 2**31 - 1),
+}
 
 
 @rule(
     "SubsetNorm",
     over="tensor",
     slots={"m": zeros, "v": Slot(_subset_moments)},
-    lr=learning_rate(1e-3),
+    **_ALL,
+    **_SUBSETS,
     beta1=decay(0.9),
-    beta2=decay(0.999, finest="tensor", when=_EMA),
-    eps=positive(1e-6, search=(1e-12, 1e-2)),
-    second_moment=Choice("ema", ("ema", "sum")),
-    weight_decay=weight_decay(0.0),
-    correct_bias=Choice(True, (True, False)),
 )
 def subsetnorm(p, g, s, t, lr, beta1, beta2, eps, weight_decay, correct_bias, second_moment):
     """Subset-Norm (AdamW-SN, AdaGrad-SN): one second moment for many weights. Nguyen & Nguyen 2024,
@@ -136,16 +147,11 @@ def subsetnorm(p, g, s, t, lr, beta1, beta2, eps, weight_decay, correct_bias, se
     "SubspaceMomentum",
     over="tensor",
     slots={"m": Slot(_subspace_zeros), "v": Slot(_elementwise_moments)},
-    lr=learning_rate(1e-3),
-    beta1=decay(0.9, finest="tensor"),
+    **_ALL,
+    **_SUBSPACE,
     beta2=decay(0.999, when=_EMA),
     eps=positive(1e-6, search=(1e-12, 1e-2), when=_EMA),
     second_moment=Choice("ema", ("ema", "none")),
-    weight_decay=weight_decay(0.0),
-    correct_bias=Choice(True, (True, False)),
-    rank=_RANK,
-    update_proj_gap=_GAP,
-    seed=_SEED,
 )
 def subspacemomentum(
     p,
@@ -197,16 +203,9 @@ def subspacemomentum(
     "SNSM",
     over="tensor",
     slots={"m": Slot(_subspace_zeros), "v": Slot(_subset_moments)},
-    lr=learning_rate(1e-3),
-    beta1=decay(0.9, finest="tensor"),
-    beta2=decay(0.999, finest="tensor", when=_EMA),
-    eps=positive(1e-6, search=(1e-12, 1e-2)),
-    second_moment=Choice("ema", ("ema", "sum")),
-    weight_decay=weight_decay(0.0),
-    correct_bias=Choice(True, (True, False)),
-    rank=_RANK,
-    update_proj_gap=_GAP,
-    seed=_SEED,
+    **_ALL,
+    **_SUBSETS,
+    **_SUBSPACE,
 )
 def snsm(
     p,

@@ -13,9 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from hyperdescent.inner import inplace, plan
 from hyperdescent.inner.flat import flat_readout, flat_step, initial_slots
+from hyperdescent.inner.groups import betas_of, hypers_in, values_in
 from hyperdescent.inner.hyper import Choice
 from hyperdescent.inner.layout import Layout
-from hyperdescent.inner.optim import betas_of, torch_form
+from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rules import RULES, find_rule
 
 F64 = torch.float64
@@ -350,7 +351,7 @@ class TestEvaluation:
         descend(optimizer, 4)
         (group,) = optimizer.param_groups
         trained = copied(weights(optimizer))
-        values = {n: torch.tensor(v, dtype=F64) for n, v in optimizer._given(group).items()}
+        values = values_in(optimizer.rule, group)
         layouts = [Layout.of({str(i): p}) for i, p in enumerate(trained)]
         parts = [[p] for p in group["params"]]
         if rule.over == "model":
@@ -606,7 +607,7 @@ class TestPlans:
         monkeypatch.setattr(inplace, "FUSED", False)  # The bits are the rule's.
         optimizer = torch_form(rule)(parameters(dtype), **moving(rule))
         (group,) = optimizer.param_groups
-        base = optimizer._given(group)
+        base = hypers_in(optimizer.rule, group)
         points = [base]
         for name, hyper in rule.hypers.items():
             points += [base | {name: edge} for edge in (0.0, 1.0) if legal(hyper, edge)]

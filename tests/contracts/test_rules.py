@@ -25,9 +25,10 @@ from points import (
 
 from hyperdescent.inner import inplace
 from hyperdescent.inner.flat import flat_readout, flat_step, initial_slots
+from hyperdescent.inner.groups import betas_of
 from hyperdescent.inner.hyper import Choice
 from hyperdescent.inner.layout import Layout
-from hyperdescent.inner.optim import betas_of, torch_form
+from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rules import RULES, find_rule
 
 # Every wrapper once: they promise what rules do, and so do rules in rules.

@@ -1,9 +1,11 @@
 """The torch forms as drop-in replacements: construction, groups, schedulers, errors, copies."""
 
 import copy
+import gc
 import inspect
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from hyperdescent.inner import optim
 from hyperdescent.inner.hyper import learning_rate
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rule import rule
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.wrappers import WRAPPERS
 
 
 def model(seed=0):
@@ -66,6 +69,22 @@ class TestNames:
         assert form is not optim.SGD
         assert form([torch.zeros(2)], momentum=0.9).param_groups[0]["nesterov"] is True
 
+    def test_equal_rules_have_one_class(self):
+        form = torch_form("clip_norm(cautious(muon))")
+        clip_norm, cautious = WRAPPERS["clip_norm"], WRAPPERS["cautious"]
+        assert form is torch_form(clip_norm(cautious("muon")))
+        assert form is torch_form(find_rule("clip_norm(cautious(muon))"))
+        assert torch_form("adam") is optim.Adam
+        others = clip_norm(cautious("muon"), max_norm=2.0), form.rule.choose(nesterov=False)
+        assert len({form, *map(torch_form, others)}) == 3
+        assert torch_form(others[0])([torch.zeros(2)]).param_groups[0]["max_norm"] == 2.0
+
+    def test_a_class_nobody_uses_is_let_go(self):
+        rule = find_rule("clip_value(cautious(sgd))")
+        gone = weakref.ref(torch_form(rule))
+        gc.collect()
+        assert gone() is None and torch_form(rule).rule is rule
+
     def test_a_rule_that_is_not_registered_has_a_form(self):
         @rule("Descent", lr=learning_rate(0.5))
         def descent(p, g, s, t, lr):
@@ -85,6 +104,16 @@ class TestSignature:
         )
         assert "arXiv:1711.05101" in optim.AdamW.__doc__
         assert "weight_decay: 0.01 unless given; in [0, inf)" in optim.AdamW.__doc__
+
+    def test_documents_what_a_scheduler_does_with_a_second_rate(self):
+        optimizer = optim.Muon([torch.nn.Parameter(torch.ones(2))], lr=0.1, aux_lr=0.02)
+        LambdaLR(optimizer, lambda step: 0.5)
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["aux_lr"]) == (0.05, 0.02)
+        assert 'group["lr"] alone, and aux_lr stays where it is' in optim.Muon.__doc__
+        assert 'group["aux_lr"] = ratio * group["lr"]' in optim.Muon.__doc__
+        assert 'group["rest_lr"] = ' in torch_form("partition(sgd, adam)").__doc__
+        assert "ratio" not in optim.AdamW.__doc__
 
     @pytest.mark.parametrize(
         "name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad"]

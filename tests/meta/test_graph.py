@@ -17,7 +17,8 @@ from nets import Around, examples, one_layer
 from points import EVERY_RULE, applies, brief, values_in_nets
 from torch import nn
 
-from hyperdescent.inner.hyper import Choice, fraction, positive
+from hyperdescent.inner.hyper import Choice, fraction, learning_rate, positive
+from hyperdescent.inner.rule import rule
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
 from hyperdescent.meta import compiled
@@ -29,6 +30,7 @@ from hyperdescent.meta.replay import Replay
 from hyperdescent.meta.training import Training
 
 DOUBLE = torch.float64
+aten = torch.ops.aten
 STEPS = 5
 CLOSE = 1e-12
 GAITS = ("fast", "lean")
@@ -321,6 +323,18 @@ class TestWhatIsInside:
         assert not [n for n, _ in values(graph.joint) if "pow" in str(n.target)]
         # They are where numbers are computed, or this says nothing.
         assert [n for n, _ in values(graph.behind) if "pow" in str(n.target)]
+
+    def test_numbers_that_meet_constants_are_not_left_there_either(self):
+        half = torch.tensor(0.5, dtype=DOUBLE)
+
+        @rule("Decaying", lr=learning_rate(0.1))
+        def decaying(p, g, s, t, lr):
+            return p - torch.where(t > 1, lr, 1.0) * half**t * g, s
+
+        for each in (decaying, "radam", "ademamix"):
+            graph = step_graph(training(each))
+            numbers = [n for n, x in values(graph.joint) if x.ndim == 0]
+            assert not [n for n in numbers if n.target in (aten.where.self, aten.pow.Tensor_Tensor)]
 
     def test_single_precision_stays_single(self):
         def single(count, *shape, seed=0):

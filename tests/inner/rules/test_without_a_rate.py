@@ -53,6 +53,19 @@ class TestProdigy:
         bowl(optimizer, 100)
         assert optimizer.param_groups[0]["d"] > 0.1
 
+    def test_float16_is_float32_to_rounding(self):
+        # Gradients whose squares, and squared steps of d0, float16 has no numbers for.
+        ends = []
+        for dtype in (torch.float16, torch.float32):
+            p = torch.nn.Parameter(noise(2, 8).to(torch.float16).to(dtype))
+            optimizer = torch_form("prodigy")([p])
+            for _ in range(60):
+                p.grad = p.detach() * torch.tensor([[1e-3], [1e3]], dtype=dtype)
+                optimizer.step()
+            ends.append(p.detach().float())
+        torch.testing.assert_close(*ends, rtol=0.02, atol=0.02)
+        assert optimizer.param_groups[0]["d"] > 1e-3, "it grew"
+
     def test_nothing_moves_before_the_first_gradient(self):
         (p, s) = walk("prodigy", torch.zeros(3, 2, dtype=F64))[-1]
         assert torch.equal(p, torch.ones(2, dtype=F64))
