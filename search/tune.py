@@ -43,7 +43,7 @@ from .space import Point, Space
 _CONFIRMING = 0.12
 # And the most of it that goes into finding where to begin: in all, and into a point of which there
 # is time for several trainings, up to so many.
-_SCANNING, _POINT, _SEEDS = 0.35, 0.02, 4
+_SCANNING, _POINT, _SEEDS = 0.35, 0.04, 4
 
 
 def tune(
