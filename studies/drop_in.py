@@ -43,12 +43,12 @@ NAME = "optimizers"
 ARMS = ("defaults", "tuned")
 # Of the tuned rate: the grid of a rule that missed the target.
 FACTORS = tuple(4.0**k for k in range(-2, 6))
-# What takes the place of a learning rate in rules that find their own from a first guess.
-_GUESSES = ("reps_rel", "d0")
+# What takes the place of a learning rate in rules that find their own.
+_GUESSES = ("reps_rel", "d_coef")
 # Of every rate, but where weights are averaged, which takes the place of a falling rate.
 _SCHEDULE = "cosine"
-# What is tuned beside rates, where a rule has it and its derivative is a guide.
-_MATTERS = ("momentum", "beta1", "beta", "alpha", "scale", "gamma", "weight_decay")
+# What is tuned beside rates, where a rule has it.
+_MATTERS = ("momentum", "beta1", "beta2", "beta", "alpha", "scale", "gamma", "weight_decay")
 Data = dict[str, Part]
 Maker = Callable[[nn.Module], tuple[Optimizer, LRScheduler | None]]
 
@@ -106,16 +106,15 @@ def drop_in_cells(rules: str = "", budget: str = "30s") -> tuple[list[DropInCell
 
 
 def learned_of(rule: Rule) -> list[str]:
-    """What is tuned of a rule: its learning rates, or the guess that they grow from where a rate
-    is none, and what of the usual others is smooth.
+    """What is tuned of a rule: its learning rates, or what takes their place, and the usual
+    others. Where the derivative of one of them is no guide, tune searches.
     """
-    rough, options = rule.rough(), rule.options()
-    rates = rates_of(rule)
+    options, rates = rule.options(), rates_of(rule)
     return rates + [
         name
         for name, hyper in rule.hypers.items()
         if name in _MATTERS
-        and name not in (*rates, *rough)
+        and name not in rates
         and (hyper.when is None or options[hyper.when[0]] == hyper.when[1])
     ]
 

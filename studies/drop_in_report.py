@@ -74,11 +74,11 @@ def _introduction(records: Records) -> str:
     budgets = dict.fromkeys(f"{record.inputs['arm']['budget']:g}" for record in records)  # type: ignore[index, call-overload]  # a mapping
     return f"""\
 Each rule is tuned for {" or ".join(budgets)} s on {SETTING.problem}, {SETTING.steps} steps, in its
-learning rates (or the first guess that takes their place) and in what it has of momentum, beta1,
-beta, alpha, scale, gamma and weight_decay, from its defaults; rates fall along half a cosine, but
-for rules that average weights. `result.optimizer(model)` and its scheduler then train the same net
-in a plain PyTorch loop under {SETTING.seeds} seeds that tuning has not seen, beside the optimizer
-at its defaults. Validation loss, mean and standard deviation; tuning saw these
+learning rates (or what takes their place: reps_rel, d_coef) and in what it has of momentum, beta1,
+beta2, beta, alpha, scale, gamma and weight_decay, from its defaults; rates fall along half a
+cosine, but for rules that average weights. `result.optimizer(model)` and its scheduler then train
+the same net in a plain PyTorch loop under {SETTING.seeds} seeds that tuning has not seen, beside
+the optimizer at its defaults. Validation loss, mean and standard deviation; tuning saw these
 examples, not these starts. "Reached" counts the tuned trainings that end below {SETTING.target:g};
 seconds are of tuning and of one training. A rule that missed is listed with how far tuning came,
 and with the best of one training at each of {len(FACTORS)} rates from 1/16 to 1024 times the tuned

@@ -58,7 +58,7 @@ SLOTS = {
 def hypers(finest):
     return {
         "lr": learning_rate(1.0, search=(0.1, 10.0)),
-        "reps_rel": positive(1e-6, search=(1e-8, 1e-2), finest=finest),
+        "reps_rel": positive(1e-6, search=(1e-8, 0.1), finest=finest),
         "weight_decay": weight_decay(0.0),
         "eps": positive(1e-8, search=(1e-12, 1e-2), finest=finest),
         "gamma": positive(8.0, search=(0.1, 100.0), finest=finest),

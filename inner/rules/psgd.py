@@ -116,15 +116,20 @@ def psgdxmat(
     return p, {"a": a, "b": b, "momentum_buffer": m}
 
 
-def _columns(p, values, layout):
+def _columns(p, values, stream):
+    """Noise of norm sqrt(0.1), a column for each rank."""
+    first = torch.ones((), dtype=torch.float64, device=p.device)
     size = p.numel(), values["rank"]
-    return torch.zeros(size, dtype=at_least_float32(p.dtype), device=p.device)
-
-
-def _cast(t, slot, seed, stream):
-    """Noise of norm sqrt(0.1) in the shape of a slot."""
-    x = noise.normal(t, slot.shape, seed=seed, stream=stream).to(slot)
+    x = noise.normal(first, size, seed=values["seed"], stream=stream).to(at_least_float32(p.dtype))
     return x * (0.1**0.5 / _norm(x))
+
+
+def _columns_of_u(p, values, layout):
+    return _columns(p, values, 1)
+
+
+def _columns_of_v(p, values, layout):
+    return _columns(p, values, 2)
 
 
 def _identity(x):
@@ -148,8 +153,8 @@ def _balanced(u, v):
     "PSGDLRA",
     over="model",
     slots={
-        "u": Slot(_columns),
-        "v": Slot(_columns),
+        "u": Slot(_columns_of_u),
+        "v": Slot(_columns_of_v),
         "d": Slot(_long),
         "smoothness_u": number(),
         "smoothness_v": number(),
@@ -188,11 +193,7 @@ def psgdlra(
     v, h = _pair(flat, t, damping, seed)
     first = (s["d"] == 0).all()
     d = torch.where(first, _start(flat, damping), s["d"].reshape(-1))
-    U, V = (
-        torch.where(first, _cast(t, s[name], seed, stream), s[name])
-        for name, stream in (("u", 1), ("v", 2))
-    )
-    U, V = _balanced(U, V)
+    U, V = _balanced(s["u"], s["v"])
 
     core = _identity(V) + V.mT @ U
     a = _off(U, V, d * h)

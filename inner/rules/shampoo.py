@@ -68,7 +68,7 @@ def _conditioned(g, statistics, ridge, steps):
     "Shampoo",
     over="tensor",
     slots={"statistics": Slot(_of_all)},
-    lr=learning_rate(1e-3, search=(1e-4, 10.0)),
+    lr=learning_rate(0.1, search=(1e-4, 10.0)),
     weight_decay=weight_decay(0.0),
     matrix_eps=positive(1e-6, search=(1e-8, 1.0), finest="tensor"),
 )
@@ -79,7 +79,8 @@ def shampoo(p, g, s, t, lr, weight_decay, matrix_eps):
     any order: a vector has the full matrix of Adagrad. A dimension above 4096 keeps the diagonal of
     its matrix, the paper's diagonal form. pytorch_optimizer is the same without momentum (its
     momentum mixes a gradient with the last preconditioned step); weight decay is added to the
-    gradient, as there. Memory: m^2 + n^2 for m x n weights.
+    gradient, as there. Its lr of 1e-3 moves little, as steps shrink like Adagrad's from the length
+    of an orthogonal matrix; 0.1 is torch_optimizer's. Memory: m^2 + n^2 for m x n weights.
     """
     d = (g + weight_decay * p).to(s["statistics"].dtype)
     statistics = _parted(s["statistics"], p.shape)

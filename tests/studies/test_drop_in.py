@@ -109,23 +109,23 @@ def test_a_start_and_its_batches_are_functions_of_the_seed(small):
 
 
 class TestCells:
-    def test_every_rule_has_one_and_learns_a_rate_by_its_gradient(self):
+    def test_every_rule_has_one_and_learns_a_rate(self):
         cells, left_out = drop_in_cells()
         assert [cell.rule for cell in cells] == list(RULES) and left_out == []
         for rule in RULES.values():
             learned = learned_of(rule)
-            assert learned[0] in ("lr", "reps_rel", "d0")
-            assert not set(learned) & set(rule.rough())
+            assert learned[0] in ("lr", "reps_rel", "d_coef")
+            assert learned[0] not in rule.rough()
             assert ("lr" in scheduled_of(rule)) == (rule.readout is None)
 
     @pytest.mark.parametrize(
         ("name", "learned"),
         [
-            ("adamw", ["lr", "beta1", "weight_decay"]),
+            ("adamw", ["lr", "beta1", "beta2", "weight_decay"]),
             ("alphagrad", ["lr", "alpha", "momentum", "weight_decay"]),
-            ("lion", ["lr", "weight_decay"]),  # Its betas are inside a sign.
+            ("lion", ["lr", "beta1", "beta2", "weight_decay"]),
             ("dog", ["reps_rel", "weight_decay", "gamma"]),
-            ("prodigy", ["d0", "beta1", "weight_decay"]),  # Its lr is 1 by design.
+            ("prodigy", ["d_coef", "beta1", "beta2", "weight_decay"]),  # Its lr is 1 by design.
             ("muon", ["lr", "aux_lr", "momentum", "weight_decay"]),
         ],
     )
