@@ -22,8 +22,9 @@ _NOTICED = 1e-4
 def scan(
     space: Space, start: Point, loss_at: Callable[[Point], float], more: Callable[[], bool]
 ) -> Point:
-    """The best point found from start, each hyper on a log scale moved up, or else down, as long as
-    the loss falls. A schedule is moved as a whole, and values of any grain together.
+    """The best point found from start, each hyper on a log scale moved up, or else down, by factors
+    of 4 as long as the loss falls, and then by 2 where that is better still. A schedule is moved as
+    a whole, and values of any grain together.
 
     loss_at(point): the held-out loss, inf where training diverged, always of the same points in the
     same order for the same losses. more(): whether there is time for another.
@@ -32,19 +33,35 @@ def scan(
     for names in _lines(space):
         # What diverged has too much of something.
         factors = (1 / _FACTOR, _FACTOR) if math.isinf(lowest) else (_FACTOR, 1 / _FACTOR)
+        before = best
         for factor in factors:
-            at, moved = best, False
+            at = best
             while more() and (ahead := _moved(space, at, names, factor)) is not None:
                 loss = loss_at(ahead)
-                if math.isinf(lowest) and math.isinf(loss):
-                    at = ahead
-                elif math.isinf(lowest) or lowest - loss > _NOTICED * abs(lowest):
-                    best, lowest, at, moved = ahead, loss, ahead, True
-                else:
+                if _lower(loss, lowest):
+                    best, lowest = ahead, loss
+                elif not math.isinf(loss) or not math.isinf(lowest):
                     break
-            if moved:
+                at = ahead
+            if best is not before:
                 break
+        if best is before:
+            continue
+        # Between it and its neighbours: cheaper than what a descent pays for half the way.
+        for factor in (_FACTOR**0.5, _FACTOR**-0.5):
+            if more() and (near := _moved(space, best, names, factor)) is not None:
+                loss = loss_at(near)
+                if _lower(loss, lowest):
+                    best, lowest = near, loss
+                    break
     return best
+
+
+def _lower(loss: float, lowest: float) -> bool:
+    """Whether a loss is worth a move."""
+    if math.isinf(lowest):
+        return not math.isinf(loss)
+    return lowest - loss > _NOTICED * abs(lowest)
 
 
 def _lines(space: Space) -> list[list[str]]:

@@ -205,8 +205,9 @@ def _confirm(space: Space, start: Point, log: Log, seed: int) -> tuple[list[floa
     """The best of the points found and of where it all started, under fresh seeds."""
     candidates = log.best(CANDIDATES)
     if (d := log.descent) and d.anchor is not None:
-        # The descent's own answers: where its losses were lowest for a while, and where it ended.
-        own = [z for z in (d.best, d.anchor) if z is not None]
+        # The descent's own answers: where its losses were lowest for a while, and where it ended,
+        # which is no average of where it was while it has not been anywhere for long.
+        own = [d.z] if d.best is None else [d.best, d.anchor]
         candidates = [Point(Coordinates(space.smooth).point(z)) for z in own] + candidates
     # And what was there before it, should its gradient have been no guide.
     candidates[1:1] = [*([log.scanned] if log.scanned else []), start]

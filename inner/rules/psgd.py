@@ -146,7 +146,8 @@ def _balanced(u, v):
     ratio = root(_norm(u) / _norm(v))
     u, v = u / ratio, v * ratio
     apart = 0.1 * (u.mT @ u - v.mT @ v) / ((u * u).sum() + (v * v).sum())
-    return u - u @ apart, torch.linalg.solve(_identity(v) - apart, v.mT).mT
+    # The inverse and then a product: as many right sides as there are weights are slow to solve.
+    return u - u @ apart, v @ torch.linalg.inv(_identity(v) - apart).mT
 
 
 @rule(

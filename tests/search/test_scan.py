@@ -45,16 +45,23 @@ def test_a_rate_goes_up_as_long_as_the_loss_falls(make_space):
     space, losses = make_space(["lr"]), Losses(valley(lr=0.05))
     best = scan(space, space.start(), losses, forever)
     asked = [point["lr"] for point in losses.asked]
-    assert asked == pytest.approx([1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256])
+    assert asked == pytest.approx([1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256, 0.128, 3.2e-2])
     assert best.smooth["lr"] == pytest.approx(6.4e-2)
+
+
+@pytest.mark.parametrize(("lowest", "half"), [(0.1, 2.0), (0.04, 0.5)])
+def test_then_half_a_move_on_or_back(make_space, lowest, half):
+    space, losses = make_space(["lr"]), Losses(valley(lr=lowest))
+    best = scan(space, space.start(), losses, forever)
+    assert best.smooth["lr"] == pytest.approx(6.4e-2 * half)
 
 
 def test_or_else_down(make_space):
     space, losses = make_space(["lr"]), Losses(valley(lr=1e-4))
     best = scan(space, space.start(), losses, forever)
     asked = [point["lr"] for point in losses.asked]
-    assert asked == pytest.approx([1e-3, 4e-3, 2.5e-4, 6.25e-5, 1.5625e-5])
-    assert best.smooth["lr"] == pytest.approx(6.25e-5)
+    assert asked == pytest.approx([1e-3, 4e-3, 2.5e-4, 6.25e-5, 1.5625e-5, 1.25e-4])
+    assert best.smooth["lr"] == pytest.approx(1.25e-4)
 
 
 def test_where_the_loss_is_lowest_already_nothing_moves(make_space):
@@ -110,8 +117,8 @@ def test_a_start_that_diverges_is_left_downwards(make_space):
     losses = Losses(lambda at: math.inf if at["lr"] > 0.02 else valley(lr=0.01)(at))
     best = scan(space, space.start(), losses, forever)
     asked = [point["lr"] for point in losses.asked]
-    assert asked == pytest.approx([1.0, 0.25, 0.0625, 0.015625, 0.00390625])
-    assert best.smooth["lr"] == pytest.approx(0.015625)
+    assert asked == pytest.approx([1.0, 0.25, 0.0625, 2**-6, 2**-8, 2**-5, 2**-7])
+    assert best.smooth["lr"] == pytest.approx(2**-7)
 
 
 def test_where_everything_diverges_it_ends_where_it_began(make_space):
@@ -128,7 +135,7 @@ def test_values_stay_in_their_range(make_space):
     space, losses = make_space(["lr"]), Losses(lambda at: -float(at["lr"].log()))
     best = scan(space, space.start(), losses, forever)
     high = space.smooth["lr"].search[1]
-    assert high / 4 < best.smooth["lr"] <= high
+    assert high / 2 < best.smooth["lr"] <= high
 
 
 def test_it_ends_with_the_time(make_space):
