@@ -49,9 +49,10 @@ def show_result(result: Result, out: Path | None) -> None:
     told = Table(title=f"{result.rule.name} on {result.settings['problem']}")
     for column in ("hyperparameter", "default", "learned"):
         told.add_column(column)
+    learned = {name.partition(".")[0] for name in result.hypers}
     for name in dict.fromkeys([*result.rule.hypers, *result.in_force]):
         before, after = result.defaults[name], result.in_force[name]
-        if not before.equal(after):
+        if name in learned or not before.equal(after):
             told.add_row(name, _spelled(before), _spelled(after))
     for name in sorted(set(result.options) & set(result.settings["learn"])):
         told.add_row(

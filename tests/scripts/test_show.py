@@ -1,9 +1,12 @@
 """What the commands print of a study, and the exit code that goes with it."""
 
 import pytest
+import torch
 
+from hyperdescent.inner.rules import find_rule
 from hyperdescent.meta.outcome import Outcome
-from hyperdescent.scripts.show import one_line, show_records
+from hyperdescent.scripts.show import one_line, show_records, show_result
+from hyperdescent.search.result import Result
 from hyperdescent.studies.record import Record, Records
 
 
@@ -15,6 +18,33 @@ def record(outcome=Outcome.OK, error=None):
         measures={"valid": {"loss": 0.12345 if outcome is Outcome.OK else None}},
         error=error,
     )
+
+
+def result(**learned):
+    """AdamW with these values learned, in a result that says what show_result needs."""
+    rule = find_rule("adamw")
+    given = {name: torch.tensor(v, dtype=torch.float64) for name, v in learned.items()}
+    return Result(
+        rule=rule,
+        hypers=given,
+        options=rule.options(),
+        loss=0.5,
+        losses=[0.5],
+        outcome=Outcome.OK,
+        route="gradient",
+        reason="of a test",
+        in_force=rule.values(given),
+        defaults=rule.values(),
+        scheduled=[],
+        settings={"problem": "wine-mlp", "learn": list(learned)},
+    )
+
+
+def test_every_learned_hyper_has_a_line_and_no_other(capsys):
+    show_result(result(lr=0.02, beta1=0.9), None)
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    found = [[cell.strip() for cell in line[1:4]] for line in lines]
+    assert found == [["lr", "0.001", "0.02"], ["beta1", "0.9", "0.9"]]
 
 
 FAILED = record(None, "ValueError: no [/such] thing")
