@@ -43,7 +43,7 @@ class Unit:
     whole: bool = False
     layout: Layout = field(init=False)
     flat: Tensors = field(default_factory=dict)
-    views: list[Tensors] = field(default_factory=list)
+    views: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layout = Layout(tuple(self.names), tuple(p.shape for p in self.params))
@@ -147,8 +147,8 @@ class InPlace:
         """Short tensors, gathered."""
         if [*unit.flat] != running.slots or not all(
             states[q].get(n) is x
-            for q, views in zip(unit.params, unit.views, strict=False)
-            for n, x in views.items()
+            for n, views in unit.views.items()
+            for q, x in zip(unit.params, views, strict=True)
         ):
             self._gather(unit, states, running)
         p = _joined(unit.params)
@@ -158,10 +158,10 @@ class InPlace:
     def _gather(self, unit: Unit, states: States, running: Running) -> None:
         each = [self._own(q, states, running) for q in unit.params]
         unit.flat = {n: _joined([slots[n] for slots in each]) for n in running.slots}
-        parts = {n: _parted(x, unit.params) for n, x in unit.flat.items()}
-        unit.views = [{n: parts[n][i] for n in parts} for i in range(len(unit.params))]
-        for q, slots, views in zip(unit.params, each, unit.views, strict=True):
-            states[q] = {**slots, **views}  # What has no entry, for it is of another option, stays.
+        unit.views = {n: _parted(x, unit.params) for n, x in unit.flat.items()}
+        for i, (q, slots) in enumerate(zip(unit.params, each, strict=True)):
+            # What has no entry, for it is of another option, stays.
+            states[q] = {**slots, **{n: views[i] for n, views in unit.views.items()}}
 
     def _own(self, p: Tensor, states: States, running: Running) -> Tensors:
         """The slots of a parameter. They begin if it has none, and one that was of an option that

@@ -45,6 +45,9 @@ class _Writer:
         last = {n: i for i, step in enumerate(steps) for n in step.reads}
         last |= dict.fromkeys(nodes(found.values()), len(steps))
         homes = {n: self._inputs[name] for name, n in found.items() if isinstance(n, fx.Node)}
+        # What a vector becomes, and when: until then it may hold what is made on the way.
+        due = {homes[step.node]: i for i, step in enumerate(steps) if step.node in homes}
+        lent = dict[fx.Node, int]()
         lines: list[str] = []
         for i, step in enumerate(steps):
             given = [*map(self._spelled, step.args)]
@@ -54,10 +57,17 @@ class _Writer:
                 if last[n] == i and n in self._taken:
                     self._free.setdefault(dtype(n), []).append(self._taken.pop(n))
             if step.writes:
-                home = homes.get(step.node)
-                vacant = home is not None and last.get(home, -1) <= i
-                if home is not None and vacant and dtype(home) == dtype(step.node):
-                    place = self._names[home]
+                own = homes.get(step.node)
+                vacant = [
+                    home
+                    for home, end in due.items()
+                    if last.get(home, -1) <= i
+                    and lent.get(home, -1) <= i
+                    and dtype(home) == dtype(step.node)
+                    and (home is own or (own is None and last[step.node] <= end))
+                ]
+                if vacant:
+                    place, lent[vacant[0]] = self._names[vacant[0]], last[step.node]
                 else:
                     place = self._taken[step.node] = self._buffer(dtype(step.node))
                 lines.append(f"k{i}({', '.join([*given, f'out={place}'])})")
