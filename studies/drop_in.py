@@ -47,6 +47,7 @@ FACTORS = tuple(4.0**k for k in range(-2, 6))
 _GUESSES = ("reps_rel", "d_coef")
 # Of every rate, but where weights are averaged, which takes the place of a falling rate.
 _SCHEDULE = "cosine"
+_AVERAGING = ("dog", "ldog", "schedulefreesgd", "schedulefreeadamw")
 # What is tuned beside rates, where a rule has it.
 _MATTERS = ("momentum", "beta1", "beta2", "beta", "alpha", "scale", "gamma", "weight_decay")
 Data = dict[str, Part]
@@ -126,7 +127,9 @@ def rates_of(rule: Rule) -> list[str]:
 
 def scheduled_of(rule: Rule) -> dict[str, str]:
     """The schedules of its rates."""
-    return {} if rule.readout else dict.fromkeys(_learning_rates(rule), _SCHEDULE)
+    if rule.name in _AVERAGING:
+        return {}
+    return dict.fromkeys(_learning_rates(rule), _SCHEDULE)
 
 
 def _learning_rates(rule: Rule) -> list[str]:
