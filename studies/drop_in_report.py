@@ -82,7 +82,8 @@ the optimizer at its defaults. Validation loss, mean and standard deviation; tun
 examples, not these starts. "Reached" counts the tuned trainings that end below {SETTING.target:g};
 seconds are of tuning and of one training. A rule that missed is listed with how far tuning came,
 and with the best of one training at each of {len(FACTORS)} rates from 1/16 to 1024 times the tuned
-one, the other numbers as tuned. Tuning stops by the clock, so numbers vary from run to run."""
+one, the other numbers as tuned. Tuning stops by the clock, so numbers vary from run to run.
+What is tuned, and where rates fall, was chosen on this very problem."""
 
 
 def why(record: Record) -> str:
