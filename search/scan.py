@@ -3,8 +3,8 @@
 A metagradient says which way to go, and no trusted step is longer than a share of a rate, so from a
 rate a hundred times too small a descent spends its budget on the way. A plain training costs a
 third of a metagradient and crosses a factor of 4. The scan is the bracketing of a line search
-(Nocedal & Wright 2006, section 3.5) along one hyper after the other, those moved by factors; all of
-its trainings have one seed, so that what differs between two of them is the hyper.
+(Nocedal & Wright 2006, section 3.5) along one hyper after the other, those moved by factors; every
+point is trained under the same seeds, so that what differs between two of them is the hyper.
 """
 
 from __future__ import annotations

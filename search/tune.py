@@ -163,10 +163,9 @@ def _scan(space: Space, start: Point, log: Log, seed: int) -> Point:
         if known:
             loss = known.pop()["loss"]
             return math.inf if loss is None else loss
-        loss = float(held_out_loss(space.training, point.smooth, mix(seed, k)))
-        outcome = Outcome.OK if math.isfinite(loss) else Outcome.DIVERGED
+        loss, outcome = _plain(space, point, mix(seed, k))
         log.note("scan", loss, point, outcome=str(outcome), seed=k)
-        return loss if outcome is Outcome.OK else math.inf
+        return loss
 
     def loss_at(point: Point) -> float:
         nonlocal seeds
@@ -195,10 +194,17 @@ def _search(space: Space, start: Point, log: Log, seed: int) -> None:
     )
     while _searching(log):
         point, k = searcher.ask(), len(log.rows)
-        loss = float(held_out_loss(space.at(point.discrete), point.smooth, mix(seed, k)))
-        outcome = Outcome.OK if math.isfinite(loss) else Outcome.DIVERGED
-        searcher.tell(loss if outcome is Outcome.OK else outcome)
+        loss, outcome = _plain(space, point, mix(seed, k))
+        # Told before it is noted: who watches may interrupt, and no trial is to be done again.
+        searcher.tell(loss)
         log.note("search", loss, point, outcome=str(outcome), seed=k)
+
+
+def _plain(space: Space, point: Point, seed: int) -> tuple[float, Outcome]:
+    """(the held-out loss of a plain training, inf where it diverged; how it ended)"""
+    loss = float(held_out_loss(space.at(point.discrete), point.smooth, seed))
+    ended = math.isfinite(loss)
+    return (loss, Outcome.OK) if ended else (math.inf, Outcome.DIVERGED)
 
 
 def _confirm(space: Space, start: Point, log: Log, seed: int) -> tuple[list[float], Point]:

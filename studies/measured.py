@@ -63,10 +63,9 @@ def alone(measure: Callable[..., Grown], *inputs: Any, limit: float | None = Non
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
-        number = process.submit(os.getpid).result()
-        answer = process.submit(measure, *inputs)
         try:
-            return answer.result(limit)
+            number = process.submit(os.getpid).result()
+            return process.submit(measure, *inputs).result(limit)
         except BrokenProcessPool:
             return Grown(None, left_out="its process ended early; the system may have killed it")
         except TimeoutError:

@@ -284,22 +284,19 @@ class TestReference:
         assert all(map(torch.equal, weights(ours), weights(mirror)))
 
 
+# The rounding of central differences is 1e-10; slopes at the points are above 1e-6.
+slopes_are_right = partial(
+    torch.autograd.gradcheck, eps=1e-5, atol=1e-8, rtol=1e-5, check_undefined_grad=False
+)
+
+
 class TestGradient:
     @each_in_grains
     def test_is_right_in_every_hyperparameter(self, rule, grain):
         values, names, free = free_point(rule, grain)
         moved = partial(free_path, rule, values, names)
-        # The rounding of central differences is 1e-10; slopes at this point are above 1e-6. Where
-        # a hyper has many values, a random mean of their slopes.
-        assert torch.autograd.gradcheck(
-            moved,
-            free,
-            eps=1e-5,
-            atol=1e-8,
-            rtol=1e-5,
-            check_undefined_grad=False,
-            fast_mode=grain != "shared",
-        )
+        # Where a hyper has many values, a random mean of their slopes.
+        assert slopes_are_right(moved, free, fast_mode=grain != "shared")
 
     # torch's own forward mode scripts its decompositions on first use.
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -307,16 +304,7 @@ class TestGradient:
     def test_is_right_in_forward_mode(self, rule):
         values, names, free = free_point(rule)
         moved = partial(free_path, rule, values, names)
-        assert torch.autograd.gradcheck(
-            moved,
-            free,
-            eps=1e-5,
-            atol=1e-8,
-            rtol=1e-5,
-            check_undefined_grad=False,
-            check_forward_ad=True,
-            check_backward_ad=False,
-        )
+        assert slopes_are_right(moved, free, check_forward_ad=True, check_backward_ad=False)
 
     @each_variant
     def test_every_hyperparameter_moves_the_path(self, rule):
