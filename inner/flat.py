@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .hyper import Tensors
 from .layout import Layout
-from .plan import Running, plan_of
+from .plan import plan_of
 from .rule import Rule
+from .running import Running
 
 
 def initial_slots(rule: Rule, layout: Layout, p: Tensor, values: Tensors) -> Tensors:
@@ -38,12 +39,19 @@ def joined_slots(
     """The slots of a flat parameter vector from those of every tensor and of the whole model; they
     begin where there are none.
     """
-    if not all({*own, *whole} >= {*rule.slots} for own in each):
-        return initial_slots(rule, layout, p, values)
-    return {
-        n: whole[n] if n in whole else torch.cat([own[n].reshape(-1) for own in each])
-        for n in rule.slots
-    }
+    slots: Tensors = {}
+    for name in rule.slots:
+        held = [own.get(name) for own in each]
+        if name in whole:
+            slots[name] = whole[name]
+        elif all(x is not None for x in held):
+            slots[name] = torch.cat([x.reshape(-1) for x in held if x is not None])
+        else:
+            begun = slots[name] = initial_slot(rule, name, layout, p, values)
+            if begun.shape == p.shape:
+                pairs = zip(held, layout.parted(begun), strict=True)
+                slots[name] = torch.cat([(x if y is None else y).reshape(-1) for y, x in pairs])
+    return slots
 
 
 def parted_slots(layout: Layout, p: Tensor, s: Tensors) -> tuple[list[Tensors], Tensors]:

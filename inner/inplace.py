@@ -3,26 +3,30 @@
 A rule over elements does not care where one tensor ends and the next begins: long tensors are
 stepped in blocks that stay in cache, short ones are gathered first, and their slots stay gathered,
 each parameter's being a view. Neither takes more memory than the slots, nor a kernel per tensor.
+The same goes for a rule over tensors or the model that but for sums over them is one over elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .flat import flat_readout, flat_step, joined_slots, parted_slots
+from .flat import flat_readout, flat_step, initial_slot, joined_slots, parted_slots
 from .hyper import Tensors
 from .layout import Layout
-from .plan import Running, plan_of
+from .plan import Plan, plan_of
 from .rule import Rule
+from .running import Running
 
 # Elements of tensors gathered into one vector, on the host and on another device: there, launches
 # cost more than memory.
 _BUNCH, _BUNCH_AWAY = 2**16, 2**24
+# Elements of a tensor from which on passes over it in place save more than they cost.
+_LONG = 2**14
 # Whether a product and the sum it enters are one kernel, which is faster and rounds once.
 FUSED = True
 
@@ -32,15 +36,16 @@ States = MutableMapping[Tensor, Tensors]
 
 @dataclass
 class Unit:
-    """Parameters that a rule steps as one, their names, and where they stand in their group. whole:
-    those of a model, whose slots may belong to all of them. flat: slots in one vector each, of
-    which the parameters have views.
+    """Parameters that a rule steps as one, their names, and where they stand in their group.
+
+    parts: of a model, whose slots may belong to all of it, the parameters that move.
+    flat: slots in one vector each, of which the parameters have views.
     """
 
     params: list[Tensor]
     names: list[str]
     at: list[int]
-    whole: bool = False
+    parts: list[Unit] | None = None
     layout: Layout = field(init=False)
     flat: Tensors = field(default_factory=dict)
     views: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -55,33 +60,38 @@ def units(
     """The parameters that move, as the rule takes them; all of them if it takes them as one. Those
     without an element are in none.
     """
+    some = [i for i, p in enumerate(params) if p.numel()]
+    moved = [i for i in some if moving[i]]
     if rule.over == "model":
-        some = [i for i, p in enumerate(params) if p.numel()]
-        yield _unit(params, names, some, whole=True)
-        return
+        whole = _unit(params, names, some)
+        whole.parts = [_unit(params, names, at) for at in _bunches(params, moved)]
+        yield whole
+    else:
+        bunches = [[i] for i in moved] if rule.over == "tensor" else _bunches(params, moved)
+        yield from (_unit(params, names, at) for at in bunches)
+
+
+def _bunches(params: Sequence[Tensor], some: Sequence[int]) -> Iterator[list[int]]:
+    """Long tensors alone, short ones with others of their kind."""
     bunches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     sizes: dict[tuple[torch.device, torch.dtype], int] = {}
-    for i, p in enumerate(params):
+    for i in some:
+        p = params[i]
         kind, size = (p.device, p.dtype), p.numel()
         limit = _BUNCH if p.device.type == "cpu" else _BUNCH_AWAY
-        if not moving[i]:
-            continue
-        if rule.over == "tensor" or size >= limit:
-            yield _unit(params, names, [i])
+        if size >= limit:
+            yield [i]
             continue
         if sizes.get(kind, 0) + size > limit:
-            yield _unit(params, names, bunches.pop(kind))
+            yield bunches.pop(kind)
             sizes[kind] = 0
         bunches.setdefault(kind, []).append(i)
         sizes[kind] = sizes.get(kind, 0) + size
-    for at in bunches.values():
-        yield _unit(params, names, at)
+    yield from bunches.values()
 
 
-def _unit(
-    params: Sequence[Tensor], names: Sequence[str], at: Sequence[int], *, whole: bool = False
-) -> Unit:
-    return Unit([params[i] for i in at], [names[i] for i in at], list(at), whole)
+def _unit(params: Sequence[Tensor], names: Sequence[str], at: list[int]) -> Unit:
+    return Unit([params[i] for i in at], [names[i] for i in at], at)
 
 
 class InPlace:
@@ -106,19 +116,18 @@ class InPlace:
         """Step the parameters of a unit and their slots; the shared ones after it are returned.
         Those of a model without a gradient are left where they are.
         """
-        if unit.whole:
+        if unit.parts is not None:
             return self._model(unit, given, states)
         grads: list[Tensor] = given  # type: ignore[assignment]  # what has none is in no other unit
-        if self.rule.over == "tensor" or (running := self._plan(unit.params[0])) is None:
-            after = self.shared
-            for p, name, g in zip(unit.params, unit.names, grads, strict=True):
-                after = self._out_of_place(p, name, g, states)
-            return after
-        if len(unit.params) == 1:
-            self._long(unit.params[0], grads[0], states, running)
-        else:
-            self._bunch(unit, grads, states, running)
-        return running.shared
+        if self.rule.over == "tensor":
+            return self._tensor(unit, grads, states)
+        if (running := self._plan(unit.params[0])) is not None:
+            self._pass(unit, grads, states, running)
+            return running.shared
+        after = self.shared
+        for p, name, g in zip(unit.params, unit.names, grads, strict=True):
+            after = self._out_of_place(p, name, g, states)
+        return after
 
     def _plan(self, p: Tensor) -> Running | None:
         kind = p.dtype, p.device
@@ -131,9 +140,15 @@ class InPlace:
             )
         return self._running[kind]
 
-    def _long(self, p: Tensor, g: Tensor, states: States, running: Running) -> None:
+    def _pass(self, unit: Unit, grads: list[Tensor], states: States, running: Running) -> None:
+        if len(unit.params) == 1:
+            self._long(unit, grads[0], states, running)
+        else:
+            self._bunch(unit, grads, states, running)
+
+    def _long(self, unit: Unit, g: Tensor, states: States, running: Running) -> None:
         """One tensor, in its own memory."""
-        own = self._own(p, states, running)
+        (p,), (own,) = unit.params, self._own(unit, states, running.slots)
         held = (p, g, *(own[n] for n in running.slots))
         flat = [x.reshape(-1) for x in held]
         running.step(flat)
@@ -145,7 +160,7 @@ class InPlace:
 
     def _bunch(self, unit: Unit, grads: list[Tensor], states: States, running: Running) -> None:
         """Short tensors, gathered."""
-        if [*unit.flat] != running.slots or not all(
+        if (*unit.flat,) != running.slots or not all(
             states[q].get(n) is x
             for n, views in unit.views.items()
             for q, x in zip(unit.params, views, strict=True)
@@ -153,25 +168,27 @@ class InPlace:
             self._gather(unit, states, running)
         p = _joined(unit.params)
         running.step([p, _joined(grads), *unit.flat.values()])
-        torch._foreach_copy_(unit.params, _parted(p, unit.params))
+        if running.writes:
+            torch._foreach_copy_(unit.params, _parted(p, unit.params))
 
     def _gather(self, unit: Unit, states: States, running: Running) -> None:
-        each = [self._own(q, states, running) for q in unit.params]
+        each = self._own(unit, states, running.slots)
         unit.flat = {n: _joined([slots[n] for slots in each]) for n in running.slots}
         unit.views = {n: _parted(x, unit.params) for n, x in unit.flat.items()}
         for i, (q, slots) in enumerate(zip(unit.params, each, strict=True)):
             # What has no entry, for it is of another option, stays.
             states[q] = {**slots, **{n: views[i] for n, views in unit.views.items()}}
 
-    def _own(self, p: Tensor, states: States, running: Running) -> Tensors:
-        """The slots of a parameter. They begin if it has none, and one that was of an option that
-        is in force only now begins now.
+    def _own(self, unit: Unit, states: States, slots: Sequence[str]) -> list[Tensors]:
+        """The slots of every parameter. They begin if it has none, and one that was of an option
+        that is in force only now begins now.
         """
-        own = states[p]
-        if running.slots and not all(n in own and own[n].numel() for n in running.slots):
-            begun = {n: x for n, x in self._begun(p, "").items() if n not in self.shared}
-            states[p] = begun | {n: x for n, x in own.items() if x.numel()}
-        return states[p]
+        for p, name in zip(unit.params, unit.names, strict=True):
+            own = states[p]
+            if not own or not all(n in own and own[n].numel() for n in slots):
+                begun = {n: x for n, x in self._begun(p, name).items() if n not in self.shared}
+                states[p] = begun | {n: x for n, x in own.items() if x.numel()}
+        return [states[p] for p in unit.params]
 
     def _begun(self, p: Tensor, name: str) -> Tensors:
         one = Layout.alone(p.shape, name)
@@ -197,8 +214,46 @@ class InPlace:
         states[p] = {n: x for n, x in after.items() if n not in self.shared}
         return {n: after[n] for n in self.shared}
 
+    def _tensor(self, unit: Unit, grads: list[Tensor], states: States) -> Tensors:
+        """One tensor as a whole; the shared slots after it."""
+        (p,), (name,), (g,) = unit.params, unit.names, grads
+        plan = None
+        if p.numel() >= _LONG:
+            known = name if "layout" in self.rule.needs else ""
+            plan = plan_of(self.rule, p.dtype, p.device, Layout.alone(p.shape, known))
+        if plan is None:
+            return self._out_of_place(p, name, g, states)
+        (own,) = self._own(unit, states, plan.slots)
+        after = self._passes(plan, [unit], {p: g}, states, {**own, **self.shared})
+        states[p].update((n, x) for n, x in after.items() if n not in self.shared)
+        return {n: after[n] for n in self.shared}
+
+    def _passes(
+        self,
+        plan: Plan,
+        parts: Sequence[Unit],
+        grads: Mapping[Tensor, Tensor],
+        states: States,
+        shared: Tensors,
+    ) -> Tensors:
+        """All of a step over parts of a tensor or a model; its shared slots after it."""
+        running = Running(plan, self._t, self._loss, self.values, shared, fused=FUSED)
+        going = True
+        while going:
+            for part in parts:
+                self._pass(part, [grads[p] for p in part.params], states, running)
+            going = running.on()
+        return running.shared
+
     def _model(self, unit: Unit, grads: list[Tensor | None], states: States) -> Tensors:
         """A param group as one vector; the slots after it that are not one entry per element."""
+        kinds = {(p.dtype, p.device) for p in unit.params}
+        plan = plan_of(self.rule, *kinds.pop()) if len(kinds) == 1 else None
+        if plan is not None:
+            given = {p: g for p, g in zip(unit.params, grads, strict=True) if g is not None}
+            self.shared = self._begun_shared(unit, plan.shared)
+            after = self._passes(plan, unit.parts or (), given, states, self.shared)
+            return {**self.shared, **after}
         pairs = list(zip(unit.params, grads, strict=True))
         p = _joined(unit.params)
         g = _joined([torch.zeros_like(q) if grad is None else grad for q, grad in pairs])
@@ -214,6 +269,15 @@ class InPlace:
             # A view would keep all others' memory.
             states[q].update((n, x.clone()) for n, x in own.items())
         return whole
+
+    def _begun_shared(self, unit: Unit, names: Sequence[str]) -> Tensors:
+        """What is kept by all of a model, also what begins only now."""
+        late = [n for n in names if n not in self.shared]
+        if not late:
+            return self.shared
+        p = _joined(unit.params)
+        begun = {n: initial_slot(self.rule, n, unit.layout, p, self.values) for n in late}
+        return {**self.shared, **begun}
 
     def readout(self, unit: Unit, states: States) -> list[Tensor]:
         """The weights to use of every parameter."""

@@ -1,4 +1,4 @@
-"""The kernels of a step on vectors: fewer than its operations.
+"""The kernels of a pass over vectors: fewer than its operations.
 
 Terms of 0 and factors of 1 are left out, a root is one kernel, and, fused, so is a sum with a
 product in it.
@@ -45,13 +45,15 @@ _WRITERS: dict[object, Callable[..., Tensor]] = _MIXED | {
 
 @dataclass(frozen=True)
 class Trace:
-    """A step on vectors. inputs: the vectors, by what they are called. outputs: what becomes of
-    those that change. places: of the numbers that are read, in their list.
+    """A pass over vectors. operations: in order. inputs: the vectors, by what they are called.
+    outputs: what becomes of those that change. sums: operations that make a number of all elements.
+    places: of the numbers that are read, in their list.
     """
 
-    graph: fx.Graph
+    operations: Sequence[fx.Node]
     inputs: Mapping[str, fx.Node]
     outputs: Mapping[str, fx.Node]
+    sums: Sequence[fx.Node]
     places: Mapping[fx.Node, int]
 
 
@@ -107,7 +109,8 @@ def kernels_of(
     except _Vanished:
         steps, found = _simplified(trace, None)
     numbers = {place: n for n, place in trace.places.items()}
-    return _fused(steps, set(nodes(found.values())), numbers) if fused else steps, found
+    ends = {*nodes(found.values()), *trace.sums}
+    return _fused(steps, ends, numbers) if fused else steps, found
 
 
 def nodes(operands: Iterable[Any]) -> list[fx.Node]:
@@ -135,9 +138,7 @@ def _simplified(
         number = isinstance(a, fx.Node) and a in places
         return Number(places[a], tensor=True) if number else of(a)
 
-    for n in trace.graph.nodes:
-        if n.op != "call_function" or n.meta["val"].ndim == 0:
-            continue
+    for n in trace.operations:
         args = tuple(map(of, n.args))
         same = _same(n.target, args) if kinds and not n.kwargs else None
         if isinstance(same, fx.Node) and dtype(same) != dtype(n):
@@ -154,10 +155,11 @@ def _simplified(
                 args = tuple(map(exact, n.args))
             if any(isinstance(a, Zero) for a in args):
                 raise _Vanished
-            kernel = _WRITERS.get(n.target, n.target)
-            steps.append(Step(n, kernel, args, dict(n.kwargs), n.target in _WRITERS))
+            itself: Any = n.target
+            kernel = _WRITERS.get(itself, itself)
+            steps.append(Step(n, kernel, args, dict(n.kwargs), itself in _WRITERS))
     found = {name: of(n) for name, n in trace.outputs.items()}
-    used = set(nodes(found.values()))
+    used = {*nodes(found.values()), *trace.sums}
     kept = []
     for step in reversed(steps):
         if step.node in used:

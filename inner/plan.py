@@ -1,4 +1,4 @@
-"""A rule over elements as a list of kernels that write where they may.
+"""A rule as a few passes over its vectors, each a list of kernels that write where they may.
 
 A rule is mathematics: out of place, with numbers as tensors. Done as it is written, a step makes
 a tensor per operation and computes its bias corrections once per block. A plan is the same
@@ -6,6 +6,9 @@ operations, traced once: those on numbers are done once a step, and the others o
 into a few buffers, or into the weights and slots themselves. Nothing is rearranged, so the bits are
 the rule's; a term with the factor 0 is left out. Fused, a product and the sum it enters are one
 kernel, as in torch.optim, which rounds once where the rule rounds twice.
+
+A rule over elements is one pass. One over the whole model may sum over all elements: what follows
+from a sum is known only after a pass that reads, and what was made on the way is made again.
 """
 
 from __future__ import annotations
@@ -17,118 +20,113 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .hyper import Tensors
-from .kernels import Trace
+from .kernels import Trace, aten
+from .layout import Layout
 from .rule import Rule
-from .written import Buffers, Code, written
-
-# Elements at a time: what a step makes on its way stays in a cache, but not in the fastest, whose
-# gain is less than the microseconds of so many more calls.
-BLOCK = 2**18
+from .written import Code, written
 
 
 @dataclass
-class Plan:
-    """The traced step of a rule for weights of a dtype on a device.
+class Stage:
+    """What is known of a step at one time, and the pass over the vectors that it allows.
 
-    before(t, *hypers, *shared slots, loss) -> (*shared slots after the step, *numbers for kernels).
-    after: what is done with the vectors, "p" and "g" and the slots with an entry per element.
+    numbers(t, *hypers, *shared slots, *loss, *sums of the passes before) -> (*those shared slots
+    after the step that are known now, *numbers for the kernels).
+    trace: of the pass, over "p" and "g" and the slots with an entry per element.
     """
 
-    rule: Rule
+    numbers: fx.GraphModule
     shared: tuple[str, ...]
-    before: fx.GraphModule
-    after: Trace
+    trace: Trace
     _codes: dict[tuple[object, ...], tuple[Code, dict[torch.dtype, int]]] = field(
         default_factory=dict
     )
-
-    def numbers(
-        self, t: Tensor, loss: Tensor | None, values: Tensors, shared: Tensors
-    ) -> tuple[list[Tensor], Tensors]:
-        """(what the kernels of a step take of numbers, the shared slots after it)."""
-        given = [t, *(values[n] for n in self.rule.hypers), *(shared[n] for n in self.shared)]
-        if "loss" in self.rule.needs:
-            assert loss is not None
-            given.append(loss)
-        made = list(self.before(*given))
-        count = len(self.shared)
-        return made[count:], dict(zip(self.shared, made[:count], strict=True))
 
     def code(self, numbers: Sequence[Any], *, fused: bool) -> tuple[Code, dict[torch.dtype, int]]:
         """(the kernels for numbers of which some are 0 or 1, how many buffers of each dtype)."""
         kinds = tuple(float(x) if x in (0, 1) else None for x in numbers)
         key = (fused, *kinds)
         if key not in self._codes:
-            self._codes[key] = written(self.after, kinds, fused=fused)
+            self._codes[key] = written(self.trace, kinds, fused=fused)
         return self._codes[key]
 
 
-class Running:
-    """A plan at one step: its numbers, and buffers for blocks. shared: slots after the step."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        t: Tensor,
-        loss: Tensor | None,
-        values: Tensors,
-        shared: Tensors,
-        *,
-        fused: bool = False,
-    ) -> None:
-        self.slots = [*plan.after.inputs][2:]
-        self._tensors, self.shared = plan.numbers(t, loss, values, shared)
-        self._numbers = [x.item() for x in self._tensors]
-        self._code, self._needs = plan.code(self._numbers, fused=fused)
-        self._buffers: dict[torch.dtype, list[Tensor]] = {}
-        self._size = 0
-
-    def step(self, vectors: Sequence[Tensor]) -> None:
-        """Change the first of the plan's vectors, the weights, and the slots among them, all of
-        one length, where they are.
-        """
-        size, device = vectors[0].numel(), vectors[0].device
-        block = BLOCK if device.type == "cpu" else size
-        tensors = [x.to(device) for x in self._tensors]
-        blocks = (
-            [vectors] if size <= block else zip(*(x.split(block) for x in vectors), strict=True)
-        )
-        for each in blocks:
-            self._code(each, self._numbers, tensors, self._room(each[0].numel(), device))
-
-    def _room(self, size: int, device: torch.device) -> Buffers:
-        """Buffers of so many elements."""
-        if size > self._size:
-            self._size = size
-            self._buffers = {
-                dtype: [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
-                for dtype, count in self._needs.items()
-            }
-        if size == self._size:
-            return self._buffers
-        return {dtype: [x[:size] for x in each] for dtype, each in self._buffers.items()}
-
-
-@lru_cache(maxsize=64)
-def plan_of(rule: Rule, dtype: torch.dtype, device: torch.device) -> Plan | None:
-    """The plan of a rule over elements for weights of a dtype on a device."""
-    return make_plan(rule, torch.empty(0, dtype=dtype, device=device), rule.values())
-
-
-def make_plan(rule: Rule, p: Tensor, values: Tensors) -> Plan | None:
-    """The plan of a rule over elements for weights like p; None if it is more than elementwise
-    operations on them.
+@dataclass(frozen=True)
+class Plan:
+    """The traced step of a rule for weights of a dtype on a device. slots: those with an entry per
+    element, which every pass takes after the weights and gradients. shared: the others.
     """
-    like = torch.zeros(3, dtype=p.dtype, device=p.device)
-    slots = rule.init(like, values)
-    # A slot that belongs to another option has no entry.
-    vectors = [n for n, x in slots.items() if not rule.slots[n].shared and x.numel()]
-    shared = [n for n in slots if rule.slots[n].shared]
-    if any(slots[n].shape != like.shape for n in vectors):
-        return None
+
+    rule: Rule
+    slots: tuple[str, ...]
+    shared: tuple[str, ...]
+    stages: tuple[Stage, ...]
+
+
+# Operations that are elementwise but not said to be by torch.
+_ELEMENTWISE = {
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.full_like.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+}
+
+
+def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    return x.sum(dtype=dtype) / x.numel()
+
+
+# Of a vector in blocks, sums can be put together, and means cannot.
+_MEANS = {aten.mean.default: _mean}
+
+
+@lru_cache(maxsize=512)
+def plan_of(
+    rule: Rule, dtype: torch.dtype, device: torch.device, tensor: Layout | None = None
+) -> Plan | None:
+    """The plan of a rule for weights of a dtype on a device; None if it is more than elementwise
+    operations and, unless it is over elements, sums.
+
+    tensor: of a rule over tensors, the one that it is for, whose shape and name may matter.
+    """
+    if rule.over == "tensor":
+        assert tensor is not None
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _plan(rule, *_traced(rule, tensor, dtype, device))
+    if rule.over == "element":
+        return _plan(rule, *_traced(rule, Layout.alone(torch.Size([3])), dtype, device))
+    # Of two tensors, so that what is done with them apart is seen, and once more with a weight
+    # more, so that what depends on their number is.
+    sizes = [(torch.Size([n]), torch.Size([1])) for n in (2, 4)]
+    traces = [_traced(rule, Layout(("", "0"), each), dtype, device) for each in sizes]
+    graphs = [str(traced and traced.graph) for traced, _ in traces]
+    return _plan(rule, *traces[0]) if graphs[0] == graphs[1] else None
+
+
+def _traced(
+    rule: Rule, layout: Layout, dtype: torch.dtype, device: torch.device
+) -> tuple[fx.GraphModule | None, Tensors]:
+    """(a step, the slots before it). (t, *hypers, *shared slots, *loss, p, g, *other slots) ->
+    (*shared slots, p, *other slots)
+    """
+    values, shape = rule.values(), layout.shapes[0]
+    if rule.over == "model":
+        shape = torch.Size([sum(layout.sizes)])
+    like = torch.arange(shape.numel(), dtype=dtype, device=device).view(shape)
+    slots = rule.init(like, values, layout)
+    vectors, shared = _kinds(rule, slots)
+    if any(slots[n].shape != shape for n in vectors):
+        return None, slots
+    if rule.over == "model":
+        alone = [rule.init(x, values) for x in like.split(layout.sizes)]
+        joined = {n: torch.cat([own[n] for own in alone]) for n in vectors}
+        if not all(torch.equal(slots[n], x) for n, x in joined.items()):
+            return None, slots  # They do not begin element by element.
     numbers = [torch.ones((), dtype=torch.float64) for _ in range(1 + len(rule.hypers))]
     numbers += [slots[n] for n in shared]
     loss = [like.new_ones(())] if "loss" in rule.needs else []
@@ -140,72 +138,120 @@ def make_plan(rule: Rule, p: Tensor, values: Tensors) -> Plan | None:
         before = slots | dict(zip(shared, rest[len(own) :], strict=False))
         p, g, *each = flat[count:]
         before |= dict(zip(vectors, each, strict=True))
-        p, after = rule(p, g, before, t, own, loss=rest[-1] if loss else None)
+        p, after = rule(p, g, before, t, own, loss=rest[-1] if loss else None, layout=layout)
         return [*(after[n] for n in shared), p, *(after[n] for n in vectors)]
 
     with torch.no_grad():
         # No tensor twice: the trace would take them for one.
         flat = [x.clone() for x in (*numbers, *loss, like, like, *(slots[n] for n in vectors))]
-        traced = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
-    return _divided(rule, traced, count, ("p", "g", *vectors), tuple(shared))
+        traced = make_fx(step, _MEANS, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+    traced.graph.eliminate_dead_code()
+    return traced, slots
 
 
-def _divided(
-    rule: Rule,
-    traced: fx.GraphModule,
-    count: int,
-    vectors: tuple[str, ...],
-    shared: tuple[str, ...],
-) -> Plan | None:
-    graph = traced.graph
-    graph.eliminate_dead_code()
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    (output,) = (n for n in graph.nodes if n.op == "output")
-    after: list[fx.Node] = list(output.args[0])
-    early = set(inputs[:count])
-    for n in graph.nodes:
-        if n.op == "get_attr":
-            if getattr(traced, n.target).ndim:
-                return None  # As many numbers as were traced.
-            early.add(n)
-        elif n.op == "call_function":
-            number = n.meta["val"].ndim == 0
-            if number != all(x in early for x in n.all_input_nodes):
-                return None  # A number made of vectors, or a vector of numbers.
-            if not number and not _elementwise(n):
-                return None
-            if number:
-                early.add(n)
-    ends = after[len(shared) :]
-    if any(n in early for n in ends):
+def _kinds(rule: Rule, slots: Tensors) -> tuple[list[str], list[str]]:
+    """(the slots with an entry per element, those of one number for all)."""
+    whole = rule.over != "element"
+    shared = [n for n, x in slots.items() if rule.slots[n].shared or (whole and not x.ndim)]
+    # A slot that belongs to another option has no entry.
+    return [n for n, x in slots.items() if n not in shared and x.numel()], shared
+
+
+def _plan(rule: Rule, traced: fx.GraphModule | None, slots: Tensors) -> Plan | None:
+    """A traced step in stages."""
+    if traced is None:
         return None
-    late = [n for n in graph.nodes if n.op == "call_function" and n not in early]
-    read = {x for n in late for x in n.all_input_nodes}
-    wanted = [n for n in graph.nodes if n in early and n in read]
-    before = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for n in graph.nodes:
-        if n in early:
-            env[n] = before.node_copy(n, lambda x: env[x])
-    before.output(tuple(env[n] for n in (*after[: len(shared)], *wanted)))
-    before.eliminate_dead_code()
-    return Plan(
-        rule=rule,
-        shared=shared,
-        before=fx.GraphModule(traced, before),
-        after=Trace(
-            graph,
-            inputs=dict(zip(vectors, inputs[count:], strict=True)),
-            outputs=dict(zip(("p", *vectors[2:]), ends, strict=True)),
-            places={n: i for i, n in enumerate(wanted)},
-        ),
-    )
+    vectors, shared = _kinds(rule, slots)
+    *nodes, output = traced.graph.nodes
+    at = _passes(traced, nodes, sums=rule.over != "element")
+    if at is None:
+        return None
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    numbers, held = placeholders[: -2 - len(vectors)], placeholders[-2 - len(vectors) :]
+    inputs = dict(zip(("p", "g", *vectors), held, strict=True))
+    known = dict(zip(shared, output.args[0], strict=False))
+    ends = dict(zip(("p", *vectors), output.args[0][len(shared) :], strict=True))
+    if not all(map(_is_vector, ends.values())):
+        return None
+    last, stages = max(at[n] for n in nodes if _is_vector(n)), []
+    for i in range(1 + max([last, *(at[n] for n in known.values())])):
+        # Before the last pass nothing may change: weights and slots are read again.
+        outputs = ends if i == last else {}
+        sums = [n for n in nodes if _is_sum(n) and at[n] == i + 1]
+        operations = _needed(nodes, [*outputs.values(), *sums])
+        read = {x for n in operations for x in n.all_input_nodes if not _is_vector(x)}
+        places = {n: k for k, n in enumerate(n for n in nodes if n in read)}
+        now = {name: n for name, n in known.items() if at[n] == i}
+        earlier = sorted((n for n in nodes if _is_sum(n) and at[n] <= i), key=at.__getitem__)
+        made = _made(traced, nodes, [*numbers, *earlier], [*now.values(), *places])
+        stages.append(Stage(made, tuple(now), Trace(operations, inputs, outputs, sums, places)))
+    return Plan(rule, tuple(vectors), tuple(shared), tuple(stages))
+
+
+def _passes(
+    traced: fx.GraphModule, nodes: Sequence[fx.Node], *, sums: bool
+) -> dict[fx.Node, int] | None:
+    """Before which pass over the vectors a number is known, in which a vector can be made; None if
+    there is more than elementwise operations and sums.
+    """
+    at = dict[fx.Node, int]()
+    for n in nodes:
+        at[n] = max((at[x] for x in n.all_input_nodes), default=0)
+        if n.op == "get_attr" and getattr(traced, str(n.target)).ndim:
+            return None  # As many numbers as were traced.
+        if n.op != "call_function":
+            continue
+        of_vectors = any(map(_is_vector, n.all_input_nodes))
+        if _is_sum(n) and sums:
+            at[n] += 1
+        elif of_vectors != _is_vector(n) or (of_vectors and not _elementwise(n)):
+            return None  # A number made of vectors, a vector of numbers, or of other elements.
+    return at
+
+
+def _needed(nodes: Sequence[fx.Node], ends: Sequence[fx.Node]) -> list[fx.Node]:
+    """The operations on vectors that lead to these ends, in order."""
+    needed = set(ends)
+    for n in reversed(nodes):
+        if n in needed:
+            needed.update(filter(_is_vector, n.all_input_nodes))
+    return [n for n in nodes if n in needed and n.op == "call_function"]
+
+
+def _made(
+    traced: fx.GraphModule,
+    nodes: Sequence[fx.Node],
+    given: Sequence[fx.Node],
+    wanted: Sequence[fx.Node],
+) -> fx.GraphModule:
+    """given -> wanted, numbers both."""
+    graph = fx.Graph()
+    env = {n: graph.placeholder(n.name) for n in given}
+    for n in nodes:
+        if n not in env and not _is_vector(n) and all(x in env for x in n.all_input_nodes):
+            env[n] = graph.node_copy(n, lambda x: env[x])
+    graph.output(tuple(env[n] for n in wanted))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(traced, graph)
+
+
+def _is_vector(n: fx.Node) -> bool:
+    """Whether a node is no number; lists of tensors are taken for vectors, and no kernel's."""
+    return n.op != "get_attr" and getattr(n.meta["val"], "ndim", 1) > 0
+
+
+def _is_sum(n: fx.Node) -> bool:
+    """Whether an operation makes a number of all elements."""
+    return n.target is aten.sum.default and _is_vector(n.all_input_nodes[0])
 
 
 def _elementwise(n: fx.Node) -> bool:
-    """Whether a kernel makes new memory, and takes no shape, which would be the traced one."""
-    makes = all(made.alias_info is None for made in n.target._schema.returns)  # type: ignore[union-attr]  # an operator
-    return makes and not any(isinstance(a, list | tuple) for a in (*n.args, *n.kwargs.values()))
+    """Whether a kernel makes new memory, an entry of it from those in the same place."""
+    if not isinstance(n.target, torch._ops.OpOverload):
+        return False
+    if any(made.alias_info is not None for made in n.target._schema.returns):
+        return False
+    return torch.Tag.pointwise in n.target.tags or n.target in _ELEMENTWISE
 
 
-__all__ = ["Plan", "Running", "make_plan", "plan_of"]
+__all__ = ["Plan", "Stage", "plan_of"]

@@ -1,4 +1,4 @@
-"""The kernels of a step as a Python function that writes where it may.
+"""The kernels of a pass over vectors as a Python function that writes where it may.
 
 That is into the vectors themselves, where nobody reads any more what they held, and else into few
 buffers.
@@ -15,8 +15,9 @@ from torch import Tensor, fx
 from .kernels import Number, Step, Trace, Zero, dtype, kernels_of, nodes
 
 Buffers = Mapping[torch.dtype, list[Tensor]]
-# (vectors, numbers, the same as tensors, buffers): the kernels of a step, one after the other.
-Code = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor], Buffers], None]
+# (vectors, numbers, the same as tensors, buffers) -> sums: the kernels of a pass, one after the
+# other.
+Code = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor], Buffers], tuple[Tensor, ...]]
 
 
 def written(
@@ -25,7 +26,7 @@ def written(
     """(the function, how many buffers of each dtype it takes), for numbers of which some are 0 or
     1. kinds: which.
     """
-    return _Writer(trace.inputs).code(*kernels_of(trace, kinds, fused=fused))
+    return _Writer(trace.inputs).code(*kernels_of(trace, kinds, fused=fused), trace.sums)
 
 
 class _Writer:
@@ -40,7 +41,7 @@ class _Writer:
         self._scope: dict[str, Any] = {"torch": torch}
 
     def code(
-        self, steps: Sequence[Step], found: Mapping[str, Any]
+        self, steps: Sequence[Step], found: Mapping[str, Any], sums: Sequence[fx.Node]
     ) -> tuple[Code, dict[torch.dtype, int]]:
         last = {n: i for i, step in enumerate(steps) for n in step.reads}
         last |= dict.fromkeys(nodes(found.values()), len(steps))
@@ -76,7 +77,8 @@ class _Writer:
                 lines.append(f"{place} = k{i}({', '.join(given)})")
             self._names[step.node] = place
         lines += self._moves(found)
-        source = "\n    ".join(["def run(x, n, m, o):", *(lines or ["pass"])])
+        lines.append(f"return ({''.join(f'{self._names[n]}, ' for n in sums)})")
+        source = "\n    ".join(["def run(x, n, m, o):", *lines])
         self._scope |= {f"k{i}": step.kernel for i, step in enumerate(steps)}
         exec(source, self._scope)
         return self._scope["run"], self._made

@@ -2,19 +2,23 @@
 
 import copy
 import gc
+import itertools
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from hyperdescent.inner import inplace, optim, plan
+from hyperdescent.inner import inplace, optim, plan, running
 from hyperdescent.inner.flat import flat_step, initial_slots
-from hyperdescent.inner.hyper import Hyper, learning_rate
+from hyperdescent.inner.hyper import Choice, Hyper, learning_rate
 from hyperdescent.inner.kernels import kernels_of
 from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.optim import torch_form
+from hyperdescent.inner.partition import partition
 from hyperdescent.inner.rule import Slot, number, root, rule, shared, weights, zeros
+from hyperdescent.inner.rules import find_rule
 
 F64 = torch.float64
 SHAPES = [(3, 4), (5,), (), (2, 2, 2)]
@@ -181,12 +185,12 @@ class TestPlans:
             q, s = sgd(q, g, s, t, values)
             assert torch.equal(p.detach(), q)
             assert torch.equal(optimizer.state[p]["momentum_buffer"], s["momentum_buffer"])
-            codes = plan.plan_of(sgd, p.dtype, p.device)._codes
+            codes = plan.plan_of(sgd, p.dtype, p.device).stages[0]._codes
             made = made if step > 12 else len(codes)
         assert len(codes) == made, "kernels are written once"
 
     def test_blocks(self, monkeypatch):
-        monkeypatch.setattr(plan, "BLOCK", 5)
+        monkeypatch.setattr(running, "BLOCK", 5)
         assert_the_rule(optim.NAdam.rule)
         monkeypatch.setattr(inplace, "_BUNCH", 7)
         assert_the_rule(optim.NAdam.rule)
@@ -384,6 +388,130 @@ class TestLoading:
         torch.testing.assert_close(adam.state[params[1]]["m"], torch.full((3,), 0.1))
 
 
+SUMMING = [
+    "alphagrad", "cadamw", "clion", "deltagclip", "deltagclipc", "dog", "dynag", "inducedmetric",
+    "ldog", "loginducedmetric", "normalizedsgd", "prodigy", "sania", "truncatedadagrad",
+    "truncatedmodel", "clip_norm(adamw)", "clip_tensor(adamw)", "cautious(adam)",
+    "clip_norm(prodigy)", "ema(clip_norm(rmsprop))", "induced_metric(adam)",
+    "partition(alphagrad, adamw)",
+]  # fmt: skip
+
+
+class TestSums:
+    """Rules that are sums over a tensor or the model, and but for them over elements: in passes
+    over blocks, which sum in another order.
+    """
+
+    @pytest.fixture(autouse=True)
+    def blocks(self, monkeypatch):
+        monkeypatch.setattr(inplace, "_LONG", 2)
+        monkeypatch.setattr(running, "BLOCK", 5)
+
+    @staticmethod
+    def trained(rule, monkeypatch, *, planned, shapes=SHAPES, still=(), steps=6):
+        """Weights, those to use, and slots after some steps; still: which do not move at first."""
+        made = []
+
+        def counted(*kind):
+            made.append(plan.plan_of(*kind) if planned else None)
+            return made[-1]
+
+        monkeypatch.setattr(inplace, "plan_of", counted)
+        params = [torch.nn.Parameter(noise(len(shape), shape, F64)) for shape in shapes]
+        named = [(str(i), p) for i, p in enumerate(params)]
+        given = {"momentum": 0.7} if "nesterov" in rule.choices else {}
+        optimizer = torch_form(rule)(named, **given)
+        for step in range(steps):
+            for p in params:
+                p.grad = noise(10 * step + p.ndim, p.shape, F64)
+                if p.ndim in still and step < 2:
+                    p.grad = None
+            optimizer.step(loss=3.0 / (1 + step))
+        assert any(made) == planned, "it has a plan"
+        trained = [p.detach().clone() for p in params]
+        optimizer.eval()
+        whole = {n: x for n, x in optimizer.param_groups[0].items() if n in rule.slots}
+        return trained, [p.detach() for p in params], [optimizer.state[p] for p in params], whole
+
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("name", SUMMING)
+    def test_are_the_rule(self, name, fused, monkeypatch):
+        rule = find_rule(name)
+        monkeypatch.setattr(inplace, "FUSED", fused)
+        options = {n: c.options for n, c in rule.choices.items() if isinstance(c, Choice)}
+        for chosen in itertools.product(*options.values()):
+            found = rule.choose(**dict(zip(options, chosen, strict=True)))
+            planned = self.trained(found, monkeypatch, planned=True)
+            weights, used, slots, whole = self.trained(found, monkeypatch, planned=False)
+            close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
+            close(planned[:2], (weights, used))
+            for ours, theirs in zip(planned[2], slots, strict=True):
+                # A slot of another option, without an entry, may be kept by either.
+                close({n: x for n, x in ours.items() if x.numel()},
+                      {n: x for n, x in theirs.items() if x.numel()})  # fmt: skip
+            close(
+                {n: x for n, x in planned[3].items() if x.numel()},
+                {n: x for n, x in whole.items() if x.numel()},
+            )
+
+    def test_what_has_no_gradient_is_no_part_of_the_model(self, monkeypatch):
+        rule = find_rule("clip_norm(adam, max_norm=0.5)")
+        run = partial(self.trained, rule, monkeypatch, planned=True)
+        weights, _, slots, _ = run(still=(1,), steps=2)
+        (others, _, _, _) = run(shapes=[shape for shape in SHAPES if len(shape) != 1], steps=2)
+        torch.testing.assert_close([weights[i] for i in (0, 2, 3)], others, rtol=1e-11, atol=0)
+        assert torch.equal(weights[1], noise(1, SHAPES[1], F64)) and not slots[1]
+        later, _, _, _ = run(still=(1,))
+        with monkeypatch.context() as patch:
+            zeros, _, _, _ = self.trained(rule, patch, planned=False, still=(1,))
+        torch.testing.assert_close(later, zeros, rtol=1e-11, atol=1e-13)
+
+    def test_what_depends_on_the_number_of_weights_has_no_plan(self):
+        @rule("Sized", over="model", lr=any_number)
+        def sized(p, g, s, t, lr):
+            return p - lr * g * (root((g * g).mean()) + p.numel() ** 0.5), s
+
+        assert plan.plan_of(sized, F64, torch.device("cpu")) is None
+
+        @rule("Placed", over="model", lr=any_number)
+        def placed(p, g, s, t, lr):
+            return p - lr * g.cumsum(0), s
+
+        assert plan.plan_of(placed, F64, torch.device("cpu")) is None
+
+    def test_slots_that_begin_as_parts_of_a_whole_have_no_plan(self):
+        def share(p, values, layout):
+            return p / p.sum()
+
+        @rule("Begun", over="model", slots={"m": Slot(share)}, lr=any_number)
+        def begun(p, g, s, t, lr):
+            return p - lr * g * s["m"], s
+
+        assert plan.plan_of(begun, F64, torch.device("cpu")) is None
+
+    def test_of_a_tensor_by_its_name(self, monkeypatch):
+        """Tensors of one shape and different rules."""
+        parted = partition("alphagrad", "adam", where=lambda name, shape: name == "a")
+        params = {name: torch.nn.Parameter(noise(0, (4, 4))) for name in "ab"}
+        optimizer = torch_form(parted)([*params.items()], lr=0.1, rest_lr=0.1)
+        for p in params.values():
+            p.grad = noise(1, (4, 4))
+        optimizer.step()
+        alone = {"a": optim.AlphaGrad, "b": optim.Adam}
+        for name, form in alone.items():
+            p = torch.nn.Parameter(noise(0, (4, 4)))
+            p.grad = noise(1, (4, 4))
+            form([p], lr=0.1).step()
+            torch.testing.assert_close(params[name].detach(), p.detach())
+
+    def test_kernels_of_adamw_clipped(self):
+        """The norm is a pass over the gradients alone."""
+        first, second = plan.plan_of(find_rule("clip_norm(adamw)"), F64, torch.device("cpu")).stages
+        assert [n.target.__name__ for n in first.trace.operations] == ["mul.Tensor", "sum.default"]
+        assert not first.trace.outputs
+        assert second.trace.outputs.keys() == {"p", "m", "v"}
+
+
 class TestFused:
     """Products inside of sums: which kernels they become, and what they come to."""
 
@@ -399,9 +527,10 @@ class TestFused:
         values = rule.values(given)
         slots = rule.init(torch.zeros(3, dtype=F64), values)
         held = {n: x for n, x in slots.items() if not x.ndim}
-        found, _ = made.numbers(torch.tensor(t, dtype=F64), None, values, held)
-        kinds = tuple(float(x) if x in (0, 1) else None for x in found)
-        steps, _ = kernels_of(made.after, kinds, fused=True)
+        (stage,) = made.stages
+        found = stage.numbers(torch.tensor(t, dtype=F64), *values.values(), *held.values())
+        kinds = [float(x) if x in (0, 1) else None for x in found[len(stage.shared) :]]
+        steps, _ = kernels_of(stage.trace, kinds, fused=True)
         return [step.kernel.__name__ for step in steps]
 
     def test_momentum_is_two_kernels(self):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from hyperdescent.inner import inplace, plan
+from hyperdescent.inner import inplace, running
 from hyperdescent.inner.flat import flat_readout, flat_step, initial_slots
 from hyperdescent.inner.groups import betas_of, hypers_in, values_in
 from hyperdescent.inner.hyper import Choice
@@ -603,7 +603,7 @@ class TestPlans:
     @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("rule", list(variants()))
     def test_are_the_rule_where_numbers_are_0_or_1(self, rule, dtype, monkeypatch):
-        monkeypatch.setattr(plan, "BLOCK", 13)
+        monkeypatch.setattr(running, "BLOCK", 13)
         monkeypatch.setattr(inplace, "FUSED", False)  # The bits are the rule's.
         optimizer = torch_form(rule)(parameters(dtype), **moving(rule))
         (group,) = optimizer.param_groups

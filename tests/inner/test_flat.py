@@ -5,7 +5,7 @@ import torch
 from points import EVERY_RULE, allowed, values_in_nets
 from torch import nn
 
-from hyperdescent.inner import flat, plan
+from hyperdescent.inner import flat, running
 from hyperdescent.inner.flat import flat_step, flat_step_, initial_slots
 from hyperdescent.inner.hyper import learning_rate
 from hyperdescent.inner.layout import Layout
@@ -26,7 +26,7 @@ def swap(p, g, s, t, lr):
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
     monkeypatch.setattr(flat, "_LONG", 64)
-    monkeypatch.setattr(plan, "BLOCK", 64)
+    monkeypatch.setattr(running, "BLOCK", 64)
 
 
 def trained(step, found, values, clone, steps=5):
