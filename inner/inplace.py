@@ -9,7 +9,9 @@ The same goes for a rule over tensors or the model that but for sums over them i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,12 +48,12 @@ class Unit:
     names: list[str]
     at: list[int]
     parts: list[Unit] | None = None
-    layout: Layout = field(init=False)
     flat: Tensors = field(default_factory=dict)
     views: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.layout = Layout(tuple(self.names), tuple(p.shape for p in self.params))
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout(tuple(self.names), tuple(p.shape for p in self.params))
 
 
 def units(
@@ -62,7 +64,7 @@ def units(
     """
     some = [i for i, p in enumerate(params) if p.numel()]
     moved = [i for i in some if moving[i]]
-    if rule.over == "model":
+    if rule.over == "model" and moved:
         whole = _unit(params, names, some)
         whole.parts = [_unit(params, names, at) for at in _bunches(params, moved)]
         yield whole
@@ -165,35 +167,47 @@ class InPlace:
             for n, views in unit.views.items()
             for q, x in zip(unit.params, views, strict=True)
         ):
-            self._gather(unit, states, running)
+            self._gather(unit, states, running.slots)
+        g, slots = _joined(grads), unit.flat.values()
+        if running.apart:
+            running.step([g, g, *slots], gathered=True)
+            torch._foreach_sub_(unit.params, _parted(g, unit.params))
+            return
         p = _joined(unit.params)
-        running.step([p, _joined(grads), *unit.flat.values()])
+        running.step([p, g, *slots], gathered=True)
         if running.writes:
             torch._foreach_copy_(unit.params, _parted(p, unit.params))
 
-    def _gather(self, unit: Unit, states: States, running: Running) -> None:
-        each = self._own(unit, states, running.slots)
-        unit.flat = {n: _joined([slots[n] for slots in each]) for n in running.slots}
+    def _gather(self, unit: Unit, states: States, names: Sequence[str]) -> None:
+        """Bring the slots of a bunch into vectors."""
+        if any(states[q] for q in unit.params):
+            each = self._own(unit, states, names)
+            unit.flat = {n: _joined([slots[n] for slots in each]) for n in names}
+        else:
+            begun = self._begun(_joined(unit.params), "")
+            unit.flat = {n: begun.pop(n) for n in names}
+            each = [begun] * len(unit.params)
         unit.views = {n: _parted(x, unit.params) for n, x in unit.flat.items()}
         for i, (q, slots) in enumerate(zip(unit.params, each, strict=True)):
             # What has no entry, for it is of another option, stays.
             states[q] = {**slots, **{n: views[i] for n, views in unit.views.items()}}
 
-    def _own(self, unit: Unit, states: States, slots: Sequence[str]) -> list[Tensors]:
-        """The slots of every parameter. They begin if it has none, and one that was of an option
-        that is in force only now begins now.
+    def _own(self, unit: Unit, states: States, names: Sequence[str]) -> list[Tensors]:
+        """The slots of every parameter. They begin if it has none, and one of these that was of an
+        option that is in force only now begins now.
         """
+        due = [n for n in self.rule.slots if n not in self.shared]
         for p, name in zip(unit.params, unit.names, strict=True):
             own = states[p]
-            if not own or not all(n in own and own[n].numel() for n in slots):
-                begun = {n: x for n, x in self._begun(p, name).items() if n not in self.shared}
-                states[p] = begun | {n: x for n, x in own.items() if x.numel()}
+            if not all(n in own for n in due) or not all(own[n].numel() for n in names):
+                states[p] = self._begun(p, name) | {n: x for n, x in own.items() if x.numel()}
         return [states[p] for p in unit.params]
 
     def _begun(self, p: Tensor, name: str) -> Tensors:
         one = Layout.alone(p.shape, name)
         slots = self.rule.init(p.view(one.shapes[0]), self.values, one)
-        return {n: x.view(p.shape) if x.shape == one.shapes[0] else x for n, x in slots.items()}
+        own = {n: x for n, x in slots.items() if n not in self.shared}
+        return {n: x.view(p.shape) if x.shape == one.shapes[0] else x for n, x in own.items()}
 
     def _out_of_place(self, p: Tensor, name: str, g: Tensor, states: States) -> Tensors:
         """One tensor by the rule as it is written; the shared slots after it."""
@@ -290,17 +304,30 @@ class InPlace:
         return joined_slots(self.rule, unit.layout, p, each, self.shared, self.values)
 
 
+@contextmanager
+def _bare() -> Iterator[None]:
+    """Without what autograd notes of views, which takes longer than the views, and half of their
+    memory. For tensors that no graph is of; what writes into weights has to be outside, where it
+    counts their versions.
+    """
+    views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
+        yield
+
+
 # torch's own for gradients in buckets: no call from Python per tensor.
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    joined: Tensor = _flatten_dense_tensors(tensors)
+    with _bare():
+        joined: Tensor = _flatten_dense_tensors(tensors)
     return joined
 
 
 def _parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """A flat vector in the shapes of tensors."""
-    return list(_unflatten_dense_tensors(flat, like))
+    with _bare():
+        return list(_unflatten_dense_tensors(flat, like))
 
 
 __all__ = ["InPlace", "Unit", "units"]

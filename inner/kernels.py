@@ -99,18 +99,38 @@ class Step:
 
 
 def kernels_of(
-    trace: Trace, kinds: Sequence[float | None], *, fused: bool
+    trace: Trace, kinds: Sequence[float | None], *, fused: bool, apart: bool = False
 ) -> tuple[list[Step], dict[str, Any]]:
     """(the kernels, the operands that the vectors become), for numbers of which some are 0 or 1.
-    kinds: which.
+    kinds: which. apart: what is to be taken off the weights is in the place of the gradient, and
+    nothing in that of the weights, if they are read for nothing else.
     """
     try:
         steps, found = _simplified(trace, kinds)
     except _Vanished:
         steps, found = _simplified(trace, None)
+    if apart:
+        steps, found = _apart(trace, steps, found)
     numbers = {place: n for n, place in trace.places.items()}
     ends = {*nodes(found.values()), *trace.sums}
     return _fused(steps, ends, numbers) if fused else steps, found
+
+
+def _apart(
+    trace: Trace, steps: list[Step], found: dict[str, Any]
+) -> tuple[list[Step], dict[str, Any]]:
+    """The same without the weights, if all of them that is read is what the step is taken off."""
+    p, g, end = trace.inputs["p"], trace.inputs["g"], found.get("p")
+    rest = [step for step in steps if step.node is not end]
+    others = {n: x for n, x in found.items() if n != "p"}
+    read = {*nodes(others.values()), *trace.sums, *(n for step in rest for n in step.reads)}
+    for last in steps:
+        if last.node is end and last.kernel is torch.sub and not last.kwargs:
+            before, taken = last.args
+            if before is p and taken is not p and read.isdisjoint((p, end)):
+                if _alike(last, p, g, taken):
+                    return rest, {**others, "g": taken}
+    return steps, found
 
 
 def nodes(operands: Iterable[Any]) -> list[fx.Node]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import Signature
+from operator import is_
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -36,6 +38,19 @@ from .rules import RULES, find_rule
 _TRAINED = "trained"
 
 
+@dataclass(frozen=True)
+class _Parted:
+    """A group's parameters, which of them moved in a step, and as what."""
+
+    params: list[Tensor]
+    moving: list[bool]
+    units: list[Unit]
+
+    def still(self, params: list[Tensor], moving: list[bool]) -> bool:
+        same = len(params) == len(self.params) and all(map(is_, params, self.params))
+        return same and moving == self.moving
+
+
 class RuleOptimizer(torch.optim.Optimizer):
     """A rule applied in place to param groups; made by `torch_form`."""
 
@@ -46,7 +61,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     _evaluating: dict[Tensor, Tensor]
     # Of each group the parameters as the rule takes them, but only those of the last step, because
     # they hold the memory of slots.
-    _parted: dict[int, tuple[object, list[Unit]]]
+    _parted: dict[int, _Parted]
 
     def __setstate__(self, state: dict[str, object]) -> None:
         own = {"_lent": False, "_evaluating": {}, "_parted": {}}
@@ -170,41 +185,51 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} needs the loss: call step(closure), or step(loss=loss) "
                 "after loss.backward()"
             )
-        for group in self.param_groups:
-            for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients, such as that of "
-                        f"{_called(group, i)}; build the layer that made it with sparse=False"
-                    )
+        gradients = [self._gradients(group) for group in self.param_groups]
         if self._lent:
             for p, slots in self.state.items():
                 self.state[p] = {n: x.clone() for n, x in slots.items()}
             self._lent = False
         with torch.no_grad():
             value = None if loss is None else _number(loss)
-            for i, group in enumerate(self.param_groups):
-                self._step_group(i, group, value)
+            for i, (group, grads) in enumerate(zip(self.param_groups, gradients, strict=True)):
+                self._step_group(i, group, grads, value)
         return loss if closure is not None else None
 
-    def _step_group(self, at: int, group: dict[str, object], loss: Tensor | None) -> None:
+    def _gradients(self, group: Mapping[str, Any]) -> list[Tensor | None]:
+        grads = [p.grad for p in group["params"]]
+        layouts = [torch.strided if g is None else g.layout for g in grads]
+        if {*layouts} - {torch.strided}:
+            at = next(i for i, layout in enumerate(layouts) if layout != torch.strided)
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients, such as that of "
+                f"{_called(group, at)}; build the layer that made it with sparse=False"
+            )
+        return grads
+
+    def _step_group(
+        self,
+        at: int,
+        group: dict[str, object],
+        grads: list[Tensor | None],
+        loss: Tensor | None,
+    ) -> None:
         params: list[Tensor] = group["params"]  # type: ignore[assignment]  # torch keeps a list there
-        grads = [p.grad for p in params]
-        moving = tuple(g is not None and g.numel() > 0 for g in grads)
+        moving = [g is not None for g in grads]
         if not any(moving):
             return
         if group["maximize"]:
             grads = [g if g is None else -g for g in grads]
             loss = None if loss is None else -loss
         t = torch.as_tensor(group["t"], dtype=torch.float64) + 1
-        key = (tuple(map(id, params)), moving)
-        if at not in self._parted or self._parted[at][0] != key:
+        before = self._parted.get(at)
+        if before is None or not before.still(params, moving):
             # Groups may have been taken out.
             self._parted = {i: x for i, x in self._parted.items() if i < len(self.param_groups)}
-            self._parted[at] = key, self._units(group, moving)
+            self._parted[at] = _Parted([*params], moving, self._units(group, moving))
         here = self._in_place(group, t, loss)
         shared = here.shared
-        for unit in self._parted[at][1]:
+        for unit in self._parted[at].units:
             shared = here.step(unit, [grads[i] for i in unit.at], self.state)
         group.update(t=t, **shared)
 

@@ -42,16 +42,14 @@ class Stage:
     numbers: fx.GraphModule
     shared: tuple[str, ...]
     trace: Trace
-    _codes: dict[tuple[object, ...], tuple[Code, dict[torch.dtype, int]]] = field(
-        default_factory=dict
-    )
+    _codes: dict[tuple[object, ...], Code] = field(default_factory=dict)
 
-    def code(self, numbers: Sequence[Any], *, fused: bool) -> tuple[Code, dict[torch.dtype, int]]:
-        """(the kernels for numbers of which some are 0 or 1, how many buffers of each dtype)."""
+    def code(self, numbers: Sequence[Any], *, fused: bool, gathered: bool = False) -> Code:
+        """The kernels for numbers of which some are 0 or 1."""
         kinds = tuple(float(x) if x in (0, 1) else None for x in numbers)
-        key = (fused, *kinds)
+        key = (fused, gathered, *kinds)
         if key not in self._codes:
-            self._codes[key] = written(self.trace, kinds, fused=fused)
+            self._codes[key] = written(self.trace, kinds, fused=fused, gathered=gathered)
         return self._codes[key]
 
 

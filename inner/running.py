@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Running:
             self._given.append(loss)
         self._stages, self._fused = iter(plan.stages), fused
         self._sums: list[tuple[Tensor, ...]] = []
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
         self.on()
 
     def on(self) -> bool:
@@ -50,16 +51,24 @@ class Running:
         self.shared |= dict(zip(stage.shared, made, strict=False))
         self._tensors = made[len(stage.shared) :]
         self._numbers = [x.item() for x in self._tensors]
-        self._code, self._needs = stage.code(self._numbers, fused=self._fused)
-        self._buffers: dict[torch.dtype, list[Tensor]] = {}
-        self._size = 0
+        self._alone, self._gathered = (
+            stage.code(self._numbers, fused=self._fused, gathered=each) for each in (False, True)
+        )
         self.writes = bool(stage.trace.outputs)
         return self.writes or bool(stage.trace.sums)
 
-    def step(self, vectors: Sequence[Tensor]) -> None:
-        """Pass over vectors, all of one length: the weights, gradients and slots. The last pass
-        changes weights and slots where they are.
+    @property
+    def apart(self) -> bool:
+        """Whether the step of vectors that were gathered leaves weights alone, and has what is to
+        be taken off them in the place of the gradients.
         """
+        return self._gathered.apart
+
+    def step(self, vectors: Sequence[Tensor], *, gathered: bool = False) -> None:
+        """Pass over vectors, all of one length: the weights, gradients and slots. The last pass
+        changes weights and slots where they are. gathered: gradients are overwritten.
+        """
+        code = self._gathered if gathered else self._alone
         size, device = vectors[0].numel(), vectors[0].device
         block = BLOCK if device.type == "cpu" else size
         tensors = [x.to(device) for x in self._tensors]
@@ -67,20 +76,18 @@ class Running:
             [vectors] if size <= block else zip(*(x.split(block) for x in vectors), strict=True)
         )
         for each in blocks:
-            room = self._room(each[0].numel(), device)
-            self._sums.append(self._code(each, self._numbers, tensors, room))
+            room = self._room(code.buffers, each[0].numel(), device)
+            self._sums.append(code.run(each, self._numbers, tensors, room))
 
-    def _room(self, size: int, device: torch.device) -> Buffers:
-        """Buffers of so many elements."""
-        if size > self._size:
-            self._size = size
-            self._buffers = {
-                dtype: [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
-                for dtype, count in self._needs.items()
-            }
-        if size == self._size:
-            return self._buffers
-        return {dtype: [x[:size] for x in each] for dtype, each in self._buffers.items()}
+    def _room(self, counts: Mapping[torch.dtype, int], size: int, device: torch.device) -> Buffers:
+        """So many buffers of so many elements."""
+        room: dict[torch.dtype, list[Tensor]] = {}
+        for dtype, count in counts.items():
+            held = self._buffers.setdefault(dtype, [])
+            if len(held) < count or held[0].numel() < size:
+                held[:] = [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
+            room[dtype] = held if held[0].numel() == size else [x[:size] for x in held]
+        return room
 
 
 __all__ = ["Running"]

@@ -7,6 +7,7 @@ buffers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,34 +16,48 @@ from torch import Tensor, fx
 from .kernels import Number, Step, Trace, Zero, dtype, kernels_of, nodes
 
 Buffers = Mapping[torch.dtype, list[Tensor]]
-# (vectors, numbers, the same as tensors, buffers) -> sums: the kernels of a pass, one after the
-# other.
-Code = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor], Buffers], tuple[Tensor, ...]]
+# (vectors, numbers, the same as tensors, buffers) -> sums: kernels, one after the other.
+Run = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor], Buffers], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A pass over vectors. buffers: how many of each dtype it takes. apart: whether it leaves the
+    weights alone, and what is to be taken off them in the place of the gradient.
+    """
+
+    run: Run
+    buffers: Mapping[torch.dtype, int]
+    apart: bool
 
 
 def written(
-    trace: Trace, kinds: Sequence[float | None], *, fused: bool
-) -> tuple[Code, dict[torch.dtype, int]]:
-    """(the function, how many buffers of each dtype it takes), for numbers of which some are 0 or
-    1. kinds: which.
+    trace: Trace, kinds: Sequence[float | None], *, fused: bool, gathered: bool = False
+) -> Code:
+    """The pass for numbers of which some are 0 or 1. kinds: which. gathered: weights and gradients
+    are copies, so that a gradient may be overwritten, and weights that are not read need none.
     """
-    return _Writer(trace.inputs).code(*kernels_of(trace, kinds, fused=fused), trace.sums)
+    steps, found = kernels_of(trace, kinds, fused=fused, apart=gathered)
+    apart = "g" in found
+    writer = _Writer(trace.inputs, scratch=("g",) if gathered and not apart else ())
+    return Code(*writer.code(steps, found, trace.sums), apart)
 
 
 class _Writer:
     """Knows where every value is, and which buffers are free."""
 
-    def __init__(self, inputs: Mapping[str, fx.Node]) -> None:
+    def __init__(self, inputs: Mapping[str, fx.Node], scratch: Sequence[str]) -> None:
         self._inputs = inputs
         self._names = {n: f"x[{i}]" for i, n in enumerate(inputs.values())}
         self._free: dict[torch.dtype, list[str]] = {}
-        self._taken: dict[fx.Node, str] = {}
+        # Buffers in use; an input among them is one from when it is read for the last time.
+        self._taken = {inputs[name]: self._names[inputs[name]] for name in scratch}
         self._made: dict[torch.dtype, int] = {}
         self._scope: dict[str, Any] = {"torch": torch}
 
     def code(
         self, steps: Sequence[Step], found: Mapping[str, Any], sums: Sequence[fx.Node]
-    ) -> tuple[Code, dict[torch.dtype, int]]:
+    ) -> tuple[Run, dict[torch.dtype, int]]:
         last = {n: i for i, step in enumerate(steps) for n in step.reads}
         last |= dict.fromkeys(nodes(found.values()), len(steps))
         homes = {n: self._inputs[name] for name, n in found.items() if isinstance(n, fx.Node)}

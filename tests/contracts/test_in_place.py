@@ -241,6 +241,16 @@ class TestMemory:
                     torch.equal(p.grad, noise(seed + i, p.shape)) for i, p in enumerate(params)
                 )
 
+    @pytest.mark.parametrize("form", [optim.Adam, optim.AdamW, optim.Muon, optim.Prodigy])
+    def test_a_graph_of_older_weights_is_noticed(self, form):
+        """In bunches, and alone."""
+        for shapes in (SHAPES, [(4,)]):
+            params = [torch.nn.Parameter(noise(i, s)) for i, s in enumerate(shapes)]
+            loss = sum((p**3).sum() for p in params)
+            step(form(params), params)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
     def test_parameters_that_are_parts_of_one_tensor(self):
         whole, alone = noise(0, (6,)), torch.nn.Parameter(noise(0, (6,)))
         parts = [torch.nn.Parameter(whole[:2]), torch.nn.Parameter(whole[2:])]
@@ -520,7 +530,7 @@ class TestFused:
         monkeypatch.setattr(inplace, "FUSED", True)
 
     @staticmethod
-    def kernels(rule, t=2.0, **given):
+    def kernels(rule, t=2.0, *, apart=False, **given):
         """The kernels of a step, by name."""
         numbers = torch.float64, torch.device("cpu")
         made = plan.plan_of(rule, *numbers)
@@ -530,7 +540,7 @@ class TestFused:
         (stage,) = made.stages
         found = stage.numbers(torch.tensor(t, dtype=F64), *values.values(), *held.values())
         kinds = [float(x) if x in (0, 1) else None for x in found[len(stage.shared) :]]
-        steps, _ = kernels_of(stage.trace, kinds, fused=True)
+        steps, _ = kernels_of(stage.trace, kinds, fused=True, apart=apart)
         return [step.kernel.__name__ for step in steps]
 
     def test_momentum_is_two_kernels(self):
@@ -539,6 +549,12 @@ class TestFused:
     def test_adam_ends_in_a_quotient_taken_off(self):
         kernels = ["lerp", "mul", "addcmul", "div", "sqrt", "add", "addcdiv"]
         assert self.kernels(optim.Adam.rule) == kernels
+
+    def test_of_short_tensors_the_step_is_taken_off_by_who_gathered_them(self):
+        assert self.kernels(optim.SGD.rule, apart=True, momentum=0.9) == ["add", "mul"]
+        assert self.kernels(optim.SignSGD.rule, apart=True) == ["sign", "mul"]
+        # Decay reads the weights.
+        assert self.kernels(optim.AdamW.rule, apart=True) == self.kernels(optim.AdamW.rule)
 
     def test_averages_are_one_kernel(self):
         assert self.kernels(optim.Lion.rule) == ["lerp", "sign", "lerp", "sub"]
