@@ -46,6 +46,14 @@ def _zeros(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
 zeros = Slot(_zeros)
 
 
+def _long_zeros(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+    return torch.zeros_like(p, dtype=at_least_float32(p.dtype))
+
+
+# Of a dtype in which what is added up is not lost.
+long_zeros = Slot(_long_zeros)
+
+
 def _weights(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
     return p.clone()
 

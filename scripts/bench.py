@@ -68,16 +68,21 @@ def run_optimizers(models: str, only: str, repeats: int, out: Path | None, devic
                     if out is not None:  # At once: the next one may fail, or take an hour.
                         done = ",".join(each.rule for each in pairs)
                         named = only if len(pairs) == len(rules) else done
-                        told = f"--only {named} " if named else ""
-                        told += f"--repeats {repeats} --threads {torch.get_num_threads()} "
-                        told += f"--device {device} " if pair.gpu else ""
-                        command = f"hyperdescent bench optimizers --model {model.name} {told}"
-                        optimizers_report.write(out, pairs, f"{command}--out {out.name}")
+                        command = _optimizers_command(pair, named, repeats, device)
+                        optimizers_report.write(out, pairs, f"{command} --out {out.name}")
             finally:
                 if pairs:
                     screen.print(optimizers_report.table(pairs))
                     if out is not None:
                         screen.print(f"kept in {out}", markup=False)
+
+
+def _optimizers_command(pair: Pair, only: str, repeats: int, device: str) -> str:
+    words = [f"hyperdescent bench optimizers --model {pair.model}"]
+    words += [f"--only {only}"] if only else []
+    words += [f"--repeats {repeats} --threads {torch.get_num_threads()}"]
+    words += [f"--device {device}"] if pair.gpu else []
+    return " ".join(words)
 
 
 def run_bfloat16(only: str, seeds: int, out: Path | None) -> None:

@@ -30,8 +30,7 @@ def adabelief(p, g, s, t, lr, beta1, beta2, eps, weight_decay, decoupled_weight_
     off = g - m
     variance = beta2 * s["variance"] + (1 - beta2) * off * off + eps
     if rectify:
-        scale, spread = rectified(variance, t, beta2, eps)
-        p = p - lr * scale / (1 - beta1**t) * (m / spread)
+        p = rectified(p, m, variance, t, lr, beta1, beta2, eps)
     else:
         p = p - lr * direction(m, variance, t, beta1, beta2, eps)
     return p, {"m": m, "variance": variance}

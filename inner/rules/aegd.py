@@ -12,12 +12,8 @@ batch of the gradient.
 import torch
 
 from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import Slot, at_least_float32, rule, zeros
+from ..rule import long_zeros, rule, zeros
 from .adam import decayed
-
-
-def energy(p, values, layout):
-    return torch.zeros_like(p, dtype=at_least_float32(p.dtype))
 
 
 def slope(g, r, loss, c):
@@ -36,7 +32,7 @@ def drawn(r, v, lr):
 @rule(
     "AEGD",
     needs=("loss",),
-    slots={"r": Slot(energy)},
+    slots={"r": long_zeros},
     lr=learning_rate(0.1, search=(1e-3, 10.0)),
     c=positive(1.0, search=(1e-2, 1e2), finest="shared"),
     weight_decay=weight_decay(0.0),
@@ -52,7 +48,7 @@ def aegd(p, g, s, t, loss, lr, c, weight_decay, decoupled_weight_decay):
 @rule(
     "AEGDM",
     needs=("loss",),
-    slots={"r": Slot(energy), "momentum_buffer": zeros},
+    slots={"r": long_zeros, "momentum_buffer": zeros},
     lr=learning_rate(0.01, search=(1e-4, 1.0)),
     c=positive(1.0, search=(1e-2, 1e2), finest="shared"),
     momentum=decay(0.9),

@@ -5,7 +5,8 @@ the paper twice: weight decay is added after tanh and so enters the momentum buf
 learning rate multiplies after the buffer, not inside it.
 
 An entry of a tensor of n elements reaches tanh as about alpha / sqrt(n): alpha far below sqrt(n)
-is a normalised step of length lr * alpha, far above it a step of lr * sign(g).
+is a normalised step of length lr * alpha, far above it a step of lr * sign(g). DynAG, its
+successor, sets alpha itself from the share of entries beyond a threshold.
 """
 
 import torch

@@ -17,7 +17,7 @@ slope in reps_rel is nearly 0 once the distance has outgrown it.
 import torch
 
 from ..hyper import learning_rate, positive, weight_decay
-from ..rule import Slot, at_least_float32, number, root, rule, weights
+from ..rule import Slot, at_least_float32, long_zeros, number, root, rule, weights
 
 
 def precise(x):
@@ -38,17 +38,13 @@ def precise_weights(p, values, layout):
     return precise(p).clone()
 
 
-def precise_zeros(p, values, layout):
-    return torch.zeros_like(precise(p))
-
-
 def average(p, s, values, layout):
     return s["average"].to(p.dtype)
 
 
 SLOTS = {
     "start": weights,
-    "rest": Slot(precise_zeros),
+    "rest": long_zeros,
     "average": Slot(precise_weights),
     "reach": Slot(reach),
     "total": number(),

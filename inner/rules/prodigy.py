@@ -13,11 +13,7 @@ arithmetic, but steps of size d0 are lost in bfloat16 weights, and d would stay 
 import torch
 
 from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import Slot, at_least_float32, number, root, rule
-
-
-def _nowhere(p, values, layout):
-    return torch.zeros_like(p, dtype=at_least_float32(p.dtype))
+from ..rule import Slot, at_least_float32, long_zeros, number, root, rule
 
 
 def _small(p, values, layout):
@@ -35,7 +31,7 @@ def _first_distance(p, values, layout):
     slots={
         "m": Slot(_small),
         "v": Slot(_small),
-        "way": Slot(_nowhere),
+        "way": long_zeros,
         "sum": Slot(_small),
         "numerator": number(),
         "d": Slot(_first_distance),

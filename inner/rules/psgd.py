@@ -18,7 +18,7 @@ import torch
 
 from .. import noise
 from ..hyper import Integer, decay, learning_rate, positive, weight_decay
-from ..rule import Slot, at_least_float32, number, root, rule, zeros
+from ..rule import Slot, at_least_float32, long_zeros, number, root, rule, zeros
 from .shampoo import LONGEST, squares
 
 
@@ -57,11 +57,6 @@ def _stepped(p, step, lr, weight_decay, clip_rms, clip_entry):
     return (1 - lr * weight_decay) * p - lr * step.to(p.dtype)
 
 
-def _long(p, values, layout):
-    """Zeros in which products and sums are made."""
-    return torch.zeros_like(p, dtype=at_least_float32(p.dtype))
-
-
 def _declared(finest):
     """The hypers of all three."""
     return {
@@ -84,7 +79,7 @@ def _flip(x):
 @rule(
     "PSGDXMat",
     over="model",
-    slots={"a": Slot(_long), "b": Slot(_long), "momentum_buffer": zeros},
+    slots={"a": long_zeros, "b": long_zeros, "momentum_buffer": zeros},
     **_declared("shared"),
 )
 def psgdxmat(
@@ -156,7 +151,7 @@ def _balanced(u, v):
     slots={
         "u": Slot(_columns_of_u),
         "v": Slot(_columns_of_v),
-        "d": Slot(_long),
+        "d": long_zeros,
         "smoothness_u": number(),
         "smoothness_v": number(),
         "smoothness_d": number(),

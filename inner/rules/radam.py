@@ -11,9 +11,9 @@ from ..rule import root, rule, zeros
 from .adam import decayed, moments
 
 
-def rectified(v, t, beta2, eps):
-    """What the corrected first moment is multiplied by, a number, and divided by: 1 until the
-    variance can be trusted.
+def rectified(p, m, v, t, lr, beta1, beta2, eps):
+    """The weights after a step along m, free of its bias, over the root of v once that can be
+    trusted.
     """
     c2 = 1 - beta2**t
     longest = 2 / (1 - beta2) - 1
@@ -21,9 +21,11 @@ def rectified(v, t, beta2, eps):
     adaptive = length > 5
     # A branch not taken still has a slope, and 0 * inf is NaN: both get harmless arguments there.
     n, k = torch.where(adaptive, length, 6.0), torch.where(adaptive, longest, 6.0)
-    rectified = torch.sqrt((n - 4) * (n - 2) * k / ((k - 4) * (k - 2) * n) * c2)
+    scale = torch.sqrt((n - 4) * (n - 2) * k / ((k - 4) * (k - 2) * n) * c2)
+    scale = torch.where(adaptive, scale, 1.0)
     # adaptive as a factor and not a branch: t may be a number on another device than the weights.
-    return torch.where(adaptive, rectified, 1.0), adaptive * (root(v) + eps) + ~adaptive
+    spread = adaptive * (root(v) + eps) + ~adaptive
+    return p - lr * scale / (1 - beta1**t) * (m / spread)
 
 
 @rule(
@@ -39,5 +41,4 @@ def rectified(v, t, beta2, eps):
 def radam(p, g, s, t, lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay):
     p, g = decayed(p, g, lr, weight_decay, decoupled_weight_decay)
     m, v = moments(g, s, beta1, beta2)
-    scale, spread = rectified(v, t, beta2, eps)
-    return p - lr * scale / (1 - beta1**t) * (m / spread), {"m": m, "v": v}
+    return rectified(p, m, v, t, lr, beta1, beta2, eps), {"m": m, "v": v}
