@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +149,10 @@ class Around:
 
     def rate(self, values: Tensors, layout: Layout) -> Tensor:
         return rate_of(self.inner, self.inside(values), layout)
+
+    def kind(self, layout: Layout) -> Hashable:
+        own = layout.names if "layout" in self.wrapper.needs else ()
+        return own, self.inner.kind(layout)
 
     def shell(self, update: Callable[..., tuple[Tensor, Tensors]]) -> Rule:
         """The wrapper as a rule by itself, for its share of a flat vector."""

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import running
 from .hyper import Tensors
 from .layout import Layout
 from .plan import plan_of
 from .rule import Rule
-from .running import Running
 
 
 def initial_slots(rule: Rule, layout: Layout, p: Tensor, values: Tensors) -> Tensors:
@@ -151,10 +151,6 @@ def _values(layout: Layout, values: Tensors, like: Tensor) -> list[Tensors]:
     return [{name: each[i] for name, each in grains.items()} for i in range(len(layout.names))]
 
 
-# Elements from which on a step in place saves more than it costs.
-_LONG = 2**14
-
-
 def flat_step_(
     rule: Rule,
     layout: Layout,
@@ -170,11 +166,11 @@ def flat_step_(
     where they are long and hypers are one number each, it makes no other vectors of their length.
     """
     plan = None
-    if rule.over == "element" and p.numel() > _LONG and p.device.type == "cpu":
+    if rule.over == "element" and p.numel() >= running.LONG and p.device.type == "cpu":
         if all(value.ndim == 0 for value in values.values()):
             plan = plan_of(rule, p.dtype, p.device)
     if plan is None:
         return flat_step(rule, layout, p, g, s, t, values, loss=loss)
-    running = Running(plan, t, loss, values, {n: s[n] for n in plan.shared})
-    running.step([p, g, *(s[n] for n in running.slots)])
-    return p, {**s, **running.shared}
+    here = running.Running(plan, t, loss, values, {n: s[n] for n in plan.shared})
+    here.step([p, g, *(s[n] for n in here.slots)])
+    return p, {**s, **here.shared}

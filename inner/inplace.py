@@ -8,92 +8,25 @@ The same goes for a rule over tensors or the model that but for sums over them i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from . import running
 from .flat import flat_readout, flat_step, initial_slot, joined_slots, parted_slots
 from .hyper import Tensors
 from .layout import Layout
 from .plan import Plan, plan_of
 from .rule import Rule
 from .running import Running
+from .units import Unit, joined, parted
 
-# Elements of tensors gathered into one vector, on the host and on another device: there, launches
-# cost more than memory.
-_BUNCH, _BUNCH_AWAY = 2**16, 2**24
-# Elements of a tensor from which on passes over it in place save more than they cost.
-_LONG = 2**14
 # Whether a product and the sum it enters are one kernel, which is faster and rounds once.
 FUSED = True
 
 # The slots of every parameter, as torch.optim.Optimizer.state holds them.
 States = MutableMapping[Tensor, Tensors]
-
-
-@dataclass
-class Unit:
-    """Parameters that a rule steps as one, their names, and where they stand in their group.
-
-    parts: of a model, whose slots may belong to all of it, the parameters that move.
-    flat: slots in one vector each, of which the parameters have views.
-    """
-
-    params: list[Tensor]
-    names: list[str]
-    at: list[int]
-    parts: list[Unit] | None = None
-    flat: Tensors = field(default_factory=dict)
-    views: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    @cached_property
-    def layout(self) -> Layout:
-        return Layout(tuple(self.names), tuple(p.shape for p in self.params))
-
-
-def units(
-    rule: Rule, params: Sequence[Tensor], names: Sequence[str], moving: Sequence[bool]
-) -> Iterator[Unit]:
-    """The parameters that move, as the rule takes them; all of them if it takes them as one. Those
-    without an element are in none.
-    """
-    some = [i for i, p in enumerate(params) if p.numel()]
-    moved = [i for i in some if moving[i]]
-    if rule.over == "model" and moved:
-        whole = _unit(params, names, some)
-        whole.parts = [_unit(params, names, at) for at in _bunches(params, moved)]
-        yield whole
-    else:
-        bunches = [[i] for i in moved] if rule.over == "tensor" else _bunches(params, moved)
-        yield from (_unit(params, names, at) for at in bunches)
-
-
-def _bunches(params: Sequence[Tensor], some: Sequence[int]) -> Iterator[list[int]]:
-    """Long tensors alone, short ones with others of their kind."""
-    bunches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
-    for i in some:
-        p = params[i]
-        kind, size = (p.device, p.dtype), p.numel()
-        limit = _BUNCH if p.device.type == "cpu" else _BUNCH_AWAY
-        if size >= limit:
-            yield [i]
-            continue
-        if sizes.get(kind, 0) + size > limit:
-            yield bunches.pop(kind)
-            sizes[kind] = 0
-        bunches.setdefault(kind, []).append(i)
-        sizes[kind] = sizes.get(kind, 0) + size
-    yield from bunches.values()
-
-
-def _unit(params: Sequence[Tensor], names: Sequence[str], at: list[int]) -> Unit:
-    return Unit([params[i] for i in at], [names[i] for i in at], at)
 
 
 class InPlace:
@@ -123,15 +56,15 @@ class InPlace:
         grads: list[Tensor] = given  # type: ignore[assignment]  # what has none is in no other unit
         if self.rule.over == "tensor":
             return self._tensor(unit, grads, states)
-        if (running := self._plan(unit.params[0])) is not None:
-            self._pass(unit, grads, states, running)
-            return running.shared
+        if (here := self._running_of(unit.params[0])) is not None:
+            self._pass(unit, grads, states, here)
+            return here.shared
         after = self.shared
         for p, name, g in zip(unit.params, unit.names, grads, strict=True):
             after = self._out_of_place(p, name, g, states)
         return after
 
-    def _plan(self, p: Tensor) -> Running | None:
+    def _running_of(self, p: Tensor) -> Running | None:
         kind = p.dtype, p.device
         if kind not in self._running:
             plan = plan_of(self.rule, *kind)
@@ -142,52 +75,50 @@ class InPlace:
             )
         return self._running[kind]
 
-    def _pass(self, unit: Unit, grads: list[Tensor], states: States, running: Running) -> None:
+    def _pass(self, unit: Unit, grads: list[Tensor], states: States, here: Running) -> None:
         if len(unit.params) == 1:
-            self._long(unit, grads[0], states, running)
+            self._long(unit, grads[0], states, here)
         else:
-            self._bunch(unit, grads, states, running)
+            self._bunch(unit, grads, states, here)
 
-    def _long(self, unit: Unit, g: Tensor, states: States, running: Running) -> None:
+    def _long(self, unit: Unit, g: Tensor, states: States, here: Running) -> None:
         """One tensor, in its own memory."""
-        (p,), (own,) = unit.params, self._own(unit, states, running.slots)
-        held = (p, g, *(own[n] for n in running.slots))
+        (p,), (own,) = unit.params, self._own(unit, states, here.slots)
+        held = (p, g, *(own[n] for n in here.slots))
         flat = [x.reshape(-1) for x in held]
-        running.step(flat)
+        here.step(flat)
         for x, moved in zip(held, flat, strict=True):
             # A tensor that does not lie in one piece, as of channels_last, is copied there and
             # back.
-            if x is not g and moved.data_ptr() != x.data_ptr():
+            if here.writes and x is not g and moved.data_ptr() != x.data_ptr():
                 x.copy_(moved.view_as(x))
 
-    def _bunch(self, unit: Unit, grads: list[Tensor], states: States, running: Running) -> None:
+    def _bunch(self, unit: Unit, grads: list[Tensor], states: States, here: Running) -> None:
         """Short tensors, gathered."""
-        if (*unit.flat,) != running.slots or not all(
+        if (*unit.flat,) != here.slots or not all(
             states[q].get(n) is x
             for n, views in unit.views.items()
             for q, x in zip(unit.params, views, strict=True)
         ):
-            self._gather(unit, states, running.slots)
-        g, slots = _joined(grads), unit.flat.values()
-        if running.apart:
-            running.step([g, g, *slots], gathered=True)
-            torch._foreach_sub_(unit.params, _parted(g, unit.params))
-            return
-        p = _joined(unit.params)
-        running.step([p, g, *slots], gathered=True)
-        if running.writes:
-            torch._foreach_copy_(unit.params, _parted(p, unit.params))
+            self._gather(unit, states, here.slots)
+        g = joined(grads)
+        p = joined(unit.params) if here.weights else g
+        here.step([p, g, *unit.flat.values()], gathered=True)
+        if here.writes and here.weights:
+            torch._foreach_copy_(unit.params, parted(p, unit.params))
+        elif here.writes:
+            torch._foreach_sub_(unit.params, parted(g, unit.params))
 
     def _gather(self, unit: Unit, states: States, names: Sequence[str]) -> None:
         """Bring the slots of a bunch into vectors."""
         if any(states[q] for q in unit.params):
             each = self._own(unit, states, names)
-            unit.flat = {n: _joined([slots[n] for slots in each]) for n in names}
+            unit.flat = {n: joined([slots[n] for slots in each]) for n in names}
         else:
-            begun = self._begun(_joined(unit.params), "")
+            begun = self._begun(joined(unit.params), "")
             unit.flat = {n: begun.pop(n) for n in names}
             each = [begun] * len(unit.params)
-        unit.views = {n: _parted(x, unit.params) for n, x in unit.flat.items()}
+        unit.views = {n: parted(x, unit.params) for n, x in unit.flat.items()}
         for i, (q, slots) in enumerate(zip(unit.params, each, strict=True)):
             # What has no entry, for it is of another option, stays.
             states[q] = {**slots, **{n: views[i] for n, views in unit.views.items()}}
@@ -207,7 +138,9 @@ class InPlace:
         one = Layout.alone(p.shape, name)
         slots = self.rule.init(p.view(one.shapes[0]), self.values, one)
         own = {n: x for n, x in slots.items() if n not in self.shared}
-        return {n: x.view(p.shape) if x.shape == one.shapes[0] else x for n, x in own.items()}
+        # It is going to be written into, so no entry may stand for several.
+        whole = {n: x.contiguous() for n, x in own.items() if x.shape == one.shapes[0]}
+        return own | {n: x.view(p.shape) for n, x in whole.items()}
 
     def _out_of_place(self, p: Tensor, name: str, g: Tensor, states: States) -> Tensors:
         """One tensor by the rule as it is written; the shared slots after it."""
@@ -232,9 +165,9 @@ class InPlace:
         """One tensor as a whole; the shared slots after it."""
         (p,), (name,), (g,) = unit.params, unit.names, grads
         plan = None
-        if p.numel() >= _LONG:
-            known = name if "layout" in self.rule.needs else ""
-            plan = plan_of(self.rule, p.dtype, p.device, Layout.alone(p.shape, known))
+        # What does not lie in one piece would be copied in every pass.
+        if p.numel() >= running.LONG and p.is_contiguous():
+            plan = self._planned(unit, p)
         if plan is None:
             return self._out_of_place(p, name, g, states)
         (own,) = self._own(unit, states, plan.slots)
@@ -251,31 +184,39 @@ class InPlace:
         shared: Tensors,
     ) -> Tensors:
         """All of a step over parts of a tensor or a model; its shared slots after it."""
-        running = Running(plan, self._t, self._loss, self.values, shared, fused=FUSED)
+        here = Running(plan, self._t, self._loss, self.values, shared, fused=FUSED)
         going = True
         while going:
             for part in parts:
-                self._pass(part, [grads[p] for p in part.params], states, running)
-            going = running.on()
-        return running.shared
+                self._pass(part, [grads[p] for p in part.params], states, here)
+            going = here.on()
+        return here.shared
+
+    def _planned(self, unit: Unit, p: Tensor) -> Plan | None:
+        """The plan of a tensor or a model like p."""
+        key = (p.dtype, p.device, *self.rule.options().values())
+        if key not in unit.plans:
+            layout = unit.layout if unit.parts is not None else Layout.alone(p.shape, unit.names[0])
+            unit.plans[key] = plan_of(self.rule, p.dtype, p.device, layout)
+        return unit.plans[key]
 
     def _model(self, unit: Unit, grads: list[Tensor | None], states: States) -> Tensors:
         """A param group as one vector; the slots after it that are not one entry per element."""
-        kinds = {(p.dtype, p.device) for p in unit.params}
-        plan = plan_of(self.rule, *kinds.pop()) if len(kinds) == 1 else None
+        alike = len({(p.dtype, p.device) for p in unit.params}) == 1
+        plan = self._planned(unit, unit.params[0]) if alike else None
         if plan is not None:
             given = {p: g for p, g in zip(unit.params, grads, strict=True) if g is not None}
             self.shared = self._begun_shared(unit, plan.shared)
             after = self._passes(plan, unit.parts or (), given, states, self.shared)
             return {**self.shared, **after}
         pairs = list(zip(unit.params, grads, strict=True))
-        p = _joined(unit.params)
-        g = _joined([torch.zeros_like(q) if grad is None else grad for q, grad in pairs])
+        p = joined(unit.params)
+        g = joined([torch.zeros_like(q) if grad is None else grad for q, grad in pairs])
         slots = self._joined_slots(unit, p, states)
         p, after = flat_step(
             self.rule, unit.layout, p, g, slots, self._t, self.values, loss=self._loss
         )
-        parts = zip(pairs, _parted(p, unit.params), strict=True)
+        parts = zip(pairs, parted(p, unit.params), strict=True)
         moved = [(q, x) for (q, grad), x in parts if grad is not None]
         torch._foreach_copy_([q for q, _ in moved], [x for _, x in moved])
         each, whole = parted_slots(unit.layout, p, after)
@@ -289,45 +230,19 @@ class InPlace:
         late = [n for n in names if n not in self.shared]
         if not late:
             return self.shared
-        p = _joined(unit.params)
+        p = joined(unit.params)
         begun = {n: initial_slot(self.rule, n, unit.layout, p, self.values) for n in late}
         return {**self.shared, **begun}
 
     def readout(self, unit: Unit, states: States) -> list[Tensor]:
         """The weights to use of every parameter."""
-        p = _joined(unit.params)
+        p = joined(unit.params)
         slots = self._joined_slots(unit, p, states)
-        return _parted(flat_readout(self.rule, unit.layout, p, slots, self.values), unit.params)
+        return parted(flat_readout(self.rule, unit.layout, p, slots, self.values), unit.params)
 
     def _joined_slots(self, unit: Unit, p: Tensor, states: States) -> Tensors:
         each = [states[q] for q in unit.params]
         return joined_slots(self.rule, unit.layout, p, each, self.shared, self.values)
 
 
-@contextmanager
-def _bare() -> Iterator[None]:
-    """Without what autograd notes of views, which takes longer than the views, and half of their
-    memory. For tensors that no graph is of; what writes into weights has to be outside, where it
-    counts their versions.
-    """
-    views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
-        yield
-
-
-# torch's own for gradients in buckets: no call from Python per tensor.
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    with _bare():
-        joined: Tensor = _flatten_dense_tensors(tensors)
-    return joined
-
-
-def _parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """A flat vector in the shapes of tensors."""
-    with _bare():
-        return list(_unflatten_dense_tensors(flat, like))
-
-
-__all__ = ["InPlace", "Unit", "units"]
+__all__ = ["InPlace"]

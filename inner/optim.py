@@ -1,7 +1,7 @@
 """Every registered rule as a drop-in torch.optim.Optimizer, such as `optim.AdamW`.
 
-The classes are made from the rules on first use. This is the only in-place code: the step calls
-the rule and copies its answer into the weights.
+The classes are made from the rules on first use. How a step changes weights where they are is in
+inplace.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from .groups import (
     values_in,
 )
 from .hyper import Tensors
-from .inplace import InPlace, Unit, units
+from .inplace import InPlace
 from .layout import Layout
 from .rule import Rule, unknown
 from .rules import RULES, find_rule
+from .units import Unit, units
 
 # Where a state_dict has the trained weights, if others are in use.
 _TRAINED = "trained"

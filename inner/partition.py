@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -134,6 +134,13 @@ class Parted:
         if first:
             return {n: n for n in self.one.slots}
         return {n: self.called(n) for n in self.other.slots}
+
+    def kind(self, layout: Layout) -> Hashable:
+        """Which rule a tensor has, and what that takes notice of; of several, their names."""
+        if len(layout.names) > 1:
+            return layout.names
+        first = self.picks(layout)
+        return first, (self.one if first else self.other).kind(layout)
 
     def rate(self, values: Tensors, layout: Layout) -> Tensor:
         """The learning rate of each tensor, that of its rule, for `rate_of`."""

@@ -7,13 +7,14 @@ into a few buffers, or into the weights and slots themselves. Nothing is rearran
 the rule's; a term with the factor 0 is left out. Fused, a product and the sum it enters are one
 kernel, as in torch.optim, which rounds once where the rule rounds twice.
 
-A rule over elements is one pass. One over the whole model may sum over all elements: what follows
-from a sum is known only after a pass that reads, and what was made on the way is made again.
+A rule over elements is one pass. One over tensors or the model may sum over all elements: what
+follows from a sum is known only after a pass that reads, and what was made on the way is made
+again. Such sums are made block by block, and round in another order than the rule's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -26,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .hyper import Tensors
 from .kernels import Trace, aten
 from .layout import Layout
-from .rule import Rule
+from .rule import Rule, at_least_float32
 from .written import Code, written
 
 
@@ -37,16 +38,21 @@ class Stage:
     numbers(t, *hypers, *shared slots, *loss, *sums of the passes before) -> (*those shared slots
     after the step that are known now, *numbers for the kernels).
     trace: of the pass, over "p" and "g" and the slots with an entry per element.
+    given: which of the numbers for the kernels do not come from sums.
     """
 
     numbers: fx.GraphModule
     shared: tuple[str, ...]
     trace: Trace
+    given: Sequence[bool]
     _codes: dict[tuple[object, ...], Code] = field(default_factory=dict)
 
     def code(self, numbers: Sequence[Any], *, fused: bool, gathered: bool = False) -> Code:
-        """The kernels for numbers of which some are 0 or 1."""
-        kinds = tuple(float(x) if x in (0, 1) else None for x in numbers)
+        """The kernels for numbers of which some are 0 or 1, so that terms are left out; not if it
+        is by what was summed, since 0 times infinity has to be seen.
+        """
+        pairs = zip(numbers, self.given, strict=True)
+        kinds = tuple(float(x) if given and x in (0, 1) else None for x, given in pairs)
         key = (fused, gathered, *kinds)
         if key not in self._codes:
             self._codes[key] = written(self.trace, kinds, fused=fused, gathered=gathered)
@@ -76,55 +82,70 @@ _ELEMENTWISE = {
 
 
 def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    return x.sum(dtype=dtype) / x.numel()
+    total = x.sum(dtype=dtype or at_least_float32(x.dtype))
+    return (total / x.numel()).to(dtype or x.dtype)
 
 
 # Of a vector in blocks, sums can be put together, and means cannot.
 _MEANS = {aten.mean.default: _mean}
 
 
-@lru_cache(maxsize=512)
+@dataclass(frozen=True)
+class Of:
+    """What a plan is for. kind: `Rule.kind` of the layout, all that matters of names."""
+
+    rule: Rule
+    dtype: torch.dtype
+    device: torch.device
+    shapes: tuple[torch.Size, ...]
+    kind: Hashable
+    layout: Layout = field(compare=False)
+
+
 def plan_of(
-    rule: Rule, dtype: torch.dtype, device: torch.device, tensor: Layout | None = None
+    rule: Rule, dtype: torch.dtype, device: torch.device, layout: Layout | None = None
 ) -> Plan | None:
     """The plan of a rule for weights of a dtype on a device; None if it is more than elementwise
     operations and, unless it is over elements, sums.
 
-    tensor: of a rule over tensors, the one that it is for, whose shape and name may matter.
+    layout: of the tensor or the model, which a rule over elements does not see.
     """
-    if rule.over == "tensor":
-        assert tensor is not None
+    layout = layout or Layout.alone(torch.Size([3]))
+    return _plan_of(Of(rule, dtype, device, layout.shapes, rule.kind(layout), layout))
+
+
+@lru_cache(maxsize=512)
+def _plan_of(of: Of) -> Plan | None:
+    try:
+        if of.rule.over == "model" and not _begins_by_element(of.rule):
+            return None
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _plan(rule, *_traced(rule, tensor, dtype, device))
-    if rule.over == "element":
-        return _plan(rule, *_traced(rule, Layout.alone(torch.Size([3])), dtype, device))
-    # Of two tensors, so that what is done with them apart is seen, and once more with a weight
-    # more, so that what depends on their number is.
-    sizes = [(torch.Size([n]), torch.Size([1])) for n in (2, 4)]
-    traces = [_traced(rule, Layout(("", "0"), each), dtype, device) for each in sizes]
-    graphs = [str(traced and traced.graph) for traced, _ in traces]
-    return _plan(rule, *traces[0]) if graphs[0] == graphs[1] else None
+            traced, slots = _traced(of)
+    except Exception:
+        # A branch on a value, say. If a rule is wrong, a step of it as it is written will tell.
+        return None
+    return _plan(of.rule, traced, slots)
 
 
-def _traced(
-    rule: Rule, layout: Layout, dtype: torch.dtype, device: torch.device
-) -> tuple[fx.GraphModule | None, Tensors]:
+def _begins_by_element(rule: Rule) -> bool:
+    """Whether slots with an entry per element begin in parts as in the whole."""
+    p, layout = torch.arange(3.0), Layout(("", ""), (torch.Size([2]), torch.Size([1])))
+    whole = rule.init(p, rule.values(), layout)
+    parts = [rule.init(x, rule.values()) for x in p.split(layout.sizes)]
+    return all(
+        torch.equal(whole[n], torch.cat([own[n] for own in parts])) for n in _kinds(rule, whole)[0]
+    )
+
+
+def _traced(of: Of) -> tuple[fx.GraphModule, Tensors]:
     """(a step, the slots before it). (t, *hypers, *shared slots, *loss, p, g, *other slots) ->
     (*shared slots, p, *other slots)
     """
-    values, shape = rule.values(), layout.shapes[0]
-    if rule.over == "model":
-        shape = torch.Size([sum(layout.sizes)])
-    like = torch.arange(shape.numel(), dtype=dtype, device=device).view(shape)
+    rule, layout, values = of.rule, of.layout, of.rule.values()
+    shape = torch.Size([sum(layout.sizes)]) if rule.over == "model" else layout.shapes[0]
+    like = torch.empty(shape, dtype=of.dtype, device=of.device)
     slots = rule.init(like, values, layout)
     vectors, shared = _kinds(rule, slots)
-    if any(slots[n].shape != shape for n in vectors):
-        return None, slots
-    if rule.over == "model":
-        alone = [rule.init(x, values) for x in like.split(layout.sizes)]
-        joined = {n: torch.cat([own[n] for own in alone]) for n in vectors}
-        if not all(torch.equal(slots[n], x) for n, x in joined.items()):
-            return None, slots  # They do not begin element by element.
     numbers = [torch.ones((), dtype=torch.float64) for _ in range(1 + len(rule.hypers))]
     numbers += [slots[n] for n in shared]
     loss = [like.new_ones(())] if "loss" in rule.needs else []
@@ -155,13 +176,11 @@ def _kinds(rule: Rule, slots: Tensors) -> tuple[list[str], list[str]]:
     return [n for n, x in slots.items() if n not in shared and x.numel()], shared
 
 
-def _plan(rule: Rule, traced: fx.GraphModule | None, slots: Tensors) -> Plan | None:
+def _plan(rule: Rule, traced: fx.GraphModule, slots: Tensors) -> Plan | None:
     """A traced step in stages."""
-    if traced is None:
-        return None
     vectors, shared = _kinds(rule, slots)
     *nodes, output = traced.graph.nodes
-    at = _passes(traced, nodes, sums=rule.over != "element")
+    at = _times(traced, nodes, sums=rule.over != "element")
     if at is None:
         return None
     placeholders = [n for n in nodes if n.op == "placeholder"]
@@ -169,7 +188,10 @@ def _plan(rule: Rule, traced: fx.GraphModule | None, slots: Tensors) -> Plan | N
     inputs = dict(zip(("p", "g", *vectors), held, strict=True))
     known = dict(zip(shared, output.args[0], strict=False))
     ends = dict(zip(("p", *vectors), output.args[0][len(shared) :], strict=True))
-    if not all(map(_is_vector, ends.values())):
+    shape, kept = _shape(inputs["p"]), {n: inputs[n].meta["val"].dtype for n in ends}
+    if any(_shape(n) != shape for n in (*inputs.values(), *ends.values())):
+        return None
+    if any(n.meta["val"].dtype != kept[name] for name, n in ends.items()):
         return None
     last, stages = max(at[n] for n in nodes if _is_vector(n)), []
     for i in range(1 + max([last, *(at[n] for n in known.values())])):
@@ -182,11 +204,12 @@ def _plan(rule: Rule, traced: fx.GraphModule | None, slots: Tensors) -> Plan | N
         now = {name: n for name, n in known.items() if at[n] == i}
         earlier = sorted((n for n in nodes if _is_sum(n) and at[n] <= i), key=at.__getitem__)
         made = _made(traced, nodes, [*numbers, *earlier], [*now.values(), *places])
-        stages.append(Stage(made, tuple(now), Trace(operations, inputs, outputs, sums, places)))
+        trace = Trace(operations, inputs, outputs, sums, places)
+        stages.append(Stage(made, tuple(now), trace, [at[n] == 0 for n in places]))
     return Plan(rule, tuple(vectors), tuple(shared), tuple(stages))
 
 
-def _passes(
+def _times(
     traced: fx.GraphModule, nodes: Sequence[fx.Node], *, sums: bool
 ) -> dict[fx.Node, int] | None:
     """Before which pass over the vectors a number is known, in which a vector can be made; None if
@@ -199,6 +222,8 @@ def _passes(
             return None  # As many numbers as were traced.
         if n.op != "call_function":
             continue
+        if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()):
+            return None  # Every pass would draw its own.
         of_vectors = any(map(_is_vector, n.all_input_nodes))
         if _is_sum(n) and sums:
             at[n] += 1
@@ -236,6 +261,10 @@ def _made(
 def _is_vector(n: fx.Node) -> bool:
     """Whether a node is no number; lists of tensors are taken for vectors, and no kernel's."""
     return n.op != "get_attr" and getattr(n.meta["val"], "ndim", 1) > 0
+
+
+def _shape(n: fx.Node) -> object:
+    return getattr(n.meta.get("val"), "shape", None)
 
 
 def _is_sum(n: fx.Node) -> bool:

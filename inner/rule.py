@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -207,6 +207,14 @@ class Rule:
     def begin(self, name: str, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
         """One of them."""
         return self.slots[name].init(p, {**values, **self.options()}, layout)
+
+    def kind(self, layout: Layout) -> Hashable:
+        """What it may take notice of in tensors, beside their shapes."""
+        if "layout" not in self.needs:
+            return ()
+        found = getattr(self.update, "kind", None)
+        kind: Hashable = layout.names if found is None else found(layout)
+        return kind
 
     def slot_shape(self, name: str, unit: Layout) -> torch.Size:
         """The shape of a slot of one tensor."""

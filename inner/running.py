@@ -9,11 +9,14 @@ from torch import Tensor
 
 from .hyper import Tensors
 from .plan import Plan
-from .written import Buffers
+from .rule import at_least_float32
+from .written import Buffers, Code
 
 # Elements at a time: what a step makes on its way stays in a cache, but not in the fastest, whose
 # gain is less than the microseconds of so many more calls.
 BLOCK = 2**18
+# From so many on, steps in place save more than they cost.
+LONG = 2**14
 
 
 class Running:
@@ -42,7 +45,7 @@ class Running:
     def on(self) -> bool:
         """Go on to the next pass; whether there is one."""
         sums = zip(*self._sums, strict=True)
-        self._given += [x[0] if len(x) == 1 else torch.stack(x).sum() for x in sums]
+        self._given += [x[0] if len(x) == 1 else _total(x) for x in sums]
         self._sums = []
         stage = next(self._stages, None)
         if stage is None:
@@ -51,24 +54,25 @@ class Running:
         self.shared |= dict(zip(stage.shared, made, strict=False))
         self._tensors = made[len(stage.shared) :]
         self._numbers = [x.item() for x in self._tensors]
-        self._alone, self._gathered = (
-            stage.code(self._numbers, fused=self._fused, gathered=each) for each in (False, True)
-        )
+        self._stage = stage
         self.writes = bool(stage.trace.outputs)
         return self.writes or bool(stage.trace.sums)
 
     @property
-    def apart(self) -> bool:
-        """Whether the step of vectors that were gathered leaves weights alone, and has what is to
-        be taken off them in the place of the gradients.
+    def weights(self) -> bool:
+        """Whether the pass over gathered vectors takes weights. If the last one does not, it has
+        what is to be taken off them in the place of the gradients.
         """
-        return self._gathered.apart
+        return self._code(gathered=True).weights
+
+    def _code(self, *, gathered: bool) -> Code:
+        return self._stage.code(self._numbers, fused=self._fused, gathered=gathered)
 
     def step(self, vectors: Sequence[Tensor], *, gathered: bool = False) -> None:
         """Pass over vectors, all of one length: the weights, gradients and slots. The last pass
         changes weights and slots where they are. gathered: gradients are overwritten.
         """
-        code = self._gathered if gathered else self._alone
+        code = self._code(gathered=gathered)
         size, device = vectors[0].numel(), vectors[0].device
         block = BLOCK if device.type == "cpu" else size
         tensors = [x.to(device) for x in self._tensors]
@@ -88,6 +92,13 @@ class Running:
                 held[:] = [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
             room[dtype] = held if held[0].numel() == size else [x[:size] for x in held]
         return room
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """Of a sum in blocks."""
+    dtype = parts[0].dtype
+    long = at_least_float32(dtype) if dtype.is_floating_point else dtype
+    return torch.stack([*parts]).sum(dtype=long).to(dtype)
 
 
 __all__ = ["Running"]

@@ -22,13 +22,14 @@ Run = Callable[[Sequence[Tensor], Sequence[Any], Sequence[Tensor], Buffers], tup
 
 @dataclass(frozen=True)
 class Code:
-    """A pass over vectors. buffers: how many of each dtype it takes. apart: whether it leaves the
-    weights alone, and what is to be taken off them in the place of the gradient.
+    """A pass over vectors. buffers: how many of each dtype it takes. weights: whether it reads or
+    changes them; a last pass that does not has what is to be taken off them in the place of the
+    gradient.
     """
 
     run: Run
     buffers: Mapping[torch.dtype, int]
-    apart: bool
+    weights: bool
 
 
 def written(
@@ -38,9 +39,10 @@ def written(
     are copies, so that a gradient may be overwritten, and weights that are not read need none.
     """
     steps, found = kernels_of(trace, kinds, fused=fused, apart=gathered)
-    apart = "g" in found
-    writer = _Writer(trace.inputs, scratch=("g",) if gathered and not apart else ())
-    return Code(*writer.code(steps, found, trace.sums), apart)
+    p = trace.inputs["p"]
+    weights = "p" in found or any(p in (*step.reads, *nodes(found.values())) for step in steps)
+    writer = _Writer(trace.inputs, scratch=("g",) if gathered and "g" not in found else ())
+    return Code(*writer.code(steps, found, trace.sums), weights)
 
 
 class _Writer:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from hyperdescent.inner import inplace, optim, plan, running
+from hyperdescent.inner import inplace, optim, plan, running, units
 from hyperdescent.inner.flat import flat_step, initial_slots
 from hyperdescent.inner.hyper import Choice, Hyper, learning_rate
 from hyperdescent.inner.kernels import kernels_of
@@ -192,7 +192,7 @@ class TestPlans:
     def test_blocks(self, monkeypatch):
         monkeypatch.setattr(running, "BLOCK", 5)
         assert_the_rule(optim.NAdam.rule)
-        monkeypatch.setattr(inplace, "_BUNCH", 7)
+        monkeypatch.setattr(units, "BUNCH", 7)
         assert_the_rule(optim.NAdam.rule)
 
     @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ class TestMemory:
         held = {
             x.untyped_storage().data_ptr() for s in optimizer.state.values() for x in s.values()
         }
-        alive = [x for x in gc.get_objects() if type(x) is inplace.Unit and params[0] in x.params]
+        alive = [x for x in gc.get_objects() if type(x) is units.Unit and params[0] in x.params]
         assert len(alive) <= 1
         for unit in alive:
             assert {x.untyped_storage().data_ptr() for x in unit.flat.values()} <= held
@@ -399,7 +399,8 @@ class TestLoading:
 
 
 SUMMING = [
-    "alphagrad", "cadamw", "clion", "deltagclip", "deltagclipc", "dog", "dynag", "inducedmetric",
+    "alphagrad", "auon", "cadamw", "clion", "deltagclip", "deltagclipc", "dog", "dynag",
+    "inducedmetric",
     "ldog", "loginducedmetric", "normalizedsgd", "prodigy", "sania", "truncatedadagrad",
     "truncatedmodel", "clip_norm(adamw)", "clip_tensor(adamw)", "cautious(adam)",
     "clip_norm(prodigy)", "ema(clip_norm(rmsprop))", "induced_metric(adam)",
@@ -414,7 +415,7 @@ class TestSums:
 
     @pytest.fixture(autouse=True)
     def blocks(self, monkeypatch):
-        monkeypatch.setattr(inplace, "_LONG", 2)
+        monkeypatch.setattr(running, "LONG", 2)
         monkeypatch.setattr(running, "BLOCK", 5)
 
     @staticmethod
@@ -476,28 +477,115 @@ class TestSums:
             zeros, _, _, _ = self.trained(rule, patch, planned=False, still=(1,))
         torch.testing.assert_close(later, zeros, rtol=1e-11, atol=1e-13)
 
-    def test_what_depends_on_the_number_of_weights_has_no_plan(self):
+    def test_what_depends_on_the_layout_of_a_model(self, monkeypatch):
         @rule("Sized", over="model", lr=any_number)
         def sized(p, g, s, t, lr):
-            return p - lr * g * (root((g * g).mean()) + p.numel() ** 0.5), s
+            return p - lr * g * (root((g * g).mean()) + (2 if p.numel() > 10 else 1)), s
 
-        assert plan.plan_of(sized, F64, torch.device("cpu")) is None
+        @rule("Laid", over="model", needs=("layout",), lr=any_number)
+        def laid(p, g, s, t, layout, lr):
+            factor = len(layout.names) + 3 * ("1" in layout.names) + max(map(len, layout.shapes))
+            return p - lr * g * factor / g.abs().sum(), s
+
+        for each in (sized, laid):
+            planned = self.trained(each, monkeypatch, planned=True)
+            as_written = self.trained(each, monkeypatch, planned=False)
+            torch.testing.assert_close(planned, as_written, rtol=1e-11, atol=1e-13)
+
+    def test_what_has_no_plan(self):
+        def share(p, values, layout):
+            return p / p.sum()
 
         @rule("Placed", over="model", lr=any_number)
         def placed(p, g, s, t, lr):
             return p - lr * g.cumsum(0), s
 
-        assert plan.plan_of(placed, F64, torch.device("cpu")) is None
-
-    def test_slots_that_begin_as_parts_of_a_whole_have_no_plan(self):
-        def share(p, values, layout):
-            return p / p.sum()
+        @rule("Drawn", over="model", lr=any_number)
+        def drawn(p, g, s, t, lr):
+            """Every pass would draw another number."""
+            x = torch.rand(()) * g
+            return p - lr * x / root((x * x).sum()), s
 
         @rule("Begun", over="model", slots={"m": Slot(share)}, lr=any_number)
         def begun(p, g, s, t, lr):
             return p - lr * g * s["m"], s
 
-        assert plan.plan_of(begun, F64, torch.device("cpu")) is None
+        @rule("Longer", slots={"m": zeros}, lr=any_number)
+        def longer(p, g, s, t, lr):
+            return p - lr * g, {"m": s["m"] + g.double()}
+
+        layout = Layout(("a", "b"), (torch.Size([2]), torch.Size([2, 2])))
+        for each in (placed, drawn, begun, longer):
+            assert plan.plan_of(each, torch.float32, torch.device("cpu"), layout) is None
+
+    @pytest.mark.parametrize("over", ["tensor", "model"])
+    def test_a_rule_that_branches_on_a_value_is_done_as_it_is_written(self, over):
+        @rule("Branching", over=over, lr=any_number)
+        def branching(p, g, s, t, lr):
+            return p - lr * (g / 2 if g.abs().max() > 1 else g), s
+
+        for scale in (0.1, 10.0):
+            p = torch.nn.Parameter(torch.ones(3, 4))
+            p.grad = torch.full((3, 4), scale)
+            torch_form(branching)([p], lr=1.0).step()
+            moved = scale / 2 if scale > 1 else scale
+            torch.testing.assert_close(p.detach(), torch.full((3, 4), 1 - moved))
+
+    def test_a_slot_that_begins_from_a_value(self):
+        def length(p, values, layout):
+            return torch.zeros_like(p) + float(p.norm())
+
+        def one(p, values, layout):
+            return p.new_ones(()).expand(p.shape)
+
+        for init in (length, one):
+
+            @rule("Beginning", over="tensor", slots={"m": Slot(init)}, lr=any_number)
+            def beginning(p, g, s, t, lr):
+                return p - lr * s["m"] * g / g.abs().sum(), {"m": s["m"] + g}
+
+            p = torch.nn.Parameter(torch.full((2, 2), 0.5))
+            p.grad = torch.ones(2, 2)
+            optimizer = torch_form(beginning)([p], lr=1.0)
+            optimizer.step()
+            torch.testing.assert_close(p.detach(), torch.full((2, 2), 0.25))
+            assert torch.equal(optimizer.state[p]["m"], torch.full((2, 2), 2.0))
+
+    @pytest.mark.parametrize("name", ["clip_norm(adamw)", "clip_tensor(sgd)"])
+    def test_an_infinite_gradient_is_seen(self, name):
+        """It makes the factor 0 by which it is multiplied."""
+        p = torch.nn.Parameter(torch.ones(4))
+        p.grad = torch.tensor([torch.inf, 1.0, 1.0, 1.0])
+        torch_form(find_rule(name))([p]).step()
+        assert p[0].isnan()
+
+    def test_means_of_many_small_numbers_of_float16(self, monkeypatch):
+        monkeypatch.setattr(running, "BLOCK", 2**18)
+
+        def moved():
+            p = torch.nn.Parameter(torch.zeros(400, 400, dtype=torch.float16))
+            p.grad = noise(0, (400, 400), torch.float16)
+            optim.CAdamW([p], lr=0.1).step()
+            return p.detach()
+
+        planned = moved()
+        monkeypatch.setattr(inplace, "plan_of", lambda *of: None)
+        torch.testing.assert_close(planned, moved())
+        assert planned.abs().mean() > 0.05
+
+    def test_tensors_with_names_share_a_plan(self, monkeypatch):
+        """But for partitions, which may give them different rules."""
+        traced = []
+        kept = plan._traced
+        monkeypatch.setattr(plan, "_traced", lambda of: (traced.append(of), kept(of))[1])
+        shape, parted = (7, 11), partition("alphagrad", "adam", where=lambda n, s: n > "4")
+        for form, count in ((torch_form("clip_tensor(adamw)"), 1), (torch_form(parted), 2)):
+            params = [(str(i), torch.nn.Parameter(noise(i, shape))) for i in range(9)]
+            optimizer = form(params)
+            for seed in range(2):
+                step(optimizer, [p for _, p in params], seed)
+            assert len(traced) == count
+            traced.clear()
 
     def test_of_a_tensor_by_its_name(self, monkeypatch):
         """Tensors of one shape and different rules."""
@@ -516,7 +604,9 @@ class TestSums:
 
     def test_kernels_of_adamw_clipped(self):
         """The norm is a pass over the gradients alone."""
-        first, second = plan.plan_of(find_rule("clip_norm(adamw)"), F64, torch.device("cpu")).stages
+        layout = Layout(("a",), (torch.Size([4]),))
+        rule = find_rule("clip_norm(adamw)")
+        first, second = plan.plan_of(rule, F64, torch.device("cpu"), layout).stages
         assert [n.target.__name__ for n in first.trace.operations] == ["mul.Tensor", "sum.default"]
         assert not first.trace.outputs
         assert second.trace.outputs.keys() == {"p", "m", "v"}

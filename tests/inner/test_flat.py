@@ -5,7 +5,7 @@ import torch
 from points import EVERY_RULE, allowed, values_in_nets
 from torch import nn
 
-from hyperdescent.inner import flat, running
+from hyperdescent.inner import running
 from hyperdescent.inner.flat import flat_step, flat_step_, initial_slots
 from hyperdescent.inner.hyper import learning_rate
 from hyperdescent.inner.layout import Layout
@@ -25,7 +25,7 @@ def swap(p, g, s, t, lr):
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(flat, "_LONG", 64)
+    monkeypatch.setattr(running, "LONG", 64)
     monkeypatch.setattr(running, "BLOCK", 64)
 
 
@@ -101,7 +101,7 @@ def test_a_state_that_shares_memory_is_not_overwritten(make, of, monkeypatch):
     run = Training(problem, of, 6, given={"lr": 1e-3})
     resolved = run.resolve({})
     here = run.run(resolved, 0, start=run.begin(resolved.at(0), 0), overwrite=True)
-    monkeypatch.setattr(flat, "_LONG", 2**30)
+    monkeypatch.setattr(running, "LONG", 2**30)
     apart = run.run(resolved, 0)
     assert torch.equal(here.p, apart.p)
     assert all(torch.equal(b, here.buffers[n]) for n, b in apart.buffers.items())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nets import examples, mlp
 from torch import nn
 
-from hyperdescent.inner import flat
+from hyperdescent.inner import running
 from hyperdescent.inner.hyper import positive
 from hyperdescent.inner.rules import find_rule
 from hyperdescent.inner.schedule import find_schedule
@@ -237,7 +237,7 @@ class TestWarmStart:
 
     def test_a_carry_serves_one_call(self, monkeypatch):
         """A long vector of weights is overwritten by the call that goes on from it."""
-        monkeypatch.setattr(flat, "_LONG", 2)
+        monkeypatch.setattr(running, "LONG", 2)
         run, point = ridge(steps=5), {"l2": torch.tensor(0.1, dtype=DOUBLE)}
         estimator = Implicit(warm_start=True)
         _, carry = estimator(run, point, seed=0)
