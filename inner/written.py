@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .kernels import Number, Step, Trace, Zero, dtype, kernels_of, nodes
+from .fusing import fuse
+from .kernels import Number, Step, Trace, Vanished, Zero, dtype, nodes, simplified, without_weights
 
 Buffers = Mapping[torch.dtype, list[Tensor]]
 # (vectors, numbers, the same as tensors, buffers) -> sums: kernels, one after the other.
@@ -43,6 +44,24 @@ def written(
     weights = "p" in found or any(p in (*step.reads, *nodes(found.values())) for step in steps)
     writer = _Writer(trace.inputs, scratch=("g",) if gathered and "g" not in found else ())
     return Code(*writer.code(steps, found, trace.sums), weights)
+
+
+def kernels_of(
+    trace: Trace, kinds: Sequence[float | None], *, fused: bool, apart: bool = False
+) -> tuple[list[Step], dict[str, Any]]:
+    """(the kernels, the operands that the vectors become), for numbers of which some are 0 or 1.
+    kinds: which. apart: what is to be taken off the weights is in the place of the gradient, and
+    nothing in that of the weights, if they are read for nothing else.
+    """
+    try:
+        steps, found = simplified(trace, kinds)
+    except Vanished:
+        steps, found = simplified(trace, None)
+    if apart:
+        steps, found = without_weights(trace, steps, found)
+    numbers = {place: n for n, place in trace.places.items()}
+    ends = {*nodes(found.values()), *trace.sums}
+    return fuse(steps, ends, numbers) if fused else steps, found
 
 
 class _Writer:
@@ -133,4 +152,4 @@ class _Writer:
         yield from (f"{homes[name]}.copy_(c{i})" for i, name in enumerate(away))
 
 
-__all__ = ["Buffers", "Code", "written"]
+__all__ = ["Buffers", "Code", "kernels_of", "written"]

@@ -13,12 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from hyperdescent.inner import inplace, optim, plan, running, units
 from hyperdescent.inner.flat import flat_step, initial_slots
 from hyperdescent.inner.hyper import Choice, Hyper, learning_rate
-from hyperdescent.inner.kernels import kernels_of
 from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.partition import partition
 from hyperdescent.inner.rule import Slot, number, root, rule, shared, weights, zeros
 from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.written import kernels_of
 
 F64 = torch.float64
 SHAPES = [(3, 4), (5,), (), (2, 2, 2)]
