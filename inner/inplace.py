@@ -4,6 +4,7 @@ A rule over elements does not care where one tensor ends and the next begins: lo
 stepped in blocks that stay in cache, short ones are gathered first, and their slots stay gathered,
 each parameter's being a view. Neither takes more memory than the slots, nor a kernel per tensor.
 The same goes for a rule over tensors or the model that but for sums over them is one over elements.
+Short tensors of one shape are one batch to a rule over tensors.
 """
 
 from __future__ import annotations
@@ -55,10 +56,13 @@ class InPlace:
             return self._model(unit, given, states)
         grads: list[Tensor] = given  # type: ignore[assignment]  # what has none is in no other unit
         if self.rule.over == "tensor":
-            return self._tensor(unit, grads, states)
+            return self._tensors(unit, grads, states)
         if (here := self._running_of(unit.params[0])) is not None:
             self._pass(unit, grads, states, here)
             return here.shared
+        return self._one_by_one(unit, grads, states)
+
+    def _one_by_one(self, unit: Unit, grads: list[Tensor], states: States) -> Tensors:
         after = self.shared
         for p, name, g in zip(unit.params, unit.names, grads, strict=True):
             after = self._out_of_place(p, name, g, states)
@@ -95,11 +99,7 @@ class InPlace:
 
     def _bunch(self, unit: Unit, grads: list[Tensor], states: States, here: Running) -> None:
         """Short tensors, gathered."""
-        if (*unit.flat,) != here.slots or not all(
-            states[q].get(n) is x
-            for n, views in unit.views.items()
-            for q, x in zip(unit.params, views, strict=True)
-        ):
+        if (*unit.flat,) != here.slots or not unit.holds(states):
             self._gather(unit, states, here.slots)
         g = joined(grads)
         p = joined(unit.params) if here.weights else g
@@ -161,8 +161,11 @@ class InPlace:
         states[p] = {n: x for n, x in after.items() if n not in self.shared}
         return {n: after[n] for n in self.shared}
 
-    def _tensor(self, unit: Unit, grads: list[Tensor], states: States) -> Tensors:
-        """One tensor as a whole; the shared slots after it."""
+    def _tensors(self, unit: Unit, grads: list[Tensor], states: States) -> Tensors:
+        """One tensor, or several of a kind, each as a whole; the shared slots after it."""
+        if len(unit.params) > 1:
+            after = self._stack(unit, grads, states) if unit.batched else None
+            return self._one_by_one(unit, grads, states) if after is None else after
         (p,), (name,), (g,) = unit.params, unit.names, grads
         plan = None
         # What does not lie in one piece would be copied in every pass.
@@ -174,6 +177,38 @@ class InPlace:
         after = self._passes(plan, [unit], {p: g}, states, {**own, **self.shared})
         states[p].update((n, x) for n, x in after.items() if n not in self.shared)
         return {n: after[n] for n in self.shared}
+
+    def _stack(self, unit: Unit, grads: list[Tensor], states: States) -> Tensors | None:
+        """Tensors of a kind as one batch; None, and nothing done, if the rule cannot be batched."""
+        one = Layout.alone(unit.params[0].shape, unit.names[0])
+        if not unit.flat or not unit.holds(states):
+            each = self._own(unit, states, ())
+            unit.flat = {n: torch.stack([own[n] for own in each]) for n in each[0]}
+            unit.views = {n: list(x.unbind()) for n, x in unit.flat.items()}
+            for i, q in enumerate(unit.params):
+                states[q] = {n: views[i] for n, views in unit.views.items()}
+        shape = (len(unit.params), *one.shapes[0])
+
+        def step(p: Tensor, g: Tensor, own: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+            moved, after = self.rule(
+                p, g, {**own, **self.shared}, self._t, self.values, loss=self._loss, layout=one
+            )
+            return moved, {n: after[n] for n in own}, {n: after[n] for n in self.shared}
+
+        try:
+            p, after, shared = torch.vmap(step, out_dims=(0, 0, None))(  # type: ignore[arg-type]  # None: no batch
+                joined(unit.params).view(shape), joined(grads).view(shape), unit.flat
+            )
+        except Exception:  # A branch on a value, say; one by one it will tell what is wrong.
+            unit.batched = False
+            return None
+        if any(x.dtype != unit.flat[n].dtype for n, x in after.items()):
+            unit.batched = False
+            return None
+        torch._foreach_copy_(unit.params, parted(p.reshape(-1), unit.params))
+        for n, x in after.items():
+            unit.flat[n].copy_(x)
+        return shared
 
     def _passes(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from . import running
 from .hyper import Tensors
 from .layout import Layout
 from .plan import Plan
@@ -19,6 +20,8 @@ from .rule import Rule
 # Elements of tensors gathered into one vector, on the host and on another device: there, launches
 # cost more than memory.
 BUNCH, BUNCH_AWAY = 2**16, 2**24
+# Tensors of a kind from which on one batch of them is faster than they are one by one.
+MANY = 8
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Unit:
     parts: of a model, whose slots may belong to all of it, the parameters that move.
     flat: slots in one vector each, of which the parameters have views.
     plans: of the tensor or the model, by dtype, device and options.
+    batched: whether tensors that a rule takes apart may be one batch of them, so far as is known.
     """
 
     params: list[Tensor]
@@ -37,10 +41,19 @@ class Unit:
     flat: Tensors = field(default_factory=dict)
     views: dict[str, list[Tensor]] = field(default_factory=dict)
     plans: dict[Hashable, Plan | None] = field(default_factory=dict)
+    batched: bool = True
 
     @cached_property
     def layout(self) -> Layout:
         return Layout(tuple(self.names), tuple(p.shape for p in self.params))
+
+    def holds(self, states: Mapping[Tensor, Tensors]) -> bool:
+        """Whether the slots of its parameters are still its views."""
+        return all(
+            states[q].get(n) is x
+            for n, views in self.views.items()
+            for q, x in zip(self.params, views, strict=True)
+        )
 
 
 def units(
@@ -51,32 +64,61 @@ def units(
     """
     some = [i for i, p in enumerate(params) if p.numel()]
     moved = [i for i in some if moving[i]]
-    if rule.over == "model" and moved:
+    if rule.over == "tensor":
+        yield from (_unit(params, names, at) for at in _stacks(rule, params, names, moved))
+        return
+    bunches = (_unit(params, names, at) for at in _bunches(params, moved))
+    if rule.over == "element":
+        yield from bunches
+    elif moved:
         whole = _unit(params, names, some)
-        whole.parts = [_unit(params, names, at) for at in _bunches(params, moved)]
+        whole.parts = [*bunches]
         yield whole
-    else:
-        bunches = [[i] for i in moved] if rule.over == "tensor" else _bunches(params, moved)
-        yield from (_unit(params, names, at) for at in bunches)
 
 
 def _bunches(params: Sequence[Tensor], some: Sequence[int]) -> Iterator[list[int]]:
     """Long tensors alone, short ones with others of their kind."""
-    bunches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+    kinds: dict[tuple[torch.device, torch.dtype, int | None], list[int]] = {}
     for i in some:
         p = params[i]
-        kind, size = (p.device, p.dtype), p.numel()
-        limit = BUNCH if p.device.type == "cpu" else BUNCH_AWAY
-        if size >= limit:
-            yield [i]
-            continue
-        if sizes.get(kind, 0) + size > limit:
-            yield bunches.pop(kind)
-            sizes[kind] = 0
-        bunches.setdefault(kind, []).append(i)
-        sizes[kind] = sizes.get(kind, 0) + size
-    yield from bunches.values()
+        alone = i if p.numel() >= _bunch(p.device) else None
+        kinds.setdefault((p.device, p.dtype, alone), []).append(i)
+    for (device, _, _), at in kinds.items():
+        yield from _filled(params, at, _bunch(device))
+
+
+def _bunch(device: torch.device) -> int:
+    return BUNCH if device.type == "cpu" else BUNCH_AWAY
+
+
+def _stacks(
+    rule: Rule, params: Sequence[Tensor], names: Sequence[str], some: Sequence[int]
+) -> Iterator[list[int]]:
+    """Short tensors that a rule over tensors cannot tell apart, if they are many; others alone."""
+    kinds: dict[Hashable, list[int]] = {}
+    for i in some:
+        p = params[i]
+        kind = rule.kind(Layout.alone(p.shape, names[i]))
+        alone = i if p.numel() >= running.LONG or not p.ndim else None
+        kinds.setdefault((p.device, p.dtype, p.shape, kind, alone), []).append(i)
+    for at in kinds.values():
+        if len(at) < MANY:
+            yield from ([i] for i in at)
+        else:
+            yield from _filled(params, at, _bunch(params[at[0]].device))
+
+
+def _filled(params: Sequence[Tensor], some: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """In their order, in lists of so many elements at most, if one alone has not more."""
+    at: list[int] = []
+    size = 0
+    for i in some:
+        if at and size + params[i].numel() > limit:
+            yield at
+            at, size = [], 0
+        at.append(i)
+        size += params[i].numel()
+    yield at
 
 
 def _unit(params: Sequence[Tensor], names: Sequence[str], at: list[int]) -> Unit:

@@ -17,7 +17,7 @@ from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.partition import partition
 from hyperdescent.inner.rule import Slot, number, root, rule, shared, weights, zeros
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.rules import RULES, find_rule
 from hyperdescent.inner.written import kernels_of
 
 F64 = torch.float64
@@ -212,8 +212,8 @@ class TestPlans:
 
 def step(optimizer, params, seed=0):
     for i, p in enumerate(params):
-        p.grad = noise(seed + i, p.shape)
-    optimizer.step()
+        p.grad = noise(seed + i, p.shape, p.dtype)
+    optimizer.step(loss=1.0)
 
 
 class TestMemory:
@@ -610,6 +610,88 @@ class TestSums:
         assert [n.target.__name__ for n in first.trace.operations] == ["mul.Tensor", "sum.default"]
         assert not first.trace.outputs
         assert second.trace.outputs.keys() == {"p", "m", "v"}
+
+
+OVER_TENSORS = [name for name, rule in RULES.items() if rule.over == "tensor"]
+
+
+class TestStacks:
+    """Tensors of a kind as one batch."""
+
+    @pytest.fixture(autouse=True)
+    def few(self, monkeypatch):
+        monkeypatch.setattr(units, "MANY", 2)
+
+    @staticmethod
+    def stacks(optimizer):
+        found = [unit for each in optimizer._parted.values() for unit in each.units]
+        return [(len(unit.params), unit.batched) for unit in found if len(unit.params) > 1]
+
+    @pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        "name",
+        [*OVER_TENSORS, "cautious(muon)", "clip_tensor(rmsprop)", "partition(muon, adamw)"],
+    )
+    def test_are_the_rule_on_each(self, name, dtype, monkeypatch):
+        def run(form, *, load=False):
+            shapes = [(6, 4), (5,), (6, 4), (), (5,), (6, 4), (), (3, 2, 2), (0, 4), (0, 4)]
+            params = [torch.nn.Parameter(noise(i, s, dtype)) for i, s in enumerate(shapes)]
+            optimizer = form(params)
+            for seed in range(3):
+                step(optimizer, params, 100 * seed)
+                if load:
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            found = self.stacks(optimizer)
+            slots = [dict(optimizer.state[p]) for p in params]
+            return [p.detach() for p in params], slots, found
+
+        form = torch_form(find_rule(name))
+        weights, slots, found = run(form)
+        assert found == [(3, True), (2, True)]
+        monkeypatch.setattr(units, "MANY", 100)
+        alone, theirs, found = run(form)
+        assert not found
+        bounds = {"rtol": 1e-9, "atol": 1e-11} if dtype == F64 else {"rtol": 0.02, "atol": 0.02}
+        torch.testing.assert_close(weights, alone, **bounds)
+        torch.testing.assert_close(slots, theirs, **bounds)
+        monkeypatch.setattr(units, "MANY", 2)
+        resumed, _, _ = run(form, load=True)
+        torch.testing.assert_close(weights, resumed, rtol=0, atol=0)
+
+    def test_a_rule_that_branches_on_a_value_is_done_one_by_one(self):
+        @rule("Choosing", over="tensor", slots={"m": zeros}, lr=any_number)
+        def choosing(p, g, s, t, lr):
+            return p - lr * (g / 2 if g.abs().max() > 1 else g), {"m": s["m"] + g}
+
+        params = [torch.nn.Parameter(torch.ones(4)) for _ in range(3)]
+        optimizer = torch_form(choosing)(params, lr=1.0)
+        for _ in range(2):
+            for scale, p in zip((0.1, 0.2, 4.0), params, strict=True):
+                p.grad = torch.full((4,), scale)
+            optimizer.step()
+        assert self.stacks(optimizer) == [(3, False)]
+        ends = [float(p.detach()[0]) for p in params]
+        assert ends == pytest.approx([0.8, 0.6, -3.0])
+        assert float(optimizer.state[params[2]]["m"][0]) == 8.0
+
+    def test_slots_that_are_replaced_or_written_into(self):
+        params = [torch.nn.Parameter(noise(i, (3,))) for i in range(3)]
+        form = optim.CAdamW(params)
+        step(form, params)
+        form.state[params[1]] = {n: torch.zeros_like(x) for n, x in form.state[params[1]].items()}
+        form.state[params[2]]["m"].zero_()
+        for p in params:
+            p.grad = torch.ones(3)
+        form.step()
+        for p in params[1:]:
+            torch.testing.assert_close(form.state[p]["m"], torch.full((3,), 0.1))
+
+    def test_tensors_of_one_shape_and_different_rules_are_apart(self):
+        parted = partition("alphagrad", "normalizedsgd", where=lambda name, shape: name > "1")
+        params = [(str(i), torch.nn.Parameter(noise(i, (3,)))) for i in range(4)]
+        optimizer = torch_form(parted)(params)
+        step(optimizer, [p for _, p in params])
+        assert self.stacks(optimizer) == [(2, True), (2, True)]
 
 
 class TestFused:
