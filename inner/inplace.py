@@ -193,6 +193,8 @@ class InPlace:
             moved, after = self.rule(
                 p, g, {**own, **self.shared}, self._t, self.values, loss=self._loss, layout=one
             )
+            if any(after[n].shape != x.shape or after[n].dtype != x.dtype for n, x in own.items()):
+                raise TypeError("a slot that changes its shape or dtype has no place in a batch")
             return moved, {n: after[n] for n in own}, {n: after[n] for n in self.shared}
 
         try:
@@ -200,10 +202,7 @@ class InPlace:
                 joined(unit.params).view(shape), joined(grads).view(shape), unit.flat
             )
         except Exception:  # A branch on a value, say; one by one it will tell what is wrong.
-            unit.batched = False
-            return None
-        if any(x.dtype != unit.flat[n].dtype for n, x in after.items()):
-            unit.batched = False
+            unit.batched, unit.flat, unit.views = False, {}, {}
             return None
         torch._foreach_copy_(unit.params, parted(p.reshape(-1), unit.params))
         for n, x in after.items():

@@ -16,7 +16,7 @@ from hyperdescent.inner.hyper import Choice, Hyper, learning_rate
 from hyperdescent.inner.layout import Layout
 from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.partition import partition
-from hyperdescent.inner.rule import Slot, number, root, rule, shared, weights, zeros
+from hyperdescent.inner.rule import Slot, number, root, rule, shared, sized, weights, zeros
 from hyperdescent.inner.rules import RULES, find_rule
 from hyperdescent.inner.written import kernels_of
 
@@ -673,6 +673,20 @@ class TestStacks:
         ends = [float(p.detach()[0]) for p in params]
         assert ends == pytest.approx([0.8, 0.6, -3.0])
         assert float(optimizer.state[params[2]]["m"][0]) == 8.0
+
+    def test_a_slot_that_grows_is_done_one_by_one(self):
+        @rule("Growing", over="tensor", slots={"seen": sized(lambda shape: (1,))}, lr=any_number)
+        def growing(p, g, s, t, lr):
+            return p - lr * g * s["seen"].numel(), {"seen": torch.cat([s["seen"], g[:1]])}
+
+        params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+        optimizer = torch_form(growing)(params, lr=1.0)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones(4)
+            optimizer.step()
+        assert [float(p.detach()[0]) for p in params] == [-2.0, -2.0]
+        assert optimizer.state[params[0]]["seen"].tolist() == [0.0, 1.0, 1.0]
 
     def test_slots_that_are_replaced_or_written_into(self):
         params = [torch.nn.Parameter(noise(i, (3,))) for i in range(3)]
