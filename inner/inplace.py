@@ -9,7 +9,7 @@ Short tensors of one shape are one batch to a rule over tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,13 +21,10 @@ from .layout import Layout
 from .plan import Plan, plan_of
 from .rule import Rule
 from .running import Running
-from .units import Unit, joined, parted
+from .units import States, Unit, joined, parted
 
 # Whether a product and the sum it enters are one kernel, which is faster and rounds once.
 FUSED = True
-
-# The slots of every parameter, as torch.optim.Optimizer.state holds them.
-States = MutableMapping[Tensor, Tensors]
 
 
 class InPlace:
@@ -119,9 +116,8 @@ class InPlace:
             unit.flat = {n: begun.pop(n) for n in names}
             each = [begun] * len(unit.params)
         unit.views = {n: parted(x, unit.params) for n, x in unit.flat.items()}
-        for i, (q, slots) in enumerate(zip(unit.params, each, strict=True)):
-            # What has no entry, for it is of another option, stays.
-            states[q] = {**slots, **{n: views[i] for n, views in unit.views.items()}}
+        # What has no entry, for it is of another option, stays.
+        unit.lend(states, each)
 
     def _own(self, unit: Unit, states: States, names: Sequence[str]) -> list[Tensors]:
         """The slots of every parameter. They begin if it has none, and one of these that was of an
@@ -185,8 +181,7 @@ class InPlace:
             each = self._own(unit, states, ())
             unit.flat = {n: torch.stack([own[n] for own in each]) for n in each[0]}
             unit.views = {n: list(x.unbind()) for n, x in unit.flat.items()}
-            for i, q in enumerate(unit.params):
-                states[q] = {n: views[i] for n, views in unit.views.items()}
+            unit.lend(states, each)
         shape = (len(unit.params), *one.shapes[0])
 
         def step(p: Tensor, g: Tensor, own: Tensors) -> tuple[Tensor, Tensors, Tensors]:

@@ -101,16 +101,16 @@ def without_weights(
 ) -> tuple[list[Step], dict[str, Any]]:
     """The same without the weights, if all of them that is read is what the step is taken off."""
     p, g, end = trace.inputs["p"], trace.inputs["g"], found.get("p")
-    rest = [step for step in steps if step.node is not end]
+    last = next((step for step in steps if step.node is end), None)
+    if last is None or last.kernel is not torch.sub or last.kwargs:
+        return steps, found
+    before, taken = last.args
+    rest = [step for step in steps if step is not last]
     others = {n: x for n, x in found.items() if n != "p"}
     read = {*nodes(others.values()), *trace.sums, *(n for step in rest for n in step.reads)}
-    for last in steps:
-        if last.node is end and last.kernel is torch.sub and not last.kwargs:
-            before, taken = last.args
-            if before is p and taken is not p and read.isdisjoint((p, end)):
-                if alike(last, p, g, taken):
-                    return rest, {**others, "g": taken}
-    return steps, found
+    if before is not p or taken is p or not read.isdisjoint((p, end)):
+        return steps, found
+    return (rest, {**others, "g": taken}) if alike(last, p, g, taken) else (steps, found)
 
 
 def nodes(operands: Iterable[Any]) -> list[fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +17,8 @@ from .layout import Layout
 from .plan import Plan
 from .rule import Rule
 
+# The slots of every parameter, as torch.optim.Optimizer.state holds them.
+States = MutableMapping[Tensor, Tensors]
 # Elements of tensors gathered into one vector, on the host and on another device: there, launches
 # cost more than memory.
 BUNCH, BUNCH_AWAY = 2**16, 2**24
@@ -47,7 +49,12 @@ class Unit:
     def layout(self) -> Layout:
         return Layout(tuple(self.names), tuple(p.shape for p in self.params))
 
-    def holds(self, states: Mapping[Tensor, Tensors]) -> bool:
+    def lend(self, states: States, each: Sequence[Tensors]) -> None:
+        """Make its views slots of its parameters, in the place of those of the same names."""
+        for i, (q, slots) in enumerate(zip(self.params, each, strict=True)):
+            states[q] = {**slots, **{n: views[i] for n, views in self.views.items()}}
+
+    def holds(self, states: States) -> bool:
         """Whether the slots of its parameters are still its views."""
         return all(
             states[q].get(n) is x
@@ -151,4 +158,4 @@ def parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         return list(_unflatten_dense_tensors(flat, like))
 
 
-__all__ = ["Unit", "joined", "parted", "units"]
+__all__ = ["States", "Unit", "joined", "parted", "units"]

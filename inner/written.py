@@ -40,8 +40,8 @@ def written(
     are copies, so that a gradient may be overwritten, and weights that are not read need none.
     """
     steps, found = kernels_of(trace, kinds, fused=fused, apart=gathered)
-    p = trace.inputs["p"]
-    weights = "p" in found or any(p in (*step.reads, *nodes(found.values())) for step in steps)
+    read = {n for step in steps for n in step.reads}.union(nodes(found.values()))
+    weights = "p" in found or trace.inputs["p"] in read
     writer = _Writer(trace.inputs, scratch=("g",) if gathered and "g" not in found else ())
     return Code(*writer.code(steps, found, trace.sums), weights)
 

@@ -454,16 +454,14 @@ class TestSums:
             found = rule.choose(**dict(zip(options, chosen, strict=True)))
             planned = self.trained(found, monkeypatch, planned=True)
             weights, used, slots, whole = self.trained(found, monkeypatch, planned=False)
-            close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
-            close(planned[:2], (weights, used))
-            for ours, theirs in zip(planned[2], slots, strict=True):
-                # A slot of another option, without an entry, may be kept by either.
-                close({n: x for n, x in ours.items() if x.numel()},
-                      {n: x for n, x in theirs.items() if x.numel()})  # fmt: skip
-            close(
-                {n: x for n, x in planned[3].items() if x.numel()},
-                {n: x for n, x in whole.items() if x.numel()},
+            bounds = {"rtol": 1e-11, "atol": 1e-13}
+            torch.testing.assert_close(planned[:2], (weights, used), **bounds)
+            # A slot of another option, without an entry, may be kept by either.
+            ours, theirs = (
+                [{n: x for n, x in own.items() if x.numel()} for own in each]
+                for each in ([*planned[2], planned[3]], [*slots, whole])
             )
+            torch.testing.assert_close(ours, theirs, **bounds)
 
     def test_what_has_no_gradient_is_no_part_of_the_model(self, monkeypatch):
         rule = find_rule("clip_norm(adam, max_norm=0.5)")

@@ -37,7 +37,7 @@ def descend(params, *optimizers, steps=50):
     return {n: p.detach() for n, p in params.items()}
 
 
-def equal(one, other):
+def assert_equal(one, other):
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -54,7 +54,7 @@ def side_by_side(first, *, one=torch.optim.SGD, other=torch.optim.Adam, given=SG
 def test_matrices_to_one_rule_and_the_rest_to_another():
     params = parameters()
     optimizer = torch_form(find_rule("partition(sgd, adam)"))(params.values(), **OURS)
-    equal(descend(params, optimizer), side_by_side({"embed", "conv"}))
+    assert_equal(descend(params, optimizer), side_by_side({"embed", "conv"}))
 
 
 def not_embed(name, shape):
@@ -64,7 +64,7 @@ def not_embed(name, shape):
 def test_the_torch_form_has_names_of_named_parameters():
     params = parameters()
     optimizer = torch_form(partition("sgd", "adam", where=not_embed))(params.items(), **OURS)
-    equal(descend(params, optimizer), side_by_side({"conv"}))
+    assert_equal(descend(params, optimizer), side_by_side({"conv"}))
 
 
 def test_and_a_flat_vector_those_of_its_layout():
@@ -78,7 +78,7 @@ def test_and_a_flat_vector_those_of_its_layout():
         drift = {n: noise(1000 * step + i, x.shape) for i, (n, x) in enumerate(params.items())}
         g, t = torch.sin(p) + layout.flatten(drift), torch.tensor(step + 1, dtype=F64)
         p, s = flat_step(rule, layout, p, g, s, t, values)
-    equal(layout.unflatten(p), side_by_side({"conv"}))
+    assert_equal(layout.unflatten(p), side_by_side({"conv"}))
 
 
 def test_names_are_empty_where_none_were_given():
@@ -106,7 +106,7 @@ def test_options_are_each_rules_own():
         other=torch.optim.SGD,
         rest=SGD | {"dampening": 0.5},
     )
-    equal(descend(params, optimizer), expected)
+    assert_equal(descend(params, optimizer), expected)
     assert rule.hypers["dampening"].when == ("nesterov", False)
     assert rule.hypers["rest_dampening"].when == ("rest_nesterov", False)
     with pytest.raises(ValueError, match="sgd: nesterov=True needs momentum"):
@@ -146,7 +146,7 @@ def test_three_rules():
         torch.optim.SGD([other["embed"]], lr=0.1, momentum=0.7),
         torch.optim.Adam([other["bias"], other["scale"]], lr=0.05),
     )
-    equal(descend(params, optimizer), expected)
+    assert_equal(descend(params, optimizer), expected)
 
 
 def test_the_prefix_may_be_another():
@@ -188,7 +188,7 @@ def test_is_pickled_and_copied_with_its_condition():
     optimizer = torch_form(rule)(params.items(), **OURS)
     descend(params, optimizer, steps=5)
     again, its = copy.deepcopy((optimizer, params))
-    equal(descend(its, again, steps=7), descend(params, optimizer, steps=7))
+    assert_equal(descend(its, again, steps=7), descend(params, optimizer, steps=7))
 
 
 def test_wrong_parts_are_named():

@@ -75,34 +75,34 @@ def theirs(base, make=None, **given):
     return (make or TORCH[base])(parameters(), **GIVEN[base] | given)
 
 
-def equal(one, other):
+def assert_equal(one, other):
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def agree(optimizer, other, **changes):
-    equal(descend(optimizer), descend(other, **changes))
+def assert_agree(optimizer, other, **changes):
+    assert_equal(descend(optimizer), descend(other, **changes))
 
 
 class TestGradient:
     @each_base
     def test_clip_norm_is_torchs(self, base):
         changed = {"before": lambda params: clip_grad_norm_(params, 1.5)}
-        agree(ours("clip_norm({})", base, max_norm=1.5), theirs(base), **changed)
+        assert_agree(ours("clip_norm({})", base, max_norm=1.5), theirs(base), **changed)
 
     @each_base
     def test_clip_tensor_is_torchs_tensor_by_tensor(self, base):
         changed = {"before": lambda params: [clip_grad_norm_([p], 0.8) for p in params]}
-        agree(ours("clip_tensor({})", base, max_norm=0.8), theirs(base), **changed)
+        assert_agree(ours("clip_tensor({})", base, max_norm=0.8), theirs(base), **changed)
 
     @each_base
     def test_clip_value_is_torchs(self, base):
         changed = {"before": lambda params: clip_grad_value_(params, 0.7)}
-        agree(ours("clip_value({})", base, max_value=0.7), theirs(base), **changed)
+        assert_agree(ours("clip_value({})", base, max_value=0.7), theirs(base), **changed)
 
     @each_base
     def test_centralize_gradient_is_pytorch_optimizers(self, base):
         changed = {"before": lambda params: [centralize_gradient(p.grad) for p in params]}
-        agree(ours("centralize_gradient({})", base), theirs(base), **changed)
+        assert_agree(ours("centralize_gradient({})", base), theirs(base), **changed)
 
     def test_centralized_gradients_have_mean_zero_for_every_output(self):
         optimizer = torch_form(find_rule("centralize_gradient(sgd)"))(parameters(), lr=1.0)
@@ -110,9 +110,9 @@ class TestGradient:
         matrix, vector, _, kernel = (
             p - q for p, q in zip(start, descend(optimizer, steps=1), strict=True)
         )
-        equal(matrix.sum(1), torch.zeros(3, dtype=F64))
-        equal(kernel.sum((1, 2, 3)), torch.zeros(2, dtype=F64))
-        equal(vector, gradient(start[1], 1, 1))
+        assert_equal(matrix.sum(1), torch.zeros(3, dtype=F64))
+        assert_equal(kernel.sum((1, 2, 3)), torch.zeros(2, dtype=F64))
+        assert_equal(vector, gradient(start[1], 1, 1))
 
     def test_the_outermost_wrapper_changes_the_gradient_first(self):
         given = {"max_norm": 1.0, "weight_decay": 0.5}
@@ -130,9 +130,9 @@ class TestGradient:
             clip_grad_norm_(params, 1.0)
 
         one = ours("clip_norm(coupled_weight_decay({}))", "adam", **given)
-        agree(one, theirs("adam"), before=clip_then_decay)
+        assert_agree(one, theirs("adam"), before=clip_then_decay)
         other = ours("coupled_weight_decay(clip_norm({}))", "adam", **given)
-        agree(other, theirs("adam"), before=decay_then_clip)
+        assert_agree(other, theirs("adam"), before=decay_then_clip)
 
     def test_long_gradients_of_bfloat16_have_a_length(self):
         # 2**16 squares, summed in bfloat16, would stand still at 256.
@@ -147,11 +147,11 @@ class TestDecay:
     @each_base
     def test_coupled_is_torchs(self, base):
         optimizer = ours("coupled_weight_decay({})", base, weight_decay=0.1)
-        agree(optimizer, theirs(base, weight_decay=0.1))
+        assert_agree(optimizer, theirs(base, weight_decay=0.1))
 
     def test_decoupled_around_adam_is_adamw(self):
         optimizer = ours("decoupled_weight_decay({})", "adam", weight_decay=0.1)
-        agree(optimizer, theirs("adam", torch.optim.AdamW, weight_decay=0.1))
+        assert_agree(optimizer, theirs("adam", torch.optim.AdamW, weight_decay=0.1))
 
     def test_decoupled_around_sgd(self):
         def shrink(params, starts, grads, step):
@@ -159,7 +159,7 @@ class TestDecay:
                 p -= 0.1 * 0.3 * start
 
         optimizer = ours("decoupled_weight_decay({})", "sgd", weight_decay=0.3)
-        agree(optimizer, theirs("sgd"), after=shrink)
+        assert_agree(optimizer, theirs("sgd"), after=shrink)
 
     @each_base
     def test_cautious_shrinks_only_where_the_step_does(self, base):
@@ -170,14 +170,14 @@ class TestDecay:
                 p -= GIVEN[base]["lr"] * 0.3 * torch.as_tensor(decayed)
 
         optimizer = ours("cautious_weight_decay({})", base, weight_decay=0.3)
-        agree(optimizer, theirs(base), after=shrink)
+        assert_agree(optimizer, theirs(base), after=shrink)
 
     def test_cautious_shrinks_what_does_not_move(self):
         rule = find_rule("cautious_weight_decay(sgd)")
         values = rule.values({"lr": 0.1, "weight_decay": 0.5})
         p, g = noise(0, 3), torch.zeros(3, dtype=F64)
         moved, _ = rule(p, g, rule.init(p, values), torch.ones((), dtype=F64), values)
-        equal(moved, 0.95 * p)
+        assert_equal(moved, 0.95 * p)
 
     @pytest.mark.parametrize("kind", ["coupled", "decoupled", "cautious"])
     def test_takes_the_place_of_the_rules_own(self, kind):
@@ -189,7 +189,7 @@ class TestDecay:
             torch_form(find_rule(f"{name}({base})"))(parameters(), lr=0.1, weight_decay=0.2)
             for base in ("adam", "adamw")
         ]
-        agree(*optimizers)
+        assert_agree(*optimizers)
 
     def test_decoupled_is_per_unit_of_each_parts_learning_rate(self):
         given = {"lr": 0.3, "rest_lr": 0.02, "weight_decay": 0.5}
@@ -201,7 +201,7 @@ class TestDecay:
         without = torch_form(find_rule("partition(sgd, adam)"))
         for name in ("partition(sgd, adam)", "clip_norm(partition(sgd, adam), max_norm=1e9)"):
             optimizer = torch_form(find_rule(f"decoupled_weight_decay({name})"))
-            agree(
+            assert_agree(
                 optimizer(parameters(), **given),
                 without(parameters(), lr=0.3, rest_lr=0.02),
                 after=shrink,
@@ -212,7 +212,7 @@ class TestDecay:
         rule = WRAPPERS["decoupled_weight_decay"](still, weight_decay=0.25)
         p = noise(0, 3)
         moved, _ = rule(p, p, {}, torch.ones((), dtype=F64), rule.values())
-        equal(moved, 0.75 * p)
+        assert_equal(moved, 0.75 * p)
 
     def test_two_of_them_are_refused(self):
         with pytest.raises(ValueError, match="would switch coupled_weight_decay off in clip_value"):
@@ -232,7 +232,7 @@ class TestStep:
         def mask(params, starts, grads, step):
             masked(starts, params, grads)
 
-        agree(ours("cautious({})", base), theirs(base), after=mask)
+        assert_agree(ours("cautious({})", base), theirs(base), after=mask)
 
     def test_cautious_adamw_of_the_paper_decays_beside_the_mask(self):
         def mask(params, starts, grads, step):
@@ -241,14 +241,14 @@ class TestStep:
                 p -= 0.05 * 0.1 * start
 
         name = "decoupled_weight_decay(cautious({}))"
-        agree(ours(name, "adam", weight_decay=0.1), theirs("adam"), after=mask)
+        assert_agree(ours(name, "adam", weight_decay=0.1), theirs("adam"), after=mask)
 
     def test_cautious_leaves_steps_alone_that_agree(self):
         # A number is all of its tensor: numel / (agreeing + 1) would halve its steps.
         for shape in ((), (1,), (2, 3)):
             one, other = ([torch.nn.Parameter(noise(0, shape))] for _ in range(2))
             optimizers = torch_form(find_rule("cautious(sgd)"))(one), torch.optim.SGD(other)
-            agree(*optimizers)
+            assert_agree(*optimizers)
 
     def test_cautious_is_of_tensors_around_a_rule_of_the_whole_model_too(self):
         given = {"max_norm": 1.0}
@@ -256,7 +256,7 @@ class TestStep:
             ours(name, "adam", **given)
             for name in ("cautious(clip_norm({}))", "clip_norm(cautious({}))")
         )
-        agree(outside, inside)
+        assert_agree(outside, inside)
 
     def test_induced_metric_is_the_natural_step_of_plain_descent(self):
         def shorter(params, starts, grads, step):
@@ -265,7 +265,7 @@ class TestStep:
                 p.copy_(start - 0.1 * g / (1 + 0.3 * square))
 
         optimizer = ours("induced_metric({})", "sgd", momentum=0.0, xi=0.3)
-        agree(optimizer, theirs("sgd"), after=shorter)
+        assert_agree(optimizer, theirs("sgd"), after=shorter)
 
     def test_induced_metric_solves_with_the_metric(self):
         g, xi, lr = noise(0, 4), 0.7, 0.2
@@ -273,7 +273,7 @@ class TestStep:
         values = rule.values({"lr": lr, "xi": xi})
         p, _ = rule(0 * g, g, rule.init(g, values), torch.ones((), dtype=F64), values)
         metric = torch.eye(4, dtype=F64) + xi * torch.outer(g, g)
-        equal(p, -lr * torch.linalg.solve(metric, g))
+        assert_equal(p, -lr * torch.linalg.solve(metric, g))
 
     @each_base
     def test_induced_metric_in_a_loop(self, base):
@@ -287,7 +287,7 @@ class TestStep:
             for p, start, u in zip(params, starts, steps, strict=True):
                 p.copy_(start + u / (1 + 0.3 * abs(product)))
 
-        agree(ours("induced_metric({})", base, xi=0.3), theirs(base), after=shorter)
+        assert_agree(ours("induced_metric({})", base, xi=0.3), theirs(base), after=shorter)
 
     @each_base
     def test_random_scaling_is_one_number_for_all_weights(self, base):
@@ -351,10 +351,10 @@ class TestReadout:
             first.extend(p.clone() for p in params if step == 1)
 
         optimizers = ours("ema({})", base, decay=0.9), optimizer
-        agree(*optimizers, after=average)
+        assert_agree(*optimizers, after=average)
         missing = 0.9**STEPS
         pairs = zip(used(optimizers[0]), first, strict=True)
-        equal([(1 - missing) * x + missing * w for x, w in pairs], [*averaged.module])
+        assert_equal([(1 - missing) * x + missing * w for x, w in pairs], [*averaged.module])
 
     def test_ema_is_the_weighted_mean_of_all_weights(self):
         trained = []
@@ -362,7 +362,7 @@ class TestReadout:
         descend(optimizer, after=lambda p, q, g, t: trained.append(p[0].clone()))
         weights = torch.tensor([0.8 ** (STEPS - i) for i in range(1, STEPS + 1)], dtype=F64)
         mean = torch.tensordot(weights / weights.sum(), torch.stack(trained), 1)
-        equal(used(optimizer)[0], mean)
+        assert_equal(used(optimizer)[0], mean)
 
     def test_ema_of_bfloat16_weights_keeps_moving(self):
         p = torch.nn.Parameter(torch.full((4,), 8.0, dtype=torch.bfloat16))
@@ -379,23 +379,23 @@ class TestReadout:
     def test_lookahead_is_pytorch_optimizers(self, base, alpha):
         other = pytorch_optimizer.Lookahead(theirs(base), k=4, alpha=alpha)
         optimizer = ours("lookahead({}, k=4)", base, alpha=alpha)
-        agree(optimizer, other)
+        assert_agree(optimizer, other)
         slow = [
             other.state[p]["slow_params"] for group in other.param_groups for p in group["params"]
         ]
-        equal(used(optimizer), slow)
+        assert_equal(used(optimizer), slow)
 
     def test_lookahead_before_the_first_look_is_the_rule(self):
         optimizer = ours("lookahead({}, k=1000)", "adam")
-        agree(optimizer, theirs("adam"))
-        equal(used(optimizer), [p.detach() for p in parameters()])
+        assert_agree(optimizer, theirs("adam"))
+        assert_equal(used(optimizer), [p.detach() for p in parameters()])
 
     def test_lookahead_all_the_way_is_the_rule(self):
-        agree(ours("lookahead({})", "adam", alpha=1.0), theirs("adam"))
+        assert_agree(ours("lookahead({})", "adam", alpha=1.0), theirs("adam"))
 
     def test_a_number_of_the_group_may_belong_to_a_rule_with_options(self):
         optimizer = torch_form(find_rule("lookahead(nadam)"))(parameters(), alpha=1.0, lr=0.05)
-        agree(optimizer, torch_form(RULES["nadam"])(parameters(), lr=0.05))
+        assert_agree(optimizer, torch_form(RULES["nadam"])(parameters(), lr=0.05))
 
     def test_xgrad_of_sgd_is_the_papers(self):
         steps, lr, momentum = 1.7, 0.1, 0.7
@@ -409,8 +409,8 @@ class TestReadout:
                 stored[i] = w - lr * buffers[i]
         optimizer = ours("xgrad({})", "sgd", steps=steps)
         ahead = [w - steps * lr * b for w, b in zip(stored, buffers, strict=True)]
-        equal(descend(optimizer), [torch.as_tensor(x) for x in ahead])
-        equal(used(optimizer), [torch.as_tensor(w) for w in stored])
+        assert_equal(descend(optimizer), [torch.as_tensor(x) for x in ahead])
+        assert_equal(used(optimizer), [torch.as_tensor(w) for w in stored])
 
     def test_xgrad_of_adam_is_the_papers(self):
         steps, lr, beta1, beta2, eps = 0.6, 0.05, 0.8, 0.9, 1e-3
@@ -429,12 +429,12 @@ class TestReadout:
                 stored[i] = w - change(m, v, t)
         optimizer = ours("xgrad({})", "adam", steps=steps)
         descend(optimizer)
-        equal(used(optimizer), [torch.as_tensor(w) for w in stored])
+        assert_equal(used(optimizer), [torch.as_tensor(w) for w in stored])
 
     def test_xgrad_around_a_clipped_rule_is_shown_what_it_trains(self):
         # Nothing is predicted at steps=0.
         optimizer = ours("xgrad(clip_norm({}, max_norm=1.0))", "adam", steps=0.0)
-        agree(optimizer, theirs("adam"), before=lambda params: clip_grad_norm_(params, 1.0))
+        assert_agree(optimizer, theirs("adam"), before=lambda params: clip_grad_norm_(params, 1.0))
 
     def test_ema_averages_what_the_rule_inside_reads_out(self):
         stored = []
@@ -442,7 +442,9 @@ class TestReadout:
         descend(inside, after=lambda p, q, g, t: stored.append(used(inside)[0]))
         descend(outside)
         weights = torch.tensor([0.9 ** (STEPS - i) for i in range(1, STEPS + 1)], dtype=F64)
-        equal(used(outside)[0], torch.tensordot(weights / weights.sum(), torch.stack(stored), 1))
+        assert_equal(
+            used(outside)[0], torch.tensordot(weights / weights.sum(), torch.stack(stored), 1)
+        )
 
     @each_wrapper
     def test_what_changes_weights_does_not_go_around_what_keeps_others(self, name):
@@ -461,7 +463,7 @@ class TestReadout:
         p = noise(0, (sum(layout.sizes),))
         s = initial_slots(rule, layout, p, values)
         p, s = flat_step(rule, layout, p, p, s, torch.ones((), dtype=F64), values)
-        equal(flat_readout(rule, layout, p, s, values), s["average"])
+        assert_equal(flat_readout(rule, layout, p, s, values), s["average"])
 
 
 class TestMaking:
@@ -503,7 +505,7 @@ class TestMaking:
                 clip_grad_norm_([p], 0.5)
 
         optimizer = ours("clip_norm(clip_tensor({}))", "sgd", max_norm=0.5, clip_norm_max_norm=2.0)
-        agree(optimizer, theirs("sgd"), before=clip)
+        assert_agree(optimizer, theirs("sgd"), before=clip)
 
     def test_defaults_are_of_hypers_and_of_options(self):
         assert find_rule("clip_norm(adamw, max_norm=0.5)").hypers["max_norm"].default == 0.5
@@ -515,7 +517,7 @@ class TestMaking:
         rule = WRAPPERS["clip_norm"](nesterov, max_norm=1e9)
         assert rule.options() == {"nesterov": True}
         one, other = (torch_form(r)(parameters(), momentum=0.5) for r in (rule, nesterov))
-        agree(one, other)
+        assert_agree(one, other)
         with pytest.raises(ValueError, match=r"clip_norm\(sgd, .*: nesterov=True needs momentum"):
             torch_form(rule)(parameters())
 
@@ -559,7 +561,7 @@ class TestMaking:
                 t = torch.tensor(step, dtype=F64)
                 p, s = flat_step(rule, layout, p, torch.sin(p), s, t, values)
             ends.append((p, s["m"]))
-        equal(*ends)
+        assert_equal(*ends)
 
 
 NESTED = [
