@@ -10,8 +10,10 @@ scheduler = result.scheduler(optimizer)
 import sys
 from importlib import import_module
 
-from .inner import noise, optim, wrappers
-from .inner.hyper import (
+from .inner import wrappers
+from .inner.compose.partition import partition
+from .inner.compose.wrapper import wrapper
+from .inner.core.hyper import (
     Choice,
     Hyper,
     Integer,
@@ -22,8 +24,7 @@ from .inner.hyper import (
     temperature,
     weight_decay,
 )
-from .inner.partition import partition
-from .inner.rule import (
+from .inner.core.rule import (
     Rule,
     Slot,
     filled,
@@ -37,30 +38,31 @@ from .inner.rule import (
     weights,
     zeros,
 )
+from .inner.numerics import counter_rng as noise
 from .inner.rules import RULES as rules
-from .inner.schedule import SCHEDULES as schedules
-from .inner.schedule import Schedule
-from .inner.wrap import wrapper
-from .meta import linear
-from .meta.bamm import BAMM
-from .meta.bda import BDA
-from .meta.descent import MetaOptimizer
-from .meta.evolution import ES, PES
-from .meta.fixed_point import FixedPoint, OnePass
-from .meta.forward import Forward
-from .meta.forward_gradient import ForwardGradient
-from .meta.guess import Guess
+from .inner.schedules.schedule import SCHEDULES as schedules
+from .inner.schedules.schedule import Schedule
+from .inner.torch_form import optimizer as optim
+from .meta.bilevel.bamm import BAMM
+from .meta.bilevel.bda import BDA
+from .meta.bilevel.meha import MEHA
+from .meta.bilevel.penalty import Penalty
+from .meta.bilevel.sama import SAMA
+from .meta.forward.forward import Forward
 from .meta.hypergradient import hypergradient, train
-from .meta.implicit import Implicit
-from .meta.meha import MEHA
+from .meta.implicit import linear_solvers as linear
+from .meta.implicit.fixed_point import FixedPoint, OnePass
+from .meta.implicit.implicit import Implicit
+from .meta.meta_optimizer import MetaOptimizer
 from .meta.online import HypergradientDescent, train_online
-from .meta.outcome import Outcome
-from .meta.penalty import Penalty
-from .meta.population import Population
-from .meta.problem import Problem, problem_from_module
-from .meta.replay import Replay
-from .meta.sama import SAMA
-from .meta.training import Training
+from .meta.problems.problem import Problem, problem_from_module
+from .meta.reverse.replay import Replay
+from .meta.sampling.control_variate import Guess
+from .meta.sampling.evolution_strategies import ES, PES
+from .meta.sampling.forward_gradient import ForwardGradient
+from .meta.sampling.population import Population
+from .meta.training.outcome import Outcome
+from .meta.training.training import Training
 from .search.result import Result
 from .search.tune import tune
 from .studies.problems import find_problem as problem

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..inner.hyper import Tensors
-from .checkpoint import revolve_steps
-from .estimate import Estimate
-from .forward import Forward
-from .memory import comfortable, state_bytes
-from .outcome import Outcome
-from .replay import Replay
-from .training import Training
+from ..inner.core.hyper import Tensors
+from .forward.forward import Forward
+from .reverse.checkpointing import revolve_steps
+from .reverse.memory_budget import comfortable, state_bytes
+from .reverse.replay import Replay
+from .training.estimate import Estimate
+from .training.outcome import Outcome
+from .training.training import Training
 
 # A pullback, and a step of one number's tangents, in plain steps; see BENCHMARKS.md.
 REPLAY_STEPS, FORWARD_STEPS = 2.0, 0.7

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..inner.hyper import Tensors
-from ..inner.rule import unknown
-from .coordinates import Coordinates
-from .data import mix
-from .differences import directional_difference
-from .estimate import Estimate, Estimator
-from .replay import Replay
-from .training import State, Training
+from ..inner.core.hyper import Tensors
+from ..inner.core.rule import unknown
+from .problems.data import mix
+from .reverse.replay import Replay
+from .training.coordinates import Coordinates
+from .training.estimate import Estimate, Estimator
+from .training.finite_differences import directional_difference
+from .training.training import State, Training
 
 if TYPE_CHECKING:
     from rich.table import Table

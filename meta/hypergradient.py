@@ -8,16 +8,16 @@ from typing import overload
 
 from torch import Tensor
 
-from ..inner.hyper import Grain, Tensors
-from ..inner.rule import Rule
+from ..inner.core.hyper import Grain, Tensors
+from ..inner.core.rule import Rule
 from ..inner.rules import find_rule
-from ..inner.schedule import Schedule, find_schedule
+from ..inner.schedules.schedule import Schedule, find_schedule
 from .compare import Comparison, Reference, compare
-from .data import Split
-from .estimate import Estimate, Estimator
 from .methods import find_method
-from .problem import Problem
-from .training import Training
+from .problems.data import Split
+from .problems.problem import Problem
+from .training.estimate import Estimate, Estimator
+from .training.training import Training
 
 
 @dataclass(frozen=True)

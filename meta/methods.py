@@ -6,22 +6,22 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from ..inner.rule import unknown
+from ..inner.core.rule import unknown
 from .auto import Auto
-from .bamm import BAMM
-from .bda import BDA
-from .estimate import Estimator
-from .evolution import ES, PES
-from .fixed_point import FixedPoint, OnePass
-from .forward import Forward
-from .forward_gradient import ForwardGradient
-from .implicit import Implicit
-from .linear import dense, neumann, normal_conjugate_gradient, nystrom
-from .meha import MEHA
-from .penalty import Penalty
-from .population import Population
-from .replay import Replay
-from .sama import SAMA
+from .bilevel.bamm import BAMM
+from .bilevel.bda import BDA
+from .bilevel.meha import MEHA
+from .bilevel.penalty import Penalty
+from .bilevel.sama import SAMA
+from .forward.forward import Forward
+from .implicit.fixed_point import FixedPoint, OnePass
+from .implicit.implicit import Implicit
+from .implicit.linear_solvers import dense, neumann, normal_conjugate_gradient, nystrom
+from .reverse.replay import Replay
+from .sampling.evolution_strategies import ES, PES
+from .sampling.forward_gradient import ForwardGradient
+from .sampling.population import Population
+from .training.estimate import Estimator
 
 METHODS: dict[str, Callable[[], Estimator]] = {
     "auto": Auto,

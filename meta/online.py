@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inner.hyper import Grain, Tensors
-from ..inner.rule import Rule
-from .coordinates import Coordinates
-from .curvature import vjp
-from .estimate import Estimate, Estimator, Note, finished
-from .forward import Forward
+from ..inner.core.hyper import Grain, Tensors
+from ..inner.core.rule import Rule
+from .forward.forward import Forward
 from .hypergradient import Trained, make_training, split_names
+from .implicit.curvature import vjp
+from .implicit.inner_solution import Reached, go_on
 from .methods import find_method
-from .outcome import Outcome
-from .problem import Problem
-from .reach import Reached, go_on
-from .steps import Cotangents, leaf_values, leaves
-from .training import State, Training
+from .problems.problem import Problem
+from .reverse.steps import Cotangents, leaf_values, leaves
+from .training.coordinates import Coordinates
+from .training.estimate import Estimate, Estimator, Note, finished
+from .training.outcome import Outcome
+from .training.training import State, Training
 
 # Numbers of a hyper whose every move is kept.
 _FEW = 1000

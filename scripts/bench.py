@@ -7,14 +7,20 @@ from pathlib import Path
 import torch
 
 from ..meta.hypergradient import split_names
-from ..studies import implicit_report, optimizers_report
-from ..studies.bench import bench_metagradient
-from ..studies.bench_report import remarks, table, trust_section, write, write_section
-from ..studies.device import find_device
-from ..studies.implicit_bench import bench_implicit, find_cases
-from ..studies.low import bench_bfloat16
-from ..studies.optimizers_bench import Pair, bench_optimizers, find_models, find_rivals
-from ..studies.workloads import find_workloads
+from ..studies.benchmarks import implicit_report, optimizers_report
+from ..studies.benchmarks.bfloat16 import bench_bfloat16
+from ..studies.benchmarks.implicit import bench_implicit, find_cases
+from ..studies.benchmarks.metagradient import bench_metagradient
+from ..studies.benchmarks.metagradient_report import (
+    remarks,
+    table,
+    trust_section,
+    write,
+    write_section,
+)
+from ..studies.benchmarks.optimizers import Pair, bench_optimizers, find_models, find_rivals
+from ..studies.benchmarks.workloads import find_workloads
+from ..studies.measure.device import find_device
 from .show import console, telling
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..inner.layout import Layout
-from ..inner.rule import Rule
-from ..studies.tables import markdown
+from ..inner.core.layout import Layout
+from ..inner.core.rule import Rule
+from ..studies.measure.markdown import markdown
 
 # The matrix whose slots are counted: neither square nor small.
 _LIKE = torch.Size([512, 256])

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..inner.rule import Rule
-    from ..meta.problem import Problem
+    from ..inner.core.rule import Rule
+    from ..meta.problems.problem import Problem
 
 TRACEBACK = "HYPERDESCENT_TRACEBACK"
 

@@ -6,12 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..inner.rule import Rule, unknown
+from ..inner.core.rule import Rule, unknown
 from ..meta.compare import compare
 from ..meta.hypergradient import make_training, split_names
-from ..meta.implicit import Unconverged
+from ..meta.implicit.implicit import Unconverged
 from ..meta.methods import METHODS, find_method
-from ..meta.problem import Problem
+from ..meta.problems.problem import Problem
 from .show import console, telling
 
 

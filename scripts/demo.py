@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from ..search.folder import write_text
 from ..search.plot import compare
 from ..search.provenance import provenance
 from ..search.result import Result
+from ..search.run_folder import write_text
 from ..search.tune import tune
+from ..studies.engine.record import Record, Records
+from ..studies.engine.run import run
+from ..studies.engine.study import Arm, ProblemSpec, Study
+from ..studies.engine.summary import summary
 from ..studies.problems import find_problem
-from ..studies.record import Record, Records
-from ..studies.report import summary
-from ..studies.run import run
-from ..studies.study import Arm, ProblemSpec, Study
 from .show import INTERRUPTED, console, one_line, show_records
 
 PROBLEM, RULE, STEPS, SCHEDULES = "digits-mlp", "adamw", 200, {"lr": "piecewise:16"}

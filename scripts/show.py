@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..inner.rule import unknown
+from ..inner.core.rule import unknown
 from ..inner.wrappers import WRAPPERS
-from ..meta.outcome import Outcome
+from ..meta.training.outcome import Outcome
 from .catalogue import memory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..inner.rule import Rule
+    from ..inner.core.rule import Rule
     from ..search.result import Result
-    from ..studies.built_in import Report
-    from ..studies.record import Record, Records
+    from ..studies.engine.record import Record, Records
+    from ..studies.library.registry import Report
 
 INTERRUPTED = "interrupted; the same command goes on from here"
 _SHOWN = 4
@@ -91,9 +91,9 @@ def run_study(
     """Run a study from a file or by name with a line of progress per cell, and print its table; the
     exit code. options: of a study that has some. into: a Markdown file for its section.
     """
-    from ..studies.built_in import STUDIES
-    from ..studies.run import run, run_cells
-    from ..studies.study import read_study
+    from ..studies.engine.run import run, run_cells
+    from ..studies.engine.study import read_study
+    from ..studies.library.registry import STUDIES
 
     screen = console()
     given: dict[str, Any] = {
@@ -138,7 +138,7 @@ def show_records(
     report: Report | None = None,
 ) -> int:
     """The table of a study, and what is not in it; the exit code, 0 if nothing is."""
-    from ..studies.report import table
+    from ..studies.engine.summary import table
 
     screen = console()
     if records.records:
@@ -157,7 +157,7 @@ def show_records(
 
 def one_line(record: Record) -> str:
     """A record as a line of progress, such as "adam on wine-mlp, seed 3: valid loss 0.1234"."""
-    from ..studies.report import group_of
+    from ..studies.engine.summary import group_of
 
     problem, arm = group_of(record)
     return f"{arm} on {problem}, seed {record.inputs['seed']}: {_ended(record)}"

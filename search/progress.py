@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .log import Event
+from .run_log import Event
 
 _LINE_SECONDS = 5.0
 

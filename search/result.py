@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..inner.hyper import Tensors
-from ..inner.rule import Rule
+from ..inner.core.hyper import Tensors
+from ..inner.core.rule import Rule
 from ..inner.rules import find_rule
-from ..meta.outcome import Outcome
-from .folder import write_text
+from ..meta.training.outcome import Outcome
+from .run_folder import write_text
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from ..inner.torch_schedule import HyperScheduler
+    from ..inner.torch_form.scheduler import HyperScheduler
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Result:
         Per-tensor values need the model's parameters in their own order; per-element values have
         no place in a torch optimizer.
         """
-        from ..inner import optim
+        from ..inner.torch_form import optimizer as optim
 
         named = isinstance(params, nn.Module)
         # Names, for rules that go by them.
@@ -93,7 +93,7 @@ class Result:
 
     def scheduler(self, optimizer: Optimizer) -> HyperScheduler:
         """The learned schedules for an optimizer made by `optimizer` (or any with these names)."""
-        from ..inner.torch_schedule import HyperScheduler
+        from ..inner.torch_form.scheduler import HyperScheduler
 
         names = [name for name in self.scheduled if name in self.rule.hypers]
         if not names:

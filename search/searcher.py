@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..meta.data import mix
-from ..meta.outcome import Outcome
-from .journal import open_journal
+from ..meta.problems.data import mix
+from ..meta.training.outcome import Outcome
+from .optuna_journal import open_journal
 from .space import Point, Space
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..inner.hyper import Choice, Discrete, Hyper, Tensors
-from ..inner.rule import unknown
-from ..meta.training import Training
+from ..inner.core.hyper import Choice, Discrete, Hyper, Tensors
+from ..inner.core.rule import unknown
+from ..meta.training.training import Training
 
 if TYPE_CHECKING:
     from optuna import Trial

@@ -13,30 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inner.hyper import Grain
-from ..inner.rule import Rule
-from ..inner.schedule import Schedule
-from ..meta.coordinates import Coordinates
-from ..meta.data import mix
-from ..meta.descent import MetaOptimizer
-from ..meta.differences import held_out_loss
-from ..meta.forward import Forward
+from ..inner.core.hyper import Grain
+from ..inner.core.rule import Rule
+from ..inner.schedules.schedule import Schedule
+from ..meta.forward.forward import Forward
 from ..meta.hypergradient import make_training, split_names
-from ..meta.outcome import Outcome
-from ..meta.problem import Problem
-from ..meta.replay import Replay
-from ..meta.training import Training
+from ..meta.meta_optimizer import MetaOptimizer
+from ..meta.problems.data import mix
+from ..meta.problems.problem import Problem
+from ..meta.reverse.replay import Replay
+from ..meta.training.coordinates import Coordinates
+from ..meta.training.finite_differences import held_out_loss
+from ..meta.training.outcome import Outcome
+from ..meta.training.training import Training
 from .budget import Clock, seconds
-from .confirm import CANDIDATES, confirm
-from .decision import Decision, choose_route, reconsider
-from .folder import RunFolder
-from .log import Event, Log
-from .probe import check_budget, first_losses
+from .coarse_scan import scan
+from .preflight import check_budget, first_losses
 from .progress import watching
 from .provenance import provenance
 from .result import Result
-from .scan import scan
+from .route import Decision, choose_route, reconsider
+from .run_folder import RunFolder
+from .run_log import Event, Log
 from .searcher import OptunaSearcher
+from .selection import CANDIDATES, confirm
 from .space import Point, Space
 
 # The share of the budget kept for training the best candidates again under other seeds.
@@ -69,7 +69,7 @@ def tune(
     grains: {"alpha": "tensor"} for one value per parameter tensor, "element" per weight. given:
     values to start from, and to keep where not learned. route: "auto" descends the metagradient
     and falls back to Optuna where there is none; "gradient" and "search" insist. A descent begins
-    with a scan (search/scan.py): plain trainings at rates factors of 4 apart. out: a folder
+    with a scan (search/coarse_scan.py): plain trainings at rates factors of 4 apart. out: a folder
     that keeps the run; the same call on it goes on where it stopped. Ctrl-C ends the run with the
     best point so far.
 

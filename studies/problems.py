@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..inner.hyper import Choice, Integer, Tensors, positive
-from ..inner.rule import unknown
-from ..meta.problem import ModuleProblem, Problem, problem_from_module
+from ..inner.core.hyper import Choice, Integer, Tensors, positive
+from ..inner.core.rule import unknown
+from ..meta.problems.problem import ModuleProblem, Problem, problem_from_module
 
 Part = tuple[Tensor, Tensor]
 Scaled = Literal["pixels", "inputs", "inputs and target"]

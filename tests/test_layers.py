@@ -51,8 +51,8 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize(
     ("where", "line"),
     [
-        ("meta/replay.py", "from ..search.space import Space"),
-        ("meta/replay.py", "from .. import search"),
+        ("meta/reverse/replay.py", "from ..search.space import Space"),
+        ("meta/reverse/replay.py", "from .. import search"),
         ("inner/rules/adam.py", "from ...meta.outcome import Outcome"),
         ("inner/rules/adam.py", "from ... import tune"),
         ("search/tune.py", "from hyperdescent.studies import run"),

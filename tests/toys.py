@@ -2,9 +2,9 @@
 
 import torch
 
-from hyperdescent.inner.hyper import Hyper
+from hyperdescent.inner.core.hyper import Hyper
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.meta.training import Training
+from hyperdescent.meta.training.training import Training
 
 DOUBLE = torch.float64
 

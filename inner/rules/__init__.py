@@ -7,7 +7,7 @@ import pkgutil
 from functools import lru_cache
 from importlib import import_module
 
-from ..rule import Rule, unknown
+from ..core.rule import Rule, unknown
 
 
 def find_rule(name: str | Rule) -> Rule:

@@ -7,8 +7,8 @@ with a step of momentum meanwhile. Left out are that package's amsgrad, its deca
 learning rate, and standing still instead of the step of momentum.
 """
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import rule, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import rule, zeros
 from .adam import decayed, direction
 from .radam import rectified
 

@@ -3,8 +3,8 @@
 The decay of the learning rate and the start of the sum are those of torch.optim.Adagrad.
 """
 
-from ..hyper import learning_rate, positive, weight_decay
-from ..rule import filled, root, rule
+from ..core.hyper import learning_rate, positive, weight_decay
+from ..core.rule import filled, root, rule
 
 
 @rule(

@@ -1,7 +1,7 @@
 """Adam. Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1, with weight decay added to the gradient."""
 
-from ..hyper import decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, zeros
+from ..core.hyper import decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, zeros
 
 
 def moments(g, s, beta1, beta2):

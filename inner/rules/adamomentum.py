@@ -7,8 +7,8 @@ in an independent implementation (lavish619/AdaMomentum-Optimizer-Experiments), 
 was not to be found; weight decay is that one's, added to the gradient, or decoupled by choice.
 """
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, zeros
 from .adam import decayed
 
 

@@ -14,8 +14,8 @@ checked, and in the search ranges always so. The defaults are ours.
 
 import torch
 
-from ..hyper import decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, shared, zeros
+from ..core.hyper import decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, shared, zeros
 
 
 def second_moment_stays_positive(values):

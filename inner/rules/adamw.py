@@ -1,7 +1,7 @@
 """AdamW: Adam with decoupled weight decay. Loshchilov & Hutter 2019, arXiv:1711.05101."""
 
-from ..hyper import decay, learning_rate, positive, weight_decay
-from ..rule import rule, zeros
+from ..core.hyper import decay, learning_rate, positive, weight_decay
+from ..core.rule import rule, zeros
 from .adam import decayed, direction, moments
 
 

@@ -6,8 +6,8 @@ multiplies before it. Its max_grad_norm is left out: clip_norm("adan", max_norm=
 without the eps in its division.
 """
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, zeros
 
 
 @rule(

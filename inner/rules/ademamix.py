@@ -11,8 +11,8 @@ limit. They also drop the first average there, which is then the gradient itself
 
 import torch
 
-from ..hyper import decay, learning_rate, positive, weight_decay
-from ..rule import rule, zeros
+from ..core.hyper import decay, learning_rate, positive, weight_decay
+from ..core.rule import rule, zeros
 from .adam import decayed, direction, moments
 
 

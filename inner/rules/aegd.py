@@ -11,8 +11,8 @@ batch of the gradient.
 
 import torch
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import long_zeros, rule, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import long_zeros, rule, zeros
 from .adam import decayed
 
 

@@ -11,8 +11,8 @@ successor, sets alpha itself from the share of entries beyond a threshold.
 
 import torch
 
-from ..hyper import Choice, decay, fraction, learning_rate, positive, weight_decay
-from ..rule import root, rule, zeros
+from ..core.hyper import Choice, decay, fraction, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, zeros
 from .sgd import heavy_ball, nesterov_needs_momentum
 
 

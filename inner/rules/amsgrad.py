@@ -6,8 +6,8 @@ for bias at the current step. The paper corrects nothing.
 
 import torch
 
-from ..hyper import decay, learning_rate, positive, weight_decay
-from ..rule import rule, zeros
+from ..core.hyper import decay, learning_rate, positive, weight_decay
+from ..core.rule import rule, zeros
 from .adam import direction, moments
 
 

@@ -5,8 +5,8 @@ Kegreisz 2025, arXiv:2508.18258.
 
 import torch
 
-from ..hyper import Choice, decay, learning_rate, positive, temperature, weight_decay
-from ..rule import root, rule, sign, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, temperature, weight_decay
+from ..core.rule import root, rule, sign, zeros
 
 
 def second_moment_stays_positive(values):

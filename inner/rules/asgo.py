@@ -2,9 +2,9 @@
 
 import torch
 
-from ..hyper import Integer, decay, positive, weight_decay
-from ..newton_schulz import inverse_root
-from ..rule import Slot, at_least_float32, root
+from ..core.hyper import Integer, decay, positive, weight_decay
+from ..core.rule import Slot, at_least_float32, root
+from ..numerics.newton_schulz import inverse_root
 from .matrices import as_matrix, averaged, with_adam
 
 

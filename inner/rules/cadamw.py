@@ -12,8 +12,8 @@ the mask over, the path jumps, which no slope shows.
 smooth puts sigmoid(m * g / temperature) in place of the mask.
 """
 
-from ..hyper import Choice, decay, learning_rate, positive, temperature, weight_decay
-from ..rule import mask, root, rule, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, temperature, weight_decay
+from ..core.rule import mask, root, rule, zeros
 from .adam import moments
 
 

@@ -13,8 +13,8 @@ The slope in gamma is 0 outside of gamma < norm < gamma / delta, that in delta i
 
 import torch
 
-from ..hyper import fraction, learning_rate, positive, weight_decay
-from ..rule import at_least_float32, root, rule
+from ..core.hyper import fraction, learning_rate, positive, weight_decay
+from ..core.rule import at_least_float32, root, rule
 
 
 def clipped(p, g, lr, gamma, delta, weight_decay):

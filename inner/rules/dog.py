@@ -16,8 +16,8 @@ slope in reps_rel is nearly 0 once the distance has outgrown it.
 
 import torch
 
-from ..hyper import learning_rate, positive, weight_decay
-from ..rule import Slot, at_least_float32, long_zeros, number, root, rule, weights
+from ..core.hyper import learning_rate, positive, weight_decay
+from ..core.rule import Slot, at_least_float32, long_zeros, number, root, rule, weights
 
 
 def precise(x):

@@ -18,8 +18,8 @@ direction enters the momentum buffer undamped, as in `alphagrad`.
 
 import torch
 
-from ..hyper import Choice, Integer, decay, fraction, learning_rate, positive, weight_decay
-from ..rule import number, root, rule, zeros
+from ..core.hyper import Choice, Integer, decay, fraction, learning_rate, positive, weight_decay
+from ..core.rule import number, root, rule, zeros
 from .sgd import heavy_ball, nesterov_needs_momentum
 
 _SHRINK = ("shrink", True)

@@ -18,9 +18,9 @@ inactive_lr_scale=0.
 
 import torch
 
-from .. import noise
-from ..hyper import Choice, Integer, decay, learning_rate, positive, temperature, weight_decay
-from ..rule import Slot, rule, sign
+from ..core.hyper import Choice, Integer, decay, learning_rate, positive, temperature, weight_decay
+from ..core.rule import Slot, rule, sign
+from ..numerics import counter_rng as noise
 from .adam import decayed, direction, moments
 
 

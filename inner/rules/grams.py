@@ -8,8 +8,8 @@ path beside it may turn elsewhere.
 
 import torch
 
-from ..hyper import Choice, decay, learning_rate, positive, temperature, weight_decay
-from ..rule import root, rule, sign, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, temperature, weight_decay
+from ..core.rule import root, rule, sign, zeros
 from .adam import decayed, moments
 
 

@@ -11,8 +11,8 @@ where the metric is all but flat.
 
 import torch
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import at_least_float32, number, root, rule, under, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import at_least_float32, number, root, rule, under, zeros
 
 
 def unbiased(average, share, t):

@@ -1,7 +1,7 @@
 """Lion and its cautious form: steps of one size in every element, and the sign of an average."""
 
-from ..hyper import Choice, decay, learning_rate, temperature, weight_decay
-from ..rule import mask, rule, sign, zeros
+from ..core.hyper import Choice, decay, learning_rate, temperature, weight_decay
+from ..core.rule import mask, rule, sign, zeros
 
 _ROUGH = "it enters only through a sign"
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from ..hyper import decay, learning_rate, positive, weight_decay
-from ..partition import partition
-from ..rule import rule, zeros
+from ..compose.partition import partition
+from ..core.hyper import decay, learning_rate, positive, weight_decay
+from ..core.rule import rule, zeros
 from .adam import decayed, direction, moments
 
 

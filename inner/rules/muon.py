@@ -17,8 +17,8 @@ Computed in at least float32, not in the authors' bfloat16, whose noise slopes w
 average and a sum as momentum are the same rule: the steps do not see the norm.
 """
 
-from ..hyper import Choice, Integer, decay, positive, weight_decay
-from ..newton_schulz import JORDAN, QUINTIC, first, polar
+from ..core.hyper import Choice, Integer, decay, positive, weight_decay
+from ..numerics.newton_schulz import JORDAN, QUINTIC, first, polar
 from .matrices import as_matrix, averaged, shape_factor, with_adam
 
 _BOTH = {

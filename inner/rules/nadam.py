@@ -4,8 +4,8 @@ The momentum schedule is that of the paper's section 3.2; m averages with the co
 torch.optim.NAdam.
 """
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, shared, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, shared, zeros
 from .adam import decayed, moments
 
 

@@ -12,8 +12,8 @@ extrapolation. It is made at the end of a step, with the numbers in force there.
 not vanish at the optimum, acceleration amplifies it.
 """
 
-from ..hyper import Choice, decay, learning_rate, positive
-from ..rule import root, rule, shared, weights, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive
+from ..core.rule import root, rule, shared, weights, zeros
 
 
 def before_extrapolation(p, s, values, layout):

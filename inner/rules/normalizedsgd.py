@@ -7,8 +7,8 @@ papers have one vector; eps beside the norm, for where there is no gradient; and
 decay, under which no tensor grows longer than 1 / weight_decay.
 """
 
-from ..hyper import decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, zeros
+from ..core.hyper import decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, zeros
 
 
 @rule(

@@ -12,8 +12,8 @@ second gradient per step; that is left out. eps, which the paper has not, is the
 
 import torch
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, weights, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, weights, zeros
 
 
 @rule(

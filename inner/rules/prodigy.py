@@ -12,8 +12,8 @@ arithmetic, but steps of size d0 are lost in bfloat16 weights, and d would stay 
 
 import torch
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import Slot, at_least_float32, long_zeros, number, root, rule
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import Slot, at_least_float32, long_zeros, number, root, rule
 
 
 def _small(p, values, layout):

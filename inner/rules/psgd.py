@@ -16,9 +16,9 @@ moves at every step.
 
 import torch
 
-from .. import noise
-from ..hyper import Integer, decay, learning_rate, positive, weight_decay
-from ..rule import Slot, at_least_float32, long_zeros, number, root, rule, zeros
+from ..core.hyper import Integer, decay, learning_rate, positive, weight_decay
+from ..core.rule import Slot, at_least_float32, long_zeros, number, root, rule, zeros
+from ..numerics import counter_rng as noise
 from .shampoo import LONGEST, squares
 
 

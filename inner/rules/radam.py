@@ -6,8 +6,8 @@ is added to the root of the biased second moment.
 
 import torch
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, zeros
 from .adam import decayed, moments
 
 

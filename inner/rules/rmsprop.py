@@ -3,8 +3,8 @@
 Without bias correction, and eps added to the root, as in torch.optim.RMSprop.
 """
 
-from ..hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, under, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, under, zeros
 
 
 @rule(

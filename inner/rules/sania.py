@@ -17,8 +17,8 @@ A loss below f_star makes the step an ascent to f_star. lr = 1 is the paper's.
 
 import torch
 
-from ..hyper import Choice, Hyper, decay, learning_rate, positive
-from ..rule import at_least_float32, root, rule, zeros
+from ..core.hyper import Choice, Hyper, decay, learning_rate, positive
+from ..core.rule import at_least_float32, root, rule, zeros
 
 
 def bent(x, tau):

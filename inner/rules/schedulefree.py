@@ -5,8 +5,8 @@ Defazio et al. 2024, arXiv:2405.15682.
 
 import torch
 
-from ..hyper import Integer, decay, learning_rate, positive, weight_decay
-from ..rule import root, rule, shared, weights, zeros
+from ..core.hyper import Integer, decay, learning_rate, positive, weight_decay
+from ..core.rule import root, rule, shared, weights, zeros
 
 
 def average_can_be_read(values):

@@ -23,9 +23,9 @@ scale; elements that tie share its step. In the rest:
   least float32, where they have bfloat16.
 """
 
-from ..hyper import Choice, decay, learning_rate, positive
-from ..newton_schulz import JORDAN, first, polar
-from ..rule import at_least_float32, root, rule, zeros
+from ..core.hyper import Choice, decay, learning_rate, positive
+from ..core.rule import at_least_float32, root, rule, zeros
+from ..numerics.newton_schulz import JORDAN, first, polar
 
 
 def _steepest(m, norm, eps):

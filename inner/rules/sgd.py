@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..hyper import Choice, Tensors, decay, fraction, learning_rate, weight_decay
-from ..rule import rule, zeros
+from ..core.hyper import Choice, Tensors, decay, fraction, learning_rate, weight_decay
+from ..core.rule import rule, zeros
 
 
 def nesterov_needs_momentum(values: Mapping[str, object]) -> str | None:

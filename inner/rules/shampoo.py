@@ -7,9 +7,9 @@ step: nothing is decomposed, and nothing is stale.
 
 import torch
 
-from ..hyper import Choice, Integer, decay, learning_rate, positive, weight_decay
-from ..roots import inverse_root
-from ..rule import Slot, at_least_float32, root, rule, zeros
+from ..core.hyper import Choice, Integer, decay, learning_rate, positive, weight_decay
+from ..core.rule import Slot, at_least_float32, root, rule, zeros
+from ..numerics.matrix_roots import inverse_root
 
 # A dimension longer than that has no matrix: its statistics would outgrow the weights.
 LONGEST = 4096

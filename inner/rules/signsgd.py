@@ -1,7 +1,7 @@
 """Steps of one size in every element, in the direction of a sign."""
 
-from ..hyper import Choice, decay, learning_rate, temperature, weight_decay
-from ..rule import rule, sign, zeros
+from ..core.hyper import Choice, decay, learning_rate, temperature, weight_decay
+from ..core.rule import rule, sign, zeros
 
 
 @rule(

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from .. import noise
-from ..hyper import Choice, Integer, decay, learning_rate, positive, weight_decay
-from ..rule import Slot, at_least_float32, root, rule, zeros
+from ..core.hyper import Choice, Integer, decay, learning_rate, positive, weight_decay
+from ..core.rule import Slot, at_least_float32, root, rule, zeros
+from ..numerics import counter_rng as noise
 from .adam import decayed
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..hyper import Hyper, learning_rate, positive
-from ..rule import at_least_float32, root, rule, zeros
+from ..core.hyper import Hyper, learning_rate, positive
+from ..core.rule import at_least_float32, root, rule, zeros
 
 # Losses that may be negative have bounds that are.
 _FLOOR = Hyper(0.0, -torch.inf, torch.inf, "linear", search=(0.0, 1.0), finest="shared")

@@ -6,9 +6,9 @@ import pkgutil
 from collections.abc import Callable
 from importlib import import_module
 
-from ..partition import partition
-from ..rule import Rule
-from ..wrap import Wrapper
+from ..compose.partition import partition
+from ..compose.wrapper import Wrapper
+from ..core.rule import Rule
 
 WRAPPERS: dict[str, Callable[..., Rule]] = {
     value.name: value

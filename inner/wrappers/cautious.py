@@ -9,9 +9,9 @@ decoupled_weight_decay(cautious(adam)) is its C-AdamW. smooth: sigmoid of the st
 learning rate times the gradient over temperature, in place of the mask.
 """
 
-from ..hyper import Choice, temperature
-from ..rule import mask
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import Choice, temperature
+from ..core.rule import mask
 
 
 @wrapper(over="tensor", moves=True, smooth=Choice(False, (False, True)), temperature=temperature())

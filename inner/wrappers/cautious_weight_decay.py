@@ -6,9 +6,9 @@ takes the place of that rule's own weight_decay. Weights whose update is 0 decay
 the step per unit of learning rate times the weight over temperature, in place of the mask.
 """
 
-from ..hyper import Choice, temperature, weight_decay
-from ..rule import mask
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import Choice, temperature, weight_decay
+from ..core.rule import mask
 
 
 @wrapper(

@@ -7,7 +7,7 @@ authors' later code (Yonghongwei/Gradient-Centralization, algorithm-GC) does it 
 SGD, which is the same as long as nothing decays.
 """
 
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
 
 
 @wrapper(over="tensor")

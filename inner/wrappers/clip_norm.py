@@ -4,9 +4,9 @@ As torch.nn.utils.clip_grad_norm_, which adds 1e-6 to the norm it divides by. In
 whole model is a param group.
 """
 
-from ..hyper import positive
-from ..rule import at_least_float32, root
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import positive
+from ..core.rule import at_least_float32, root
 
 
 def clipped(g, max_norm):

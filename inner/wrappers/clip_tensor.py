@@ -4,8 +4,8 @@ There it is that of all tensors as one, `clip_norm`. As torch.nn.utils.clip_grad
 one tensor after another, which adds 1e-6 to the norm it divides by.
 """
 
-from ..hyper import positive
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import positive
 from .clip_norm import clipped
 
 

@@ -6,8 +6,8 @@ As torch.nn.utils.clip_grad_value_.
 
 import torch
 
-from ..hyper import positive
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import positive
 
 
 @wrapper(max_value=positive(1.0, search=(1e-3, 1e3)))

@@ -7,9 +7,9 @@ to 1: after t steps it holds (1 - decay**t) times this average and decay**t time
 float32: bfloat16 would round the last percent of an average's movement away.
 """
 
-from ..hyper import decay
-from ..rule import Slot, at_least_float32
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import decay
+from ..core.rule import Slot, at_least_float32
 
 
 def long_weights(p, values, layout):

@@ -9,9 +9,9 @@ beyond. All that the rule inside does is scaled; the code leaves decay as it is,
 decoupled_weight_decay(induced_metric(adam)).
 """
 
-from ..hyper import positive
-from ..rule import at_least_float32
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import positive
+from ..core.rule import at_least_float32
 
 
 @wrapper(over="model", moves=True, xi=positive(0.1, search=(1e-9, 10.0), finest="shared"))

@@ -6,9 +6,9 @@ are the slow ones, which the authors evaluate: of trainings whose length is no m
 last steps are not in them.
 """
 
-from ..hyper import Integer, fraction
-from ..rule import weights
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import Integer, fraction
+from ..core.rule import weights
 
 
 def slow_weights(p, s, inner):

@@ -6,9 +6,9 @@ makes an online learner a method for losses that are neither smooth nor convex. 
 variance 1: use averaged weights, ema(random_scaling(sgd)), as the theory does.
 """
 
-from ..hyper import Integer
-from ..noise import uniform
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import Integer
+from ..numerics.counter_rng import uniform
 
 # A stream of its own, apart from a rule's that draws with the same seed.
 _STREAM = 0x5CA1E

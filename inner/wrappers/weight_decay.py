@@ -1,7 +1,7 @@
 """Weight decay around any rule. Loshchilov & Hutter 2019, arXiv:1711.05101, name the two kinds."""
 
-from ..hyper import weight_decay
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import weight_decay
 
 
 @wrapper(moves=True, replaces=("weight_decay",), weight_decay=weight_decay(1e-2))

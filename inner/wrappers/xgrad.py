@@ -10,9 +10,9 @@ one. The paper leaves decoupled decay out of the prediction of AdamW, here it is
 code (guanleics/XGrad) predicts nothing for parameters whose grad is None, as zero_grad makes them.
 """
 
-from ..hyper import positive
-from ..rule import weights
-from ..wrap import wrapper
+from ..compose.wrapper import wrapper
+from ..core.hyper import positive
+from ..core.rule import weights
 
 
 def stored(p, s, inner):

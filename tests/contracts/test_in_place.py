@@ -10,15 +10,19 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from hyperdescent.inner import inplace, optim, plan, running, units
-from hyperdescent.inner.flat import flat_step, initial_slots
-from hyperdescent.inner.hyper import Choice, Hyper, learning_rate
-from hyperdescent.inner.layout import Layout
-from hyperdescent.inner.optim import torch_form
-from hyperdescent.inner.partition import partition
-from hyperdescent.inner.rule import Slot, number, root, rule, shared, sized, weights, zeros
+from hyperdescent.inner.compose.partition import partition
+from hyperdescent.inner.core.flat import flat_step, initial_slots
+from hyperdescent.inner.core.hyper import Choice, Hyper, learning_rate
+from hyperdescent.inner.core.layout import Layout
+from hyperdescent.inner.core.rule import Slot, number, root, rule, shared, sized, weights, zeros
+from hyperdescent.inner.kernels import execute as running
+from hyperdescent.inner.kernels import trace as plan
+from hyperdescent.inner.kernels.codegen import kernels_of
 from hyperdescent.inner.rules import RULES, find_rule
-from hyperdescent.inner.written import kernels_of
+from hyperdescent.inner.torch_form import buckets as units
+from hyperdescent.inner.torch_form import optimizer as optim
+from hyperdescent.inner.torch_form import step as inplace
+from hyperdescent.inner.torch_form.optimizer import torch_form
 
 F64 = torch.float64
 SHAPES = [(3, 4), (5,), (), (2, 2, 2)]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from hyperdescent.inner import inplace, running
-from hyperdescent.inner.flat import flat_readout, flat_step, initial_slots
-from hyperdescent.inner.groups import betas_of, hypers_in, values_in
-from hyperdescent.inner.hyper import Choice
-from hyperdescent.inner.layout import Layout
-from hyperdescent.inner.optim import torch_form
+from hyperdescent.inner.core.flat import flat_readout, flat_step, initial_slots
+from hyperdescent.inner.core.hyper import Choice
+from hyperdescent.inner.core.layout import Layout
+from hyperdescent.inner.kernels import execute as running
 from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.torch_form import step as inplace
+from hyperdescent.inner.torch_form.optimizer import torch_form
+from hyperdescent.inner.torch_form.param_groups import betas_of, hypers_in, values_in
 
 F64 = torch.float64
 COMPOSED = ["cautious(muon)", "clip_norm(adamw)", "ema(sgd)"]

@@ -23,13 +23,13 @@ from points import (
     telling,
 )
 
-from hyperdescent.inner import inplace
-from hyperdescent.inner.flat import flat_readout, flat_step, initial_slots
-from hyperdescent.inner.groups import betas_of
-from hyperdescent.inner.hyper import Choice
-from hyperdescent.inner.layout import Layout
-from hyperdescent.inner.optim import torch_form
+from hyperdescent.inner.core.flat import flat_readout, flat_step, initial_slots
+from hyperdescent.inner.core.hyper import Choice
+from hyperdescent.inner.core.layout import Layout
 from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.torch_form import step as inplace
+from hyperdescent.inner.torch_form.optimizer import torch_form
+from hyperdescent.inner.torch_form.param_groups import betas_of
 
 # Every wrapper once: they promise what rules do, and so do rules in rules.
 COMPOSED = [

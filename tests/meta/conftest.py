@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from hyperdescent.inner.roots import inverse_root
+from hyperdescent.inner.numerics.matrix_roots import inverse_root
 
 
 @pytest.fixture

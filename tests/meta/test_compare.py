@@ -9,15 +9,15 @@ from torch import nn
 from toys import Toy, descent, following, vector
 
 import hyperdescent as hd
-from hyperdescent.inner.hyper import positive
+from hyperdescent.inner.core.hyper import positive
 from hyperdescent.meta.compare import compare
-from hyperdescent.meta.compiled import Machine
-from hyperdescent.meta.implicit import Implicit
-from hyperdescent.meta.linear import conjugate_gradient, dense
+from hyperdescent.meta.implicit.implicit import Implicit
+from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient, dense
 from hyperdescent.meta.methods import METHODS, find_method
-from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.problem import problem_from_module
-from hyperdescent.meta.replay import Replay
+from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.reverse.compiled_steps import Machine
+from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.outcome import Outcome
 
 # Two numbers take two steps.
 UNSOLVED = Implicit(conjugate_gradient(steps=1), tolerance=1e-3)

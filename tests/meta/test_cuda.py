@@ -11,20 +11,20 @@ from nets import examples, mlp
 from torch import nn
 
 import hyperdescent as hd
-from hyperdescent.inner.hyper import positive
+from hyperdescent.inner.core.hyper import positive
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.meta.captured import captured
-from hyperdescent.meta.forward import Forward
-from hyperdescent.meta.graph import trace
-from hyperdescent.meta.implicit import Implicit
-from hyperdescent.meta.linear import conjugate_gradient
-from hyperdescent.meta.memory import available
-from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.problem import problem_from_module
-from hyperdescent.meta.replay import Replay
-from hyperdescent.meta.script import scripted
-from hyperdescent.meta.training import Training
-from hyperdescent.studies.workloads import GPT, mean_loss
+from hyperdescent.meta.forward.forward import Forward
+from hyperdescent.meta.implicit.implicit import Implicit
+from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient
+from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.reverse.memory_budget import available
+from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.tracing.cuda_graph import captured
+from hyperdescent.meta.tracing.step_graph import trace
+from hyperdescent.meta.tracing.torchscript import scripted
+from hyperdescent.meta.training.outcome import Outcome
+from hyperdescent.meta.training.training import Training
+from hyperdescent.studies.benchmarks.workloads import GPT, mean_loss
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

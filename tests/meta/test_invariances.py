@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from nets import Around, examples, mlp
 from toys import DOUBLE, Toy
 
-from hyperdescent.inner.hyper import Hyper, positive
+from hyperdescent.inner.core.hyper import Hyper, positive
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.meta.coordinates import Coordinates
-from hyperdescent.meta.implicit import Implicit
-from hyperdescent.meta.problem import problem_from_module
-from hyperdescent.meta.replay import Replay
-from hyperdescent.meta.training import Training
+from hyperdescent.meta.implicit.implicit import Implicit
+from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.coordinates import Coordinates
+from hyperdescent.meta.training.training import Training
 
 L2 = 2.0  # So that the Hessian is positive definite.
 EXACT = Replay(compile=False)

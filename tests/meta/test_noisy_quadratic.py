@@ -8,12 +8,12 @@ import pytest
 import torch
 from toys import DOUBLE, Toy
 
-from hyperdescent.inner.hyper import positive
+from hyperdescent.inner.core.hyper import positive
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.inner.schedule import find_schedule
-from hyperdescent.meta.evolution import PES
-from hyperdescent.meta.replay import Replay
-from hyperdescent.meta.training import Training
+from hyperdescent.inner.schedules.schedule import find_schedule
+from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.sampling.evolution_strategies import PES
+from hyperdescent.meta.training.training import Training
 
 CURVATURES = 1 / torch.arange(1, 1001, dtype=DOUBLE)
 NOISE = 1 / CURVATURES

@@ -8,14 +8,14 @@ from toys import DOUBLE, Toy, descent, following, vector
 
 import hyperdescent as hd
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.meta.estimate import Estimate
-from hyperdescent.meta.fixed_point import OnePass
-from hyperdescent.meta.forward import Forward
-from hyperdescent.meta.implicit import Implicit
+from hyperdescent.meta.forward.forward import Forward
+from hyperdescent.meta.implicit.fixed_point import OnePass
+from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.online import HypergradientDescent, train_online
-from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.replay import Replay
-from hyperdescent.meta.training import Training
+from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.estimate import Estimate
+from hyperdescent.meta.training.outcome import Outcome
+from hyperdescent.meta.training.training import Training
 
 SCALE, AIM, X = vector(1.0, 0.5), vector(3.0, -1.0), vector(1.0, 2.0)
 

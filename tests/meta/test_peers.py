@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.meta.problem import problem_from_module
-from hyperdescent.meta.replay import Replay
-from hyperdescent.meta.training import Training
+from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.training import Training
 
 STEPS = 8
 

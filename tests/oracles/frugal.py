@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from oracle import Plain, Reference
 
-from hyperdescent.inner.noise import uniform
+from hyperdescent.inner.numerics.counter_rng import uniform
 
 
 class Frugal(Plain):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from oracle import Plain, Reference
 
-from hyperdescent.inner import noise
+from hyperdescent.inner.numerics import counter_rng as noise
 
 EPS = np.finfo(np.float64).eps
 

@@ -10,7 +10,7 @@ import pytest
 
 from hyperdescent.scripts import demo
 from hyperdescent.scripts.demo import FRESH_SEEDS, run_demo
-from hyperdescent.studies.record import Records, read
+from hyperdescent.studies.engine.record import Records, read
 
 
 @pytest.fixture(scope="module")

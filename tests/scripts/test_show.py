@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.meta.outcome import Outcome
+from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.scripts.show import one_line, show_records, show_result
 from hyperdescent.search.result import Result
-from hyperdescent.studies.record import Record, Records
+from hyperdescent.studies.engine.record import Record, Records
 
 
 def record(outcome=Outcome.OK, error=None):

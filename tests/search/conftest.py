@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hyperdescent.inner.hyper import Choice, Integer
-from hyperdescent.meta.problem import problem_from_module
+from hyperdescent.inner.core.hyper import Choice, Integer
+from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.search import budget
 
 

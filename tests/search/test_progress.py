@@ -2,8 +2,8 @@
 
 import math
 
-from hyperdescent.search.log import Event
 from hyperdescent.search.progress import watching
+from hyperdescent.search.run_log import Event
 
 EVENTS = [Event("gradient", 2.0, 2.0, 0.1), Event("search", math.inf, 1.0, 0.9)]
 

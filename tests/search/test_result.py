@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hyperdescent.inner import optim
 from hyperdescent.inner.rules import RULES, find_rule
-from hyperdescent.inner.schedule import find_schedule
-from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.problem import problem_from_module
-from hyperdescent.meta.training import Training
+from hyperdescent.inner.schedules.schedule import find_schedule
+from hyperdescent.inner.torch_form import optimizer as optim
+from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.training.outcome import Outcome
+from hyperdescent.meta.training.training import Training
 from hyperdescent.search.result import Result
 from hyperdescent.search.tune import tune
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.training import Training
+from hyperdescent.meta.training.outcome import Outcome
+from hyperdescent.meta.training.training import Training
 from hyperdescent.search.searcher import OptunaSearcher
 from hyperdescent.search.space import Point, Space
 

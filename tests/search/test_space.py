@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.inner.schedule import find_schedule
-from hyperdescent.meta.training import Training
+from hyperdescent.inner.schedules.schedule import find_schedule
+from hyperdescent.meta.training.training import Training
 from hyperdescent.search.space import Point, Space
 
 
@@ -191,7 +191,7 @@ class TestConditions:
         assert ("dampening" in found.numbers(found.start())) == asked_for
 
     def test_every_drawn_point_makes_an_optimizer(self, space):
-        from hyperdescent.inner.optim import torch_form
+        from hyperdescent.inner.torch_form.optimizer import torch_form
 
         found = space("momentum", "dampening", "nesterov")
         for point in drawn(found):

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hyperdescent.inner.hyper import positive
+from hyperdescent.inner.core.hyper import positive
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.meta.descent import MetaOptimizer
-from hyperdescent.meta.estimate import Estimate
-from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.replay import Replay
+from hyperdescent.meta.meta_optimizer import MetaOptimizer
+from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.estimate import Estimate
+from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.search import tune as module
-from hyperdescent.search.journal import sole_writer
+from hyperdescent.search.optuna_journal import sole_writer
 from hyperdescent.search.result import Result
 from hyperdescent.search.tune import tune
 

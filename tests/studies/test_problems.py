@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hyperdescent.inner.rules import find_rule
-from hyperdescent.meta.outcome import Outcome
-from hyperdescent.meta.problem import loss_at
-from hyperdescent.meta.replay import Replay
-from hyperdescent.meta.training import Training
+from hyperdescent.meta.problems.problem import loss_at
+from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.outcome import Outcome
+from hyperdescent.meta.training.training import Training
 from hyperdescent.studies.problems import PROBLEMS, find_problem
 
 
@@ -102,7 +102,7 @@ def test_unknown_names_suggest_the_nearest():
 
 def test_importing_problems_loads_nothing_heavy():
     code = (
-        "import sys, hyperdescent.studies.problems, hyperdescent.studies.execute\n"
+        "import sys, hyperdescent.studies.problems, hyperdescent.studies.engine.executors\n"
         "heavy = {'sklearn', 'ray', 'optuna', 'pydantic', 'yaml', 'rich', 'matplotlib'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

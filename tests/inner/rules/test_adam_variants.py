@@ -5,8 +5,8 @@ import pytest
 import torch
 from walks import F64, noise, number, walk
 
-from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rules import RULES, ademamix
+from hyperdescent.inner.torch_form.optimizer import torch_form
 
 GRADIENTS = noise(12, 3)
 

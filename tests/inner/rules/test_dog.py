@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.torch_form.optimizer import torch_form
 
 both = pytest.mark.parametrize("name", ["dog", "ldog"])
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hyperdescent.inner.flat import flat_step, initial_slots
-from hyperdescent.inner.layout import Layout
+from hyperdescent.inner.core.flat import flat_step, initial_slots
+from hyperdescent.inner.core.layout import Layout
 from hyperdescent.inner.rules import RULES
 
 F64 = torch.float64

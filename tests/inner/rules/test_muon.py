@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from hyperdescent.inner.flat import flat_step, initial_slots
-from hyperdescent.inner.layout import Layout
-from hyperdescent.inner.optim import torch_form
-from hyperdescent.inner.partition import partition
+from hyperdescent.inner.compose.partition import partition
+from hyperdescent.inner.core.flat import flat_step, initial_slots
+from hyperdescent.inner.core.layout import Layout
 from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.torch_form.optimizer import torch_form
 
 F64 = torch.float64
 NAMES = ["muon", "turbomuon"]

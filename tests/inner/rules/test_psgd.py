@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hyperdescent.inner.layout import Layout
-from hyperdescent.inner.optim import torch_form
+from hyperdescent.inner.core.layout import Layout
 from hyperdescent.inner.rules import RULES
 from hyperdescent.inner.rules.psgd import _balanced
+from hyperdescent.inner.torch_form.optimizer import torch_form
 
 F64 = torch.float64
 each = pytest.mark.parametrize("name", ["psgdxmat", "psgdlra", "psgdkron"])

@@ -4,9 +4,9 @@ import pytest
 import pytorch_optimizer
 import torch
 
-from hyperdescent.inner.layout import Layout
-from hyperdescent.inner.optim import torch_form
+from hyperdescent.inner.core.layout import Layout
 from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.torch_form.optimizer import torch_form
 
 F64 = torch.float64
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from pytorch_optimizer.optimizer.snsm import AdamWSN
 
-from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rules import RULES
 from hyperdescent.inner.rules.subset_norm import basis, subsets
+from hyperdescent.inner.torch_form.optimizer import torch_form
 
 F64 = torch.float64
 

@@ -5,8 +5,8 @@ import pytorch_optimizer
 import torch
 from walks import F64, noise, number, walk
 
-from hyperdescent.inner.optim import torch_form
 from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.torch_form.optimizer import torch_form
 
 
 def bowl(optimizer, steps):

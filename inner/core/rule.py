@@ -1,0 +1,345 @@
+"""A differentiable update rule: one pure function with declared hyperparameters and slots."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .hyper import Choice, Discrete, Hyper, Integer, Tensors
+from .layout import Layout
+
+Over = Literal["element", "tensor", "model"]
+Need = Literal["loss", "layout"]
+
+
+# (p, g, s, t, **needs, **hypers, **choices) -> (p, s), out of place; t counts from 1 in float64.
+Update = Callable[..., tuple[Tensor, Tensors]]
+
+
+Init = Callable[[Tensor, Mapping[str, Any], Layout], Tensor]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One buffer of optimizer state.
+
+    init(p, values, layout): its start, of any shape, from a unit's weights, layout, and hypers and
+    options.
+    shared: one number for all elements, a function of t only.
+    """
+
+    init: Init
+    shared: bool = False
+
+
+def _zeros(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+    return torch.zeros_like(p)
+
+
+zeros = Slot(_zeros)
+
+
+def _long_zeros(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+    return torch.zeros_like(p, dtype=at_least_float32(p.dtype))
+
+
+# Of a dtype in which what is added up is not lost.
+long_zeros = Slot(_long_zeros)
+
+
+def _weights(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+    return p.clone()
+
+
+# A buffer that starts as a copy of the weights.
+weights = Slot(_weights)
+
+
+def filled(name: str) -> Slot:
+    """A buffer that starts at the value of the hyperparameter called name."""
+    return Slot(partial(_filled, name))
+
+
+def _filled(name: str, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+    value: Tensor = values[name]
+    return torch.zeros_like(p) + value
+
+
+def shared(number: float) -> Slot:
+    """One float64 number that starts the same everywhere; one per element where hypers are that."""
+    return Slot(partial(_shared, number), shared=True)
+
+
+def _shared(number: float, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+    hypers = (v for v in values.values() if isinstance(v, Tensor))
+    shape = torch.broadcast_shapes(*(v.shape for v in hypers))
+    if shape:  # A float64 vector would make float64 weights of others.
+        return torch.full(shape, number, dtype=p.dtype, device=p.device)
+    return torch.tensor(number, dtype=torch.float64)
+
+
+def number(start: float = 0.0) -> Slot:
+    """One number for a whole unit, a tensor or the model; not of less than float32."""
+    return Slot(partial(_number, start))
+
+
+def _number(start: float, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+    return torch.full((), start, dtype=at_least_float32(p.dtype), device=p.device)
+
+
+def sized(shape: Callable[[torch.Size], Sequence[int]]) -> Slot:
+    """Zeros of a shape that is a function of the tensor's."""
+    return Slot(partial(_sized, shape))
+
+
+def _sized(
+    shape: Callable[[torch.Size], Sequence[int]],
+    p: Tensor,
+    values: Mapping[str, Any],
+    layout: Layout,
+) -> Tensor:
+    return p.new_zeros(tuple(shape(p.shape)))
+
+
+def under(option: str, value: object, slot: Slot) -> Slot:
+    """A slot of one entry per element that is empty unless an option has that value."""
+    return Slot(partial(_under, option, value, slot.init))
+
+
+def _under(
+    option: str, value: object, init: Init, p: Tensor, values: Mapping[str, Any], layout: Layout
+) -> Tensor:
+    return init(p, values, layout) if values[option] == value else p.new_zeros(0)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What sums over many elements are made in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+Readout = Callable[[Tensor, Tensors, Tensors, Layout], Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer's mathematics.
+
+    over: the smallest unit the rule acts on: an "element" (so that all parameters may be one flat
+    vector), a whole "tensor", or the whole "model" as one flat vector, a param group in the torch
+    form. needs: what else update takes, by name: the "loss" that g is the gradient of, or the
+    unit's "layout", of one tensor or, with hypers in their own grain, of the model. readout(p, s,
+    values, layout): the weights to use, where they are not those at which gradients are taken.
+    chosen: the options in force where they differ from the defaults. check: returns what is wrong
+    with a set of values, or None.
+    """
+
+    name: str
+    title: str
+    hypers: Mapping[str, Hyper]
+    choices: Mapping[str, Discrete]
+    slots: Mapping[str, Slot]
+    update: Update
+    over: Over = "element"
+    check: Callable[[Mapping[str, object]], str | None] | None = None
+    chosen: Mapping[str, object] = field(default_factory=dict)
+    doc: str = ""
+    needs: tuple[Need, ...] = ()
+    readout: Readout | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def options(self) -> dict[str, object]:
+        """Every option and its value in force."""
+        return {name: self.chosen.get(name, c.default) for name, c in self.choices.items()}
+
+    def choose(self, **chosen: object) -> Rule:
+        """The same rule with other options, such as `sgd.choose(nesterov=True)`."""
+        for name, value in chosen.items():
+            if name not in self.choices:
+                raise TypeError(unknown(f"{self.name} has no option", name, self.choices))
+            self.choices[name].check(name, value)
+        return replace(self, chosen={**self.chosen, **chosen})
+
+    def values(self, given: Mapping[str, float | Tensor] | None = None) -> Tensors:
+        """All hyperparameters as float64 tensors, the given ones checked, the others default."""
+        given = given or {}
+        for name, value in given.items():
+            if name not in self.hypers:
+                raise TypeError(unknown(f"{self.name} has no hyperparameter", name, self.hypers))
+            self.hypers[name].check(name, value)
+        return {
+            name: torch.as_tensor(given.get(name, hyper.default), dtype=torch.float64)
+            for name, hyper in self.hypers.items()
+        }
+
+    def complain(self, values: Mapping[str, object]) -> None:
+        """Raise ValueError if these values and options contradict each other."""
+        problem = self.check({**values, **self.options()}) if self.check else None
+        if problem:
+            raise ValueError(f"{self.name}: {problem}")
+
+    def rough(self) -> dict[str, str]:
+        """The hypers whose derivative says little of their effect, and why; the option `smooth`
+        makes a guide of most of them.
+        """
+        smooth = bool(self.options().get("smooth"))
+        return {
+            name: hyper.rough
+            for name, hyper in self.hypers.items()
+            if hyper.rough and not (smooth and hyper.smoothed)
+        }
+
+    def init(self, p: Tensor, values: Tensors, layout: Layout | None = None) -> Tensors:
+        """The slots of one unit before the first step, differentiable in the values that fill
+        them.
+        """
+        layout = layout or Layout.alone(p.shape)
+        return {name: self.begin(name, p, values, layout) for name in self.slots}
+
+    def begin(self, name: str, p: Tensor, values: Tensors, layout: Layout) -> Tensor:
+        """One of them."""
+        return self.slots[name].init(p, {**values, **self.options()}, layout)
+
+    def kind(self, layout: Layout) -> Hashable:
+        """What it may take notice of in tensors, beside their shapes."""
+        if "layout" not in self.needs:
+            return ()
+        found = getattr(self.update, "kind", None)
+        kind: Hashable = layout.names if found is None else found(layout)
+        return kind
+
+    def slot_shape(self, name: str, unit: Layout) -> torch.Size:
+        """The shape of a slot of one tensor."""
+        return _slot_shape(self.slots[name], unit, tuple(self.options().items()))
+
+    def __call__(
+        self,
+        p: Tensor,
+        g: Tensor,
+        s: Tensors,
+        t: Tensor,
+        values: Tensors,
+        *,
+        loss: Tensor | None = None,
+        layout: Layout | None = None,
+    ) -> tuple[Tensor, Tensors]:
+        """One step on one unit; nothing is changed in place."""
+        given: dict[str, object] = {}
+        if "loss" in self.needs:
+            if loss is None:
+                raise ValueError(
+                    f"{self.name} needs the loss that the gradient is of, and was given none"
+                )
+            given["loss"] = loss
+        if "layout" in self.needs:
+            given["layout"] = layout or Layout.alone(p.shape)
+        p, after = self.update(p, g, s, t, **given, **values, **self.options())
+        # In the order of the declaration, by which adjoints of slots find theirs.
+        return p, {name: after[name] for name in self.slots}
+
+    def __reduce__(self) -> tuple[Callable[..., Rule], tuple[object, ...]]:
+        # By name: under the name of its function, pickle would find the rule instead.
+        found = _registered(self.name)
+        if found is not None and replace(found, chosen={}) == replace(self, chosen={}):
+            return _recall, (self.name, dict(self.chosen))
+        return Rule, tuple(getattr(self, each.name) for each in fields(self))
+
+
+def _registered(name: str) -> Rule | None:
+    from ..rules import find_rule  # Here, because the registered rules are made with this module.
+
+    try:
+        return find_rule(name)
+    except (TypeError, ValueError):
+        return None
+
+
+def _recall(name: str, chosen: Mapping[str, object]) -> Rule:
+    found = _registered(name)
+    if found is None:
+        raise ValueError(f"there is no rule {name!r} here; it was pickled by another version")
+    return found.choose(**chosen) if chosen else found
+
+
+@lru_cache(maxsize=2**14)
+def _slot_shape(slot: Slot, unit: Layout, options: tuple[tuple[str, object], ...]) -> torch.Size:
+    # By a weight without memory: a slot's start says its shape, and nothing else has to.
+    (shape,) = unit.shapes
+    return slot.init(torch.empty(shape, device="meta"), _Ones(options), unit).shape
+
+
+class _Ones(dict[str, Any]):
+    """Any hyperparameter is 1."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return torch.ones(())
+
+
+def rule(
+    title: str,
+    *,
+    slots: Mapping[str, Slot] | None = None,
+    over: Over = "element",
+    needs: tuple[Need, ...] = (),
+    readout: Readout | None = None,
+    check: Callable[[Mapping[str, object]], str | None] | None = None,
+    **declared: Hyper | Discrete,
+) -> Callable[[Callable[..., tuple[Tensor, Tensors]]], Rule]:
+    """Declare an update rule; the function's module docstring is its citation."""
+
+    def wrap(update: Callable[..., tuple[Tensor, Tensors]]) -> Rule:
+        takes = [n for n in list(inspect.signature(update).parameters)[4:] if n not in needs]
+        if set(takes) != set(declared):
+            odd = sorted(set(takes) ^ set(declared))
+            raise TypeError(f"{update.__name__}: declared and taken hyperparameters differ: {odd}")
+        return Rule(
+            name=update.__name__,
+            title=title,
+            hypers={n: d for n in takes if isinstance(d := declared[n], Hyper)},
+            choices={n: d for n in takes if isinstance(d := declared[n], Choice | Integer)},
+            slots=dict(slots or {}),
+            update=update,
+            over=over,
+            check=check,
+            doc=inspect.getdoc(update) or inspect.getmodule(update).__doc__ or "",
+            needs=needs,
+            readout=readout,
+        )
+
+    return wrap
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root with slope 0 at 0, where the true slope is infinite.
+
+    A weight that never saw a gradient has second moment 0; the true slope times its zero cotangent
+    is NaN. Values are bit-identical to sqrt, negative and NaN inputs included.
+    """
+    zero = x == 0
+    return torch.where(zero, x, torch.where(zero, 1.0, x).sqrt())
+
+
+def sign(x: Tensor, smooth: bool, temperature: Tensor) -> Tensor:
+    """The sign, or its surrogate tanh(x / temperature), which has a slope."""
+    return torch.tanh(x / temperature) if smooth else x.sign()
+
+
+def mask(x: Tensor, smooth: bool, temperature: Tensor) -> Tensor:
+    """1 where x > 0 and else 0, or its surrogate sigmoid(x / temperature)."""
+    return torch.sigmoid(x / temperature) if smooth else (x > 0).to(x)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that does not exist: the nearest one first, then all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return f"{what} {name!r};{hint} known: {', '.join(known) or 'none'}"

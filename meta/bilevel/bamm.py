@@ -1,0 +1,107 @@
+"""sl-BAMM: a single loop with one Hessian product, for training losses with many minimisers.
+
+Liu et al. 2023, arXiv:2302.03407.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...inner.core.hyper import Tensors
+from ..implicit.curvature import vjp
+from ..implicit.inner_solution import check_moves_optimum, moved_by, no_graph, only_once
+from ..training.estimate import Estimate, Note, finished
+from ..training.training import State, Training
+
+
+class Multiplied(NamedTuple):
+    """Where the loop is: the weights, the multiplier v, and the steps done."""
+
+    state: State
+    v: Tensor
+    steps: int
+
+
+@dataclass(frozen=True)
+class BAMM:
+    """The gradient of F - <d psi / dy, v> in the hypers, psi = mu F + (1 - mu) f, f the training
+    loss and F the held-out one, where v is on its way to the solution of psi's Hessian v = dF/dy.
+
+    Every step of the training is one of v, of length `rate` * (steps + 1) ** -tau/2, and one of the
+    weights on psi by its rule. mu falls as mu0 (steps + 1) ** -1/p: slowly, and with it the bias,
+    which is that of F's say in where the weights go. A weight decay of the rule is not seen by v:
+    put it into the training loss. Calls go on from the last one; with steps=1 it is the paper's
+    algorithm, for which its outer steps must shrink as (steps + 1) ** -1.5 tau mu^3.
+    """
+
+    mu0: float = 0.9
+    p: float = 10.0
+    rate: float = 0.1
+    tau: float = 0.025
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mu0 < 1:
+            raise ValueError(f"mu0={self.mu0:g} must be between 0 and 1, both excluded")
+        for name in ("p", "rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name):g} must be positive")
+        if self.tau < 0:
+            raise ValueError(f"tau={self.tau:g} must not be negative")
+
+    def __call__(
+        self, training: Training, point: Tensors, carry: Multiplied | None = None, *, seed: int
+    ) -> tuple[Estimate, Multiplied | None]:
+        check_moves_optimum(training, point)
+        resolved = training.resolve({name: value.detach() for name, value in point.items()})
+        if carry is None:
+            with torch.no_grad():
+                start = training.begin(resolved.at(0), seed)
+            carry = Multiplied(start, torch.zeros_like(start.p), 0)
+        v, done = carry.v, carry.steps
+        answer: Estimate | None = None
+
+        def advance(i: int, state: State) -> State:
+            nonlocal v, answer
+            step, values = done + i, resolved.at(i)
+            mu = self.mu(step)
+            leaves = {name: values[name].detach().requires_grad_() for name in point}
+            y = state.p.detach().requires_grad_()
+            known = values | leaves
+            outer = training.outer_loss_at(y, state, known)
+            if not outer.requires_grad:
+                answer = no_graph(training, outer)
+                return state
+            slope, *direct = vjp([outer], [y, *leaves.values()], [None])
+            inner, buffers = training.inner_loss(state._replace(p=y), known, step, seed)
+            both = mu * outer + (1 - mu) * inner
+            (g,) = torch.autograd.grad(both, y, create_graph=True)
+            (curved,) = vjp([g], [y], [v])
+            v = v - self.rate * (step + 1) ** (-self.tau / 2) * (curved - slope)
+            if i == training.steps - 1:
+                mixed = vjp([g], list(leaves.values()), [v])
+                grad = {n: d - m for n, d, m in zip(point, direct, mixed, strict=True)}
+                note = Note(steps=training.steps, how=f"mu {mu:.3g}")
+                answer = finished(outer.detach(), grad, note)
+            return moved_by(training, state, values, step, g, buffers, loss=both.detach())
+
+        try:
+            state = training.run(resolved, seed, start=carry.state, advance=advance)
+        except RuntimeError as error:
+            return only_once(training, error), None
+        done += training.steps
+        if state is None or not bool(v.isfinite().all()):
+            reason = f"the weights or the multiplier stopped being finite within {done} steps"
+            return Estimate.diverged(training.steps, reason), None
+        assert answer is not None
+        return answer, Multiplied(state, v, done)
+
+    def mu(self, step: int) -> float:
+        """F's share in the loss of a step."""
+        return float(self.mu0 * (step + 1) ** (-1 / self.p))
+
+
+__all__ = ["BAMM"]

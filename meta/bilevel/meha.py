@@ -1,0 +1,103 @@
+"""MEHA: a single loop without second derivatives, by the Moreau envelope of the training loss.
+
+Liu et al. 2024, arXiv:2405.09927.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ...inner.core.hyper import Tensors
+from ..implicit.inner_solution import (
+    check_moves_optimum,
+    held_out,
+    in_hypers,
+    no_graph,
+    step_along,
+    total,
+)
+from ..training.estimate import Estimate, Note, finished
+from ..training.training import State, Training
+
+
+class Near(NamedTuple):
+    """Where MEHA's loop is: y, the point theta that it is held near, and the steps done."""
+
+    y: State
+    theta: State
+    steps: int
+
+
+@dataclass(frozen=True)
+class MEHA:
+    """The gradient of F(x, y) + c (f(x, y) - v(x, y)) in the hypers x, where v(x, y) is the least
+    f(x, theta) + |theta - y|^2 / 2 gamma, f the training loss and F the held-out one.
+
+    For training losses that are no more than weakly convex, many minimisers included. Every step of
+    the training is a step of y on F / c + f - v and one of theta, both by its rule and learning
+    rate; theta's is `speed` times as long, for theta must be faster than y or both diverge. c grows
+    as c0 (steps + 1) ** power, the paper's way (its published code multiplies where it should
+    divide). A fixed c leaves a bias of the order of 1 / c. Calls go on from the last one; with
+    steps=1 it is the paper's algorithm.
+    """
+
+    gamma: float = 1.0
+    c0: float = 2.0
+    power: float = 0.25
+    speed: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "c0", "speed"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name):g} must be positive and finite")
+        if not 0 <= self.power < 0.5:
+            raise ValueError(f"power={self.power:g} must be at least 0 and below 1/2")
+
+    def __call__(
+        self, training: Training, point: Tensors, carry: Near | None = None, *, seed: int
+    ) -> tuple[Estimate, Near | None]:
+        check_moves_optimum(training, point)
+        resolved = training.resolve({name: value.detach() for name, value in point.items()})
+        if carry is None:
+            with torch.no_grad():
+                start = training.begin(resolved.at(0), seed)
+            carry = Near(start, start, 0)
+        theta, done = carry.theta, carry.steps
+
+        def advance(i: int, y: State) -> State:
+            nonlocal theta
+            step, values = done + i, resolved.at(i)
+            if step:  # The paper's order: x moves between theta and y.
+                apart = (theta.p - y.p) / self.gamma
+                y = step_along(training, y, values, step, seed, outer=1 / self._c(step), pull=apart)
+            back = (theta.p - y.p) / self.gamma
+            faster = values | {"lr": values["lr"] * self.speed} if "lr" in values else values
+            theta = step_along(training, theta, faster, step, seed, pull=back)
+            return y
+
+        y = training.run(resolved, seed, start=carry.y, advance=advance)
+        done += training.steps
+        if y is None or not bool(theta.p.isfinite().all()):
+            reason = f"the weights stopped being finite within {done} steps"
+            return Estimate.diverged(training.steps, reason), None
+
+        values, names, c = resolved.at(training.steps - 1), list(point), self._c(done)
+        loss, slope, direct = held_out(training, y, values, names)
+        if slope is None:
+            return no_graph(training, loss), None
+        at_y, at_theta = (
+            in_hypers(training, state, values, names, done - 1, seed) for state in (y, theta)
+        )
+        shares = {name: c * (at_y[name] - at_theta[name]) for name in names}
+        note = Note(steps=2 * training.steps, how=f"penalty {c:.3g}")
+        return finished(loss, total(direct, shares), note), Near(y, theta, done)
+
+    def _c(self, step: int) -> float:
+        return float(self.c0 * max(step, 1) ** self.power)
+
+
+__all__ = ["MEHA"]

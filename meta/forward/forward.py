@@ -1,0 +1,343 @@
+"""Forward mode: the tangent of the whole training state in each learned number, carried along.
+
+Memory does not depend on the number of steps and nothing is done twice, but every learned number
+costs a Hessian-vector product per step: for few numbers and many steps. Franceschi et al. 2017,
+arXiv:1703.01785, whose real-time variant (hypers change during one run) is `every`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...inner.core.hyper import Tensors
+from ..problems.problem import draws_of
+from ..reverse.compiled_steps import made_once
+from ..reverse.replay import check_at_least
+from ..reverse.steps import Cotangents, seed_adjoint
+from ..tracing.cost_model import FORWARD, not_worth, remember, spend
+from ..tracing.fx_graph import contiguous, first_line
+from ..tracing.step_graph import Form
+from ..tracing.verify import Distrusted, agrees, directions, early, or_by_autograd
+from ..training.cache import kept_for
+from ..training.estimate import Estimate, Note, finished
+from ..training.outcome import Outcome
+from ..training.training import State, Training
+from .tangent_step import Machine, slopes_of, step_columns, trace, units
+
+
+class Carried(NamedTuple):
+    """Where a run stands: its state, the tangents of what moves in it, one row per learned number,
+    steps done, its seed, and the buffers it began with.
+    """
+
+    state: State
+    tangents: list[Tensor]
+    done: int
+    seed: int
+    fixed: Tensors
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Exact in every hyperparameter, one column of tangents per learned number.
+
+    compile: as for Replay. every: the real-time variant: a call goes on from where the last one
+    ended for so many steps, with hypers and tangents as they are by then, until training.steps are
+    done and a new run begins. Its gradient is that of a run whose hypers had been these all along.
+    discount: below 1, what earlier steps did counts so much less with every step (MARTHE, Donini et
+    al. 2020, arXiv:1910.08525): less stale and less noisy, but blind to what acts late; at 0 only
+    the last step counts.
+    """
+
+    compile: bool | Literal["auto"] = "auto"
+    expect: float | None = None
+    every: int | None = None
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_at_least("every", self.every, 1, whole=True)
+        check_at_least("expect", self.expect, 0)
+        if not 0 <= self.discount <= 1:
+            raise ValueError(f"discount={self.discount:g} must be between 0 and 1")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile={self.compile!r} is none of True, False and 'auto'")
+
+    def __call__(
+        self, training: Training, point: Tensors, carry: Carried | None = None, *, seed: int
+    ) -> tuple[Estimate, Carried | None]:
+        return self._columns(training, point, units(point), carry, seed, None)
+
+    def along(
+        self, training: Training, point: Tensors, directions: Sequence[Tensors], *, seed: int
+    ) -> Estimate:
+        """A column of tangents per direction of the learned values instead; the estimate's grad has
+        one entry, "along", of shape (directions,).
+        """
+        if self.every is not None:
+            raise ValueError(f"every={self.every} goes on from tangents in other directions")
+        return self._columns(training, point, directions, None, seed, directions)[0]
+
+    def _columns(
+        self,
+        training: Training,
+        point: Tensors,
+        columns: Sequence[Tensors],
+        carry: Carried | None,
+        seed: int,
+        along: Sequence[Tensors] | None,
+    ) -> tuple[Estimate, Carried | None]:
+        def attempt(refused: str) -> tuple[Estimate, Carried | None]:
+            return _Run(self, training, point, columns, carry, seed, refused, along).estimate()
+
+        try:
+            return or_by_autograd(training.problem, self.compile, attempt)
+        except RuntimeError as error:
+            low = getattr(training.problem, "autocast", None)
+            if low is None and re.search("forward (mode )?AD", str(error)):
+                reason = f'{first_line(error)}; use method="replay"'
+                note = Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
+                return Estimate(float("nan"), {}, note), None
+            if low is None:
+                raise
+            raise RuntimeError(
+                f"forward mode through autocast={low} in {training.problem.name}: torch refuses "
+                f'({first_line(error)}); use method="replay", or no autocast'
+            ) from error
+
+
+class _Run:
+    """One call of Forward."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        training: Training,
+        point: Tensors,
+        columns: Sequence[Tensors],
+        carry: Carried | None,
+        seed: int,
+        refused: str,
+        along: Sequence[Tensors] | None,
+    ) -> None:
+        self.along = along
+        self.forward, self.training, self.refused = forward, training, refused
+        self.leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
+        resolved = training.resolve(self.leaves)
+        self.plain, self.sums = resolved.detach(), Cotangents(resolved)
+        self.slopes = slopes_of(training, point, columns)
+        if carry is None or carry.done >= training.steps:
+            carry = self._begin(seed)
+        if carry.tangents and len(carry.tangents[0]) != len(columns):
+            raise ValueError(
+                f"{len(columns)} learned numbers go on from tangents in {len(carry.tangents[0])}; "
+                "learn the same ones until a run of every= is done, or begin a new one with "
+                "carry=None"
+            )
+        self.begun = carry
+        self.form = Form.of(training, carry.state, self.plain.at(0), self.sums.names, 0, carry.seed)
+
+    def estimate(self) -> tuple[Estimate, Carried | None]:
+        training, begun, every = self.training, self.begun, self.forward.every
+        if departs := self._departs():
+            note = Note(Outcome.NOT_DIFFERENTIABLE, departs, training.steps)
+            return Estimate(float("nan"), {}, note), None
+        state, tangents = begun.state, begun.tangents
+        tangents = tangents or self._first_tangents(state)
+        last = min(training.steps, begun.done + (every or training.steps))
+        choice, how = self._choose()
+        done = begun.done
+
+        def advance(_: int, state: State) -> State:
+            nonlocal tangents, done
+            if self.forward.discount != 1:
+                tangents = [self.forward.discount * x for x in tangents]
+            state, tangents = choice(done, state, tangents)
+            done += 1
+            return state
+
+        began = time.monotonic()
+        part = training if every is None else replace(training, steps=last - done)
+        reached = part.run(self.plain, begun.seed, start=state, advance=advance)
+        if reached is None:
+            reason = f"the weights stopped being finite by step {done}"
+            return Estimate.diverged(done, reason), None
+        state = reached
+        if how != "compiled":
+            spend(training, time.monotonic() - began)
+        loss, adjoint = seed_adjoint(training, self.plain, state, begun.fixed, self.sums)
+        steps = done - begun.done
+        if adjoint is None:
+            reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
+            note = Note(Outcome.NOT_DIFFERENTIABLE, reason, steps)
+            return Estimate(float(loss), {}, note), None
+        note = Note(steps=steps, how=f"forward: {len(tangents[0])} columns, {how}")
+        carry = begun._replace(state=state, tangents=tangents, done=done) if every else None
+        return finished(loss, self._gradient(tangents, adjoint), note), carry
+
+    def _departs(self) -> str:
+        """Why a step in forward mode is not the training's step; empty if it is."""
+        training, begun, form = self.training, self.begun, self.form
+        kept, i = kept_for(training.problem), begun.done
+        if "forward departs" not in kept:
+
+            def plain(state: State) -> list[Tensor]:
+                return form.moving(training.step(state, self.plain.at(i), i, begun.seed))
+
+            tangents = begun.tangents or self._first_tangents(begun.state)
+            found = form.moving(self._eager(i, begun.state, tangents)[0])
+            low = getattr(training.problem, "autocast", None) is not None
+            kept["forward departs"] = ""
+            try:
+                agrees(training, form.names, found, plain, begun.state, low)
+            except Distrusted:
+                kept["forward departs"] = (
+                    f"forward mode of {training.label} is of another training: its steps draw "
+                    "other numbers, as dropout of a transposed tensor, and on a GPU all dropout, "
+                    'does under torch.func; use method="replay"'
+                )
+        return str(kept["forward departs"])
+
+    def _gradient(self, tangents: list[Tensor], adjoint: list[Tensor]) -> Tensors:
+        along = torch.stack(
+            [
+                z.reshape(len(z), -1).double() @ bar.flatten().double()
+                for z, bar in zip(tangents, adjoint, strict=True)
+            ]
+        ).sum(0)
+        along, direct = along.cpu(), self.sums.through(self.leaves)
+        if self.along is not None:
+            own = [sum((direct[n] * d).sum() for n, d in each.items()) for each in self.along]
+            return {"along": along + torch.tensor(own, dtype=along.dtype)}
+        parts = along.split([value.numel() for value in self.leaves.values()])
+        return {
+            name: direct[name] + part.view(value.shape)
+            for (name, value), part in zip(self.leaves.items(), parts, strict=True)
+        }
+
+    def _begin(self, seed: int) -> Carried:
+        with torch.no_grad():
+            state = self.training.begin(self.plain.at(0), seed)
+        return Carried(state, [], 0, seed, state.buffers)
+
+    def _first_tangents(self, state: State) -> list[Tensor]:
+        """Those of the start: of slots that hypers fill, and zeros."""
+        device = state.p.device
+        values = {name: value.to(device) for name, value in self.plain.at(0).items()}
+        slopes = {name: table[:, 0].to(device) for name, table in self.slopes.items()}
+
+        def filled(slope: Tensors) -> Tensors:
+            def slots(moved: Tensors) -> Tensors:
+                return self.training.slots(state.p, values | moved)
+
+            made: Tensors = torch.func.jvp(slots, ({n: values[n] for n in slope},), (slope,))[1]
+            return made
+
+        # jvp refuses a function that gives nothing.
+        slots = torch.vmap(filled)(slopes) if self.training.rule.slots else {}
+        columns = len(next(iter(slopes.values())))
+        return [
+            slots[name] if kind == "slots" else torch.zeros(columns, *x.shape).to(x)
+            for (kind, name), x in zip(self.form.moved, self.form.moving(state), strict=True)
+        ]
+
+    def _choose(self) -> tuple[Advance, str]:
+        training, want = self.training, self.forward.compile
+        if self.refused or want is False:
+            return self._eager, f"by autograd{f': {self.refused}' if self.refused else ''}"
+        if want == "auto":
+            at = self.begun.state, self.plain.at(0)
+            expect = self.forward.expect
+            why = not_worth(training, self.sums.names, *at, self.begun.seed, expect, FORWARD)
+            if why:
+                return self._eager, f"by autograd: {why}"
+        machine = made_once(
+            training, f"forward {self._widths()}", self.plain.at(0), self.sums.names, self._traced
+        )
+        form, steps = self.form, training.steps
+        t = torch.arange(1, steps + 1, dtype=torch.float64)
+        numbers = [
+            *(self.plain.over(n, steps) for n in form.single),
+            *(self.slopes[n].movedim(1, 0) for n in machine.single),
+            t,
+        ]
+        rows = machine.before.over(numbers, self.begun.state.p.device)
+
+        def advance(i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:
+            values = self.plain.at(i) if form.several else {}
+            inputs = [
+                *form.moving(state),
+                *tangents,
+                *form.rest(state),
+                *(values[n] for n in form.several),
+                *(self.slopes[n][:, i] for n in machine.several),
+                *(row[i] for row in rows),
+                *form.leaves(training.problem.batch(i, self.begun.seed)),
+            ]
+            with torch.no_grad(), draws_of(i, self.begun.seed, state.p.device):
+                out = list(machine.run(*contiguous(inputs)))
+            many = len(form.moved)
+            return form.state(out[:many], out[many:-many], state), out[-many:]
+
+        if not machine.agreed:
+            with machine.trial():
+                machine.agreed = self._proven(advance, machine.low)
+            remember(training, self.sums.names, self.begun.state, machine.seconds, FORWARD)
+        return advance, "compiled"
+
+    def _proven(self, advance: Advance, low: bool) -> bool:
+        form, training, begun = self.form, self.training, self.begun
+
+        def step(i: int, state: State) -> State:
+            return training.step(state, self.plain.at(i), i, begun.seed)
+
+        i, state = early(step, begun.state, training.steps, begun.done)
+        columns = len(next(iter(self.slopes.values())))
+        tangents = directions(form.moving(state), columns)
+
+        def flat(advance: Advance, state: State) -> list[Tensor]:
+            after, along = advance(i, state, tangents)
+            return [*form.moving(after), *along]
+
+        def by_autograd(state: State) -> list[Tensor]:
+            return flat(self._eager, state)
+
+        names = [*form.names, *(f"the tangent of {name}" for name in form.names)]
+        return agrees(training, names, flat(advance, state), by_autograd, state, low)
+
+    def _eager(self, i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:
+        form, seed = self.form, self.begun.seed
+        slopes = {name: table[:, i] for name, table in self.slopes.items()}
+        t = torch.tensor(float(i + 1), dtype=torch.float64)
+        batch = self.training.problem.batch(i, seed)
+        with torch.no_grad(), draws_of(i, seed, state.p.device):
+            moving, counted, tangents = step_columns(
+                self.training, form, state, tangents, self.plain.at(i), slopes, t, batch
+            )
+        return form.state(moving, counted, state), tangents
+
+    def _widths(self) -> str:
+        return " ".join(f"{name}{tuple(table.shape)[:1]}" for name, table in self.slopes.items())
+
+    def _traced(self) -> Machine:
+        return trace(
+            self.training,
+            self.form,
+            self.begun.state,
+            self.begun.seed,
+            self.plain.at(0),
+            {name: table[:, 0] for name, table in self.slopes.items()},
+            self._first_tangents(self.begun.state),
+        )
+
+
+Advance = Callable[[int, State, list[Tensor]], tuple[State, list[Tensor]]]
+
+
+__all__ = ["Carried", "Forward"]

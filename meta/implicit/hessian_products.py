@@ -1,0 +1,337 @@
+"""Second derivatives of the training loss as traced code: what all products share is done once.
+
+Autograd differentiates the gradient's graph anew for every product with a vector. Here the gradient
+and a product are traced into one graph, which is divided by what depends on the vector: the rest,
+such as the derivatives of activations, is computed once per hypergradient.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ...inner.core.hyper import Tensors
+from ..problems.problem import draws_of
+from ..reverse.compiled_steps import generate, made_once
+from ..tracing.cuda_graph import Run
+from ..tracing.fx_graph import (
+    CannotTrace,
+    Graph,
+    aten,
+    computes_low,
+    contiguous,
+    ends,
+    extract,
+    is_random,
+    numbered,
+    traced,
+)
+from ..tracing.matmul_layout import narrow_transposed
+from ..tracing.step_graph import Uneven
+from ..tracing.torchscript import scripted
+from ..tracing.verify import OnTrial, agrees, directions
+from ..training.training import State, Training
+from .curvature import Curvature, product_and_gradient, vjp
+from .linear_solvers import Matvec
+
+# Other ways to look at the same memory: kept once is what they look at.
+_VIEWS = {
+    aten.t.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+}
+
+
+class Second(NamedTuple):
+    """What a linear system of second derivatives is made of: product(v), the curvature times v;
+    gradient(), of the training loss in the weights; mixed(v), the derivatives of <gradient, v> in
+    the hypers learned.
+    """
+
+    product: Matvec
+    gradient: Callable[[], Tensor]
+    mixed: Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class SecondGraph:
+    """A traced gradient and its derivatives along a vector, in three parts.
+
+    once(p, *rest) -> (the gradient in p, *what the others read beside p and rest). across(*read, v)
+    -> the Hessian times v. aside(*read, v) -> the derivatives of <gradient, v> in the hypers
+    learned. read: by position, of (p, *rest, *kept). takes: of rest, shapes and types.
+    """
+
+    once: Graph
+    across: Graph
+    aside: Graph
+    read: tuple[int, ...]
+    spec: TreeSpec
+    takes: tuple[tuple[torch.Size, torch.dtype], ...]
+    random: bool
+    low: bool
+
+
+def trace_second(
+    training: Training, state: State, values: Tensors, learned: Sequence[str], seed: int
+) -> SecondGraph:
+    """The graph for a training's loss; CannotTrace if that is more than tensors."""
+    with numbered(seed):
+        (rest, spec), (other, _) = (_rest(training, state, values, i, seed + i) for i in (0, 1))
+    whole = _whole(training, state, learned, rest, other, spec)
+    narrow_transposed(whole)
+    inputs, outputs = ends(whole)
+    fixed, v = inputs[:-1], inputs[-1]
+    moves = {v}
+    for n in whole.graph.nodes:
+        if any(x in moves for x in n.all_input_nodes):
+            moves.add(n)
+    read: dict[fx.Node, None] = {}
+    for n in whole.graph.nodes:
+        if n.op == "call_function" and n in moves:
+            still = (x for x in n.all_input_nodes if x not in moves and x.op != "get_attr")
+            read.update(dict.fromkeys(map(_looked_at, still)))
+    # Outputs that the vector does not reach are constants, such as zeros: taken as they are.
+    still = (x for x in outputs[1:] if x not in moves and x.op != "get_attr")
+    read.update(dict.fromkeys(still))
+    kept = [n for n in read if n not in fixed]
+    at = {n: k for k, n in enumerate([*fixed, *kept])}
+    return SecondGraph(
+        once=extract(whole, fixed, [outputs[0], *kept]),
+        across=extract(whole, [*read, v], outputs[1:2], draws=False),
+        aside=extract(whole, [*read, v], outputs[2:], draws=False),
+        read=tuple(at[n] for n in read),
+        spec=spec,
+        takes=tuple((x.shape, x.dtype) for x in rest),
+        random=any(map(is_random, whole.graph.nodes)),
+        low=computes_low(whole),
+    )
+
+
+def _looked_at(n: fx.Node) -> fx.Node:
+    while n.target in _VIEWS:
+        n = n.all_input_nodes[0]
+    return n
+
+
+def _rest(
+    training: Training, state: State, values: Tensors, i: int, seed: int
+) -> tuple[list[Tensor], TreeSpec]:
+    """What the training loss reads beside the weights: buffers, its hypers, the batch of step i."""
+    batch = training.problem.batch(i, seed)
+    leaves, spec = tree_flatten((dict(state.buffers), training.of_loss(values), batch))
+    odd = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
+    if odd:
+        raise CannotTrace(f"a batch of it holds {odd}, not tensors alone")
+    return [x.detach() for x in leaves], spec
+
+
+def _whole(
+    training: Training,
+    state: State,
+    learned: Sequence[str],
+    rest: list[Tensor],
+    other: list[Tensor],
+    spec: TreeSpec,
+) -> Graph:
+    """The gradient and its derivatives along a vector, undivided."""
+
+    def joint(p: Tensor, *flat: Tensor) -> list[Tensor]:
+        *others, v = flat
+        buffers, hypers, batch = tree_unflatten(others, spec)
+        p = p.detach().requires_grad_()
+        hypers = hypers | {n: hypers[n].detach().requires_grad_() for n in learned}
+        params = training.layout.unflatten(p)
+        loss, _ = training.problem.inner_loss(params, buffers, hypers, batch)
+        (g,) = torch.autograd.grad(loss, p, create_graph=True)
+        return [g.detach(), *vjp([g], [p, *(hypers[n] for n in learned)], [v])]
+
+    p = state.p.detach()
+    examples, others = (contiguous([p, *x, torch.ones_like(p)]) for x in (rest, other))
+    return traced(joint, examples, others)
+
+
+@dataclass(eq=False)
+class SecondMachine(OnTrial):
+    """The parts of a graph as code, each made when first asked for.
+
+    interpreted: run the traced operations as they are. agreed: seen to agree with autograd.
+    """
+
+    graph: SecondGraph
+    interpreted: bool
+    agreed: bool = field(default=False, init=False)
+
+    @cached_property
+    def once(self) -> Run:
+        return self._code(self.graph.once)
+
+    @cached_property
+    def across(self) -> Run:
+        return self._code(self.graph.across)
+
+    @cached_property
+    def aside(self) -> Run:
+        return self._code(self.graph.aside)
+
+    def _code(self, graph: Graph) -> Run:
+        return scripted(graph) if self.interpreted else generate(graph, self.spend)
+
+    def at(self, training: Training, state: State, values: Tensors, i: int, seed: int) -> At:
+        """At a state, for the batch of step i."""
+        try:
+            rest, spec = _rest(training, state, values, i, seed)
+        except CannotTrace as why:  # The batches that were traced were tensors.
+            raise Uneven(f"{why}; give compile=False") from why
+        graph, found = self.graph, tuple((x.shape, x.dtype) for x in rest)
+        if spec != graph.spec or found != graph.takes:
+            raise Uneven(
+                f"a batch and what the loss reads beside it have shapes "
+                f"{[tuple(s) for s, _ in found]} where the compiled products take "
+                f"{[tuple(s) for s, _ in graph.takes]}; make them equal or give compile=False"
+            )
+        fixed = contiguous([state.p.detach(), *rest])
+        draws = draws_of(i, seed, state.p.device) if graph.random else nullcontext()
+        with torch.no_grad(), draws:
+            gradient, *kept = self.once(*fixed)
+        every = [*fixed, *kept]
+        return At(self, gradient, contiguous([every[k] for k in graph.read]))
+
+
+@dataclass(frozen=True, eq=False)
+class At:
+    """The gradient at a state, and its derivatives along vectors."""
+
+    machine: SecondMachine
+    gradient: Tensor
+    read: Sequence[Tensor]
+
+    def product(self, v: Tensor) -> Tensor:
+        """The Hessian times v."""
+        with torch.no_grad():
+            return self.machine.across(*self.read, v)[0]
+
+    def mixed(self, v: Tensor) -> list[Tensor]:
+        """The derivatives of <gradient, v> in the hypers learned."""
+        with torch.no_grad():
+            return list(self.machine.aside(*self.read, v))
+
+
+def machine_of_second(
+    training: Training,
+    values: Tensors,
+    learned: Sequence[str],
+    seed: int,
+    *,
+    interpreted: bool,
+) -> SecondMachine:
+    """The machine for a training's loss, once it agrees with autograd; Distrusted if it does not.
+
+    It is looked at where training begins: where it ends, gradients are rounding.
+    """
+
+    def start() -> State:
+        with torch.no_grad():
+            return training.begin(values, seed)
+
+    def make_graph() -> tuple[SecondGraph, float]:
+        began = time.monotonic()
+        return trace_second(training, start(), values, learned, seed), time.monotonic() - began
+
+    def make() -> SecondMachine:
+        graph, seconds = made_once(training, "second graph", values, learned, make_graph)
+        return SecondMachine(graph, interpreted, seconds=seconds)
+
+    machine = made_once(training, f"second, {interpreted=}", values, learned, make)
+    with machine.trial():
+        if not machine.agreed:
+            machine.agreed = _prove(machine, training, start(), values, learned, seed)
+    return machine
+
+
+def _prove(
+    machine: SecondMachine,
+    training: Training,
+    state: State,
+    values: Tensors,
+    learned: Sequence[str],
+    seed: int,
+) -> bool:
+    (v,) = directions([state.p])
+    second = machine.at(training, state, values, 0, seed)
+    found = [second.gradient, second.product(v), *second.mixed(v)]
+
+    def by_autograd(state: State) -> list[Tensor]:
+        plain = second_by_autograd(training, state, values, learned, [0], seed)
+        return [plain.gradient(), plain.product(v), *plain.mixed(v)]
+
+    names = ["the gradient", "a product with the Hessian", *(f"the slope of {n}" for n in learned)]
+    return agrees(training, names, found, by_autograd, state, machine.graph.low)
+
+
+def second_traced(
+    machine: SecondMachine,
+    training: Training,
+    state: State,
+    values: Tensors,
+    steps: Sequence[int],
+    seed: int,
+) -> Second:
+    """The same by a machine."""
+    each = [machine.at(training, state, values, i, seed) for i in steps]
+    if len(each) == 1:
+        (only,) = each
+        return Second(only.product, lambda: only.gradient, only.mixed)
+    return Second(
+        lambda v: _mean([x.product(v) for x in each]),
+        lambda: _mean([x.gradient for x in each]),
+        lambda v: list(map(_mean, zip(*(x.mixed(v) for x in each), strict=True))),
+    )
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).mean(0)
+
+
+def second_by_autograd(
+    training: Training,
+    state: State,
+    values: Tensors,
+    learned: Sequence[str],
+    steps: Sequence[int],
+    seed: int,
+    curvature: Curvature = "hessian",
+) -> Second:
+    """Of the mean training loss over batches of steps."""
+    p = state.p.detach().requires_grad_()
+    values = values | {n: values[n].detach().requires_grad_() for n in learned}
+    state = state._replace(p=p)
+    product, graph = product_and_gradient(training, state, values, steps, seed, curvature)
+    gradient = cache(graph)
+    leaves = [values[n] for n in learned]
+    return Second(product, lambda: gradient().detach(), lambda v: vjp([gradient()], leaves, [v]))
+
+
+__all__ = [
+    "Second",
+    "SecondMachine",
+    "machine_of_second",
+    "second_by_autograd",
+    "second_traced",
+    "trace_second",
+]

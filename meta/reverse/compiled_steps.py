@@ -1,0 +1,325 @@
+"""Compiled steps: a traced step run by generated code, trusted once it has agreed with autograd."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+import torch._inductor
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from ...inner.core.hyper import Tensors
+from ..problems.problem import draws_of
+from ..tracing.cuda_graph import Run, captured
+from ..tracing.fx_graph import CannotTrace, Graph, contiguous, first_line
+from ..tracing.step_graph import StepGraph, trace
+from ..tracing.torchscript import scripted
+from ..tracing.verify import Distrusted, OnTrial, agrees, directions, early
+from ..training.cache import kept_for
+from ..training.training import Resolved, State, Training
+from .steps import Cotangents, Eager
+
+# Inductor on CPU lays convolutions out anew and then returns wrong derivatives where weights are
+# slices of one vector; and its own random numbers are not the ones that an eager step draws.
+OPTIONS: dict[str, Any] = {"layout_optimization": False, "fallback_random": True}
+
+
+@dataclass(eq=False)
+class Machine(OnTrial):
+    """The compiled parts of one step, each made when first asked for.
+
+    interpreted: run the traced operations as they are. agreed: the parts that were seen to agree
+    with autograd.
+    """
+
+    graph: StepGraph
+    interpreted: bool = False
+    agreed: set[str] = field(default_factory=set)
+
+    @cached_property
+    def advance(self) -> Run:
+        return self._compiled(self.graph.advance())
+
+    @cached_property
+    def pull(self) -> Run:
+        return self._compiled(self.graph.pull())
+
+    @cached_property
+    def record(self) -> Run:
+        return self._compiled(self._halves[0])
+
+    @cached_property
+    def rewind(self) -> Run:
+        return self._compiled(self._halves[1])
+
+    @property
+    def graph_bytes(self) -> int:
+        """What `record` keeps per step."""
+        return self._halves[2]
+
+    @cached_property
+    def _halves(self) -> tuple[Graph, Graph, int]:
+        with self.trial():
+            try:
+                return self.graph.halves()
+            except CannotTrace as why:
+                raise Distrusted(f"it cannot be compiled: {why}") from why
+
+    @property
+    def how(self) -> str:
+        return "traced" if self.interpreted else "compiled"
+
+    def _compiled(self, graph: Graph) -> Run:
+        run = scripted(graph) if self.interpreted else generate(graph, self.spend)
+        return run if self.graph.random else captured(run)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What torch warns of inside itself is nothing a user could change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def generate(graph: Graph, spent: Callable[[float], None] = lambda seconds: None) -> Run:
+    """Generated code for a graph, made at its first call; Distrusted if that fails.
+
+    By inductor itself, which torch.compile would reach through dynamo: the graph is traced already,
+    with fixed shapes, and dynamo would look at every Python frame that runs while it does. Inputs
+    must be contiguous, as they were at the first call.
+    """
+    made: list[Run] = []
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        if not made:
+            began = time.monotonic()
+            try:
+                # Inductor looks on disk only for what was traced in a context such as dynamo's.
+                shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+                with torch.no_grad(), tracing(TracingContext(shapes)), _quietly():
+                    made.append(torch._inductor.compile(graph, list(inputs), options=OPTIONS))
+                with torch.no_grad():
+                    return made[0](*inputs)
+            except Exception as error:  # Any part of the compiler may refuse a model.
+                made.clear()
+                raise Distrusted(f"it cannot be compiled: {first_line(error)}") from error
+            finally:
+                spent(time.monotonic() - began)
+        return made[0](*inputs)
+
+    return run
+
+
+M = TypeVar("M")
+
+
+def made_once(
+    training: Training, kind: str, values: Tensors, learned: Sequence[str], make: Callable[[], M]
+) -> M:
+    """What make() returns, made once per problem, rule and set of learned hypers.
+
+    Steps, schedules, values and seeds play no part in it. Raises Distrusted if it cannot be.
+    """
+    rule = training.rule
+    shapes = tuple((name, value.shape, value.dtype) for name, value in values.items())
+    key = (kind, rule.update, tuple(rule.options().items()), shapes, tuple(learned))
+    made = kept_for(training.problem)
+    if key not in made:
+        try:
+            made[key] = make()
+        except CannotTrace as why:
+            # Another one, without the frames of that, which hold the problem.
+            made[key] = CannotTrace(str(why))
+    found = made[key]
+    if isinstance(found, CannotTrace):
+        raise Distrusted(f"{training.label} cannot be compiled: {found}")
+    return found  # type: ignore[no-any-return]  # of the kind that make returned
+
+
+def machine_of(
+    training: Training,
+    state: State,
+    values: Tensors,
+    learned: Sequence[str],
+    seed: int,
+    *,
+    interpreted: bool = False,
+) -> Machine:
+    """The machine for a training's steps."""
+
+    def make_graph() -> tuple[StepGraph, float]:
+        began = time.monotonic()
+        return trace(training, state, values, learned, seed), time.monotonic() - began
+
+    def make() -> Machine:
+        graph, seconds = made_once(training, "graph", values, learned, make_graph)
+        return Machine(graph, interpreted, seconds=seconds)
+
+    return made_once(training, f"reverse, {interpreted=}", values, learned, make)
+
+
+class Compiled:
+    """Steps by a machine, the same State outside, flat lists of tensors inside.
+
+    Distrusted is raised by `prepare` if they are not what autograd does.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        training: Training,
+        plain: Resolved,
+        seed: int,
+        sums: Cotangents,
+        fixed: Tensors,
+    ) -> None:
+        self._machine, self._training, self._plain, self._seed = machine, training, plain, seed
+        self._sums, self._fixed, self._form = sums, fixed, machine.graph.form
+        form, steps = self._form, training.steps
+        t = torch.arange(1, steps + 1, dtype=torch.float64)
+        self._numbers = [plain.over(n, steps) for n in form.single] + [t]
+        device = machine.graph.takes[0].device
+        self._rows = machine.graph.before.over(self._numbers, device)
+        width = machine.graph.numbers_back
+        self._back = torch.full((steps, width), float("nan"), dtype=torch.float64, device=device)
+        self._several = [n for n in form.learned if n in form.several]
+        self._pulled = steps  # The earliest step that was pulled back.
+        self._seconds = machine.seconds if machine.agreed else 0.0
+
+    def graph_bytes(self, start: State) -> float:
+        return self._machine.graph_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Spent on making the parts that this run was the first to use; 0 if there were none."""
+        return 0.0 if self._machine.interpreted else self._machine.seconds - self._seconds
+
+    def prepare(self, parts: Sequence[str], start: State) -> None:
+        machine, training = self._machine, self._training
+        with machine.trial():
+            left = [part for part in parts if part not in machine.agreed]
+            if not left:
+                return
+            eager = Eager(training, self._plain, self._seed, self._sums, self._fixed)
+            i, state = early(eager.advance, start, training.steps)
+            for part in left:
+                prove = self._prove_after if part in ("advance", "record") else self._prove_before
+                if prove(part, i, state):
+                    machine.agreed.add(part)
+
+    def advance(self, i: int, state: State) -> State:
+        with self._quiet(i):
+            out = self._machine.advance(*self._inputs(i, state))
+        return self._after(state, out)
+
+    def record(self, i: int, state: State) -> tuple[Sequence[Tensor], State]:
+        with self._quiet(i):
+            out = self._machine.record(*self._inputs(i, state))
+        kept = self._form.after
+        return out[kept:], self._after(state, out[:kept])
+
+    def rewind(self, i: int, tape: Sequence[Tensor], adjoint: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            out = self._machine.rewind(*tape, *contiguous(adjoint))
+        return self._before(i, out)
+
+    def pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
+        with self._quiet(i):
+            out = self._machine.pull(*self._inputs(i, state), *contiguous(adjoint))
+        return self._before(i, out)
+
+    def finish(self) -> tuple[Tensor, Tensors]:
+        norms, numbers = self._back[:, 0], self._back[:, 1:].cpu()
+        numbers[: self._pulled] = 0  # Earlier steps have no share.
+        return norms, self._machine.graph.numbers_behind(self._numbers, numbers)
+
+    def _inputs(self, i: int, state: State) -> list[Tensor]:
+        form = self._form
+        values = self._plain.at(i) if form.several else {}
+        return contiguous(
+            [
+                *form.moving(state),
+                *form.rest(state),
+                *(values[n] for n in form.several),
+                *(row[i] for row in self._rows),
+                *form.leaves(self._training.problem.batch(i, self._seed)),
+            ]
+        )
+
+    @contextmanager
+    def _quiet(self, i: int) -> Iterator[None]:
+        draws: AbstractContextManager[None] = nullcontext()
+        if self._machine.graph.random:
+            draws = draws_of(i, self._seed, self._back.device)
+        with torch.no_grad(), draws:
+            yield
+
+    def _after(self, state: State, out: Sequence[Tensor]) -> State:
+        many = len(self._form.moved)
+        return self._form.state(out[:many], out[many:], state)
+
+    def _before(self, i: int, out: Sequence[Tensor]) -> list[Tensor]:
+        many = len(self._form.moved)
+        self._back[i], self._pulled = out[-1], i
+        self._sums.add(i, out[many:-1], self._several)
+        return list(out[:many])
+
+    def _prove_after(self, part: str, i: int, state: State) -> bool:
+        form = self._form
+
+        def replaced(state: State) -> list[Tensor]:
+            return [*form.moving(state), *(state.buffers[n] for n in form.counted)]
+
+        def step(state: State) -> list[Tensor]:
+            return replaced(self._training.step(state, self._plain.at(i), i, self._seed))
+
+        names = [*form.names, *(f"buffers {name}" for name in form.counted)]
+        with self._quiet(i):
+            out = getattr(self._machine, part)(*self._inputs(i, state))
+        return self._agrees(names, out[: form.after], step, state)
+
+    def _prove_before(self, part: str, i: int, state: State) -> bool:
+        form, machine = self._form, self._machine
+        adjoint = directions(form.moving(state))
+
+        def pull(state: State) -> list[Tensor]:
+            sums = self._sums.empty()
+            eager = Eager(self._training, self._plain, self._seed, sums, self._fixed)
+            return [*eager.pull(i, state, adjoint), *(sums.at(n, i) for n in hypers)]
+
+        inputs = self._inputs(i, state)
+        with self._quiet(i):
+            if part == "pull":
+                out = machine.pull(*inputs, *adjoint)
+            else:
+                out = machine.rewind(*machine.record(*inputs)[form.after :], *adjoint)
+        numbers = [n[i : i + 1] for n in self._numbers]
+        back = machine.graph.numbers_behind(numbers, out[-1][None, 1:].double().cpu())
+        hypers = [*back, *self._several]
+        # Buffers of the start are constants for autograd.
+        moved = [n for n in form.names if i or not n.startswith("buffers ")]
+        names = [f"the adjoint of {name}" for name in moved]
+        names += [f"the cotangent of {name}" for name in hypers]
+        others = out[len(form.moved) : -1]
+        found = [*out[: len(moved)], *(x[0] for x in back.values()), *others]
+        return self._agrees(names, found, pull, state)
+
+    def _agrees(
+        self,
+        names: list[str],
+        found: Sequence[Tensor],
+        by_autograd: Callable[[State], list[Tensor]],
+        state: State,
+    ) -> bool:
+        low = self._machine.graph.low
+        return agrees(self._training, names, found, by_autograd, state, low)

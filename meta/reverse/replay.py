@@ -1,0 +1,270 @@
+"""Replayed reverse mode: the exact gradient of the held-out loss through every training step.
+
+Training is done once; going backwards, one step at a time is pulled back. Where there is memory
+for it every step leaves its graph behind (the fast gait); where not, states are kept, all or the
+ones from which the others are reached soonest, and each step is done again (the lean gait).
+Maclaurin, Duvenaud & Adams 2015, arXiv:1502.03492; Engstrom et al. 2025, arXiv:2503.13751.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...inner.core.hyper import Tensors
+from ..tracing.cost_model import not_worth, remember, spend, worth_tracing
+from ..tracing.verify import or_by_autograd
+from ..training.estimate import Estimate, Note, finished
+from ..training.outcome import Outcome
+from ..training.training import Resolved, State, Training
+from .checkpointing import Checkpoints, Plan, find_plan, find_store, keep_all, revolve
+from .compiled_steps import Compiled, machine_of
+from .memory_budget import bytes_of, comfortable, state_bytes
+from .state_store import room_in
+from .steps import (
+    Cotangents,
+    Eager,
+    Steps,
+    norm_at_end,
+    pull_back_start,
+    seed_adjoint,
+    why_only_once,
+)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Exact in every hyperparameter of rule, schedule and loss, for any number of them.
+
+    memory: for graphs and states, such as "2GiB" or bytes; by default a quarter of what is free,
+    on a CPU at most 2 GiB, and for states a quarter of what is free where the store is. gait:
+    "fast" keeps the graph of every step, "lean" none, "auto" all if they fit. checkpoints: the
+    states that the lean gait keeps: "all", "every:K", "revolve:S", "online:S" or the number S;
+    "auto" as many as fit, all or by revolve. store: where they are kept, "device", "cpu", "disk"
+    or a folder. All of these give the same bits; compiled, the two gaits differ from each other by
+    rounding.
+
+    compile: True and "auto" run generated code, "auto" where that pays for the time to make it;
+    "trace" runs the traced operations as they are, on small models in half of autograd's time, for
+    a few seconds to make; "auto" does so where compiling would not pay and 1000 steps are ahead. A
+    step that cannot be compiled, or whose first results differ from autograd's, is done by
+    autograd, and note.how says so. expect: seconds of metagradients still to come, if known.
+
+    window: differentiate the last so many steps only, the earlier ones as constants. clip: the
+    largest norm that the weights' adjoint may have; both bias the gradient and are off by default.
+    """
+
+    memory: str | float | None = None
+    gait: Literal["auto", "fast", "lean"] = "auto"
+    checkpoints: str | int = "auto"
+    store: str | Path = "device"
+    compile: bool | Literal["auto", "trace"] = "auto"
+    expect: float | None = None
+    window: int | None = None
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            bytes_of(self.memory)
+        if self.gait not in ("auto", "fast", "lean"):
+            raise ValueError(f"gait={self.gait!r} is none of 'auto', 'fast' and 'lean'")
+        if self.compile not in (True, False, "auto", "trace"):
+            raise ValueError(f"compile={self.compile!r} is none of True, False, 'auto', 'trace'")
+        if self.checkpoints != "auto":
+            find_plan(self.checkpoints)
+        find_store(self.store)
+        if self.gait == "fast" and (self.memory is not None or self.checkpoints != "auto"):
+            raise ValueError(
+                f"gait='fast' keeps every graph, whatever memory={self.memory!r} and checkpoints="
+                f"{self.checkpoints!r} say; leave them out, or give gait='auto'"
+            )
+        check_at_least("window", self.window, 1, whole=True)
+        check_at_least("clip", self.clip, 0)
+        if self.clip == 0:
+            raise ValueError("clip=0 would leave no gradient; give a number above 0, or None")
+        check_at_least("expect", self.expect, 0)
+
+    def __call__(
+        self, training: Training, point: Tensors, carry: None = None, *, seed: int
+    ) -> tuple[Estimate, None]:
+        leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
+        resolved = training.resolve(leaves)
+
+        def attempt(refused: str) -> Estimate:
+            return _Run(self, training, resolved, seed, refused).estimate(leaves)
+
+        return or_by_autograd(training.problem, self.compile, attempt), None
+
+
+def check_at_least(name: str, value: object, least: float, *, whole: bool = False) -> None:
+    """Raise ValueError unless an option is None or a number from `least` on."""
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if value is not None and not (number and value >= least):  # type: ignore[operator]  # a number
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name}={value!r} must be {kind}, at least {least}, or None for none")
+
+
+class _Run:
+    """One metagradient."""
+
+    def __init__(
+        self, replay: Replay, training: Training, resolved: Resolved, seed: int, refused: str
+    ) -> None:
+        self.replay, self.training, self.seed = replay, training, seed
+        self.plain = resolved.detach()
+        self.sums = Cotangents(resolved)
+        with torch.no_grad():
+            self.start = training.begin(self.plain.at(0), seed)
+        self.steps, self.how = self._choose(refused)
+        self.from_step = max(0, training.steps - (replay.window or training.steps))
+
+    def estimate(self, leaves: Tensors) -> Estimate:
+        training = self.training
+        graphs, plan, said = self._plan()
+        tapes: list[object] = []
+        count = training.steps - self.from_step - graphs
+        kept: Checkpoints[State] = Checkpoints(plan, find_store(self.replay.store), count)
+
+        done = 0
+
+        def advance(i: int, state: State) -> State:
+            nonlocal done
+            done = i + 1
+            if i >= training.steps - graphs:
+                tape, state = self.steps.record(i, state)
+                tapes.append(tape)
+                return state
+            if i >= self.from_step:
+                kept.offer(i - self.from_step, state)
+            return self.steps.advance(i, state)
+
+        self.steps.prepare(self._parts(graphs, count), self.start)
+        with self._timed():
+            last = training.run(self.plain, self.seed, start=self.start, advance=advance)
+            if last is None:
+                reason = f"the weights stopped being finite by step {done}"
+                return Estimate.diverged(done, reason)
+            loss, adjoint = seed_adjoint(training, self.plain, last, self.start.buffers, self.sums)
+            if adjoint is None:
+                reason = (
+                    f"the held-out loss of {training.problem.name} has no graph to the parameters"
+                )
+                note = Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
+                return Estimate(float(loss), {}, note)
+            final = norm_at_end(training.rule, adjoint)
+            try:
+                adjoint = self._back(adjoint, tapes, kept, graphs)
+            except RuntimeError as error:
+                note = Note(Outcome.NOT_DIFFERENTIABLE, why_only_once(error), training.steps)
+                return Estimate(float(loss), {}, note)
+        if self.from_step == 0:
+            pull_back_start(training, self.plain, self.seed, adjoint, self.sums)
+        norms, tables = self.steps.finish()
+        self.sums.add_all(tables)
+        note = Note(
+            steps=training.steps,
+            adjoint=torch.cat([norms.to(final), final[None]]),
+            graphs=graphs,
+            states=kept.peak,
+            recomputed=kept.recomputed,
+            how=f"{said}{self.how}",
+        )
+        if isinstance(self.steps, Compiled) and self.steps.seconds:
+            remember(training, self.sums.names, self.start, self.steps.seconds)
+        return finished(loss, self.sums.through(leaves), note)
+
+    def _back(
+        self, adjoint: list[Tensor], tapes: list[object], kept: Checkpoints[State], graphs: int
+    ) -> list[Tensor]:
+        for i in reversed(range(self.training.steps - graphs, self.training.steps)):
+            adjoint = self.steps.rewind(i, tapes.pop(), self._clipped(adjoint))
+        first = self.from_step
+        states = kept.backwards(
+            self.training.steps - graphs - first, lambda i, s: self.steps.advance(i + first, s)
+        )
+        for i, state in states:
+            adjoint = self.steps.pull(i + first, state, self._clipped(adjoint))
+        return adjoint
+
+    def _clipped(self, adjoint: list[Tensor]) -> list[Tensor]:
+        if self.replay.clip is None:
+            return adjoint
+        # One factor for all, so that the direction stays; no branch, which a GPU would wait for.
+        factor = (self.replay.clip / adjoint[0].norm()).clamp(max=1)
+        return [x * factor.to(x) for x in adjoint]
+
+    def _choose(self, refused: str) -> tuple[Steps, str]:
+        """How steps are done, and what to say of it."""
+        eager = Eager(self.training, self.plain, self.seed, self.sums, self.start.buffers)
+        want = self.replay.compile
+        if refused or want is False:
+            return eager, f"by autograd{f': {refused}' if refused else ''}"
+        at, expect = (self.start, self.plain.at(0)), self.replay.expect
+        why = ""
+        if want == "auto" and (parts := getattr(self.training.problem, "accumulate", 1)) > 1:
+            return eager, f"by autograd: accumulate={parts} is kept to, one graph would be of all"
+        if want == "auto":
+            why = not_worth(self.training, self.sums.names, *at, self.seed, expect)
+            if why and not worth_tracing(self.training, *at, self.seed, expect):
+                return eager, f"by autograd: {why}"
+        machine = machine_of(
+            self.training,
+            *at,
+            self.sums.names,
+            self.seed,
+            interpreted=want == "trace" or bool(why),
+        )
+        steps = Compiled(
+            machine, self.training, self.plain, self.seed, self.sums, self.start.buffers
+        )
+        return steps, f"{machine.how}{f': {why}' if why else ''}"
+
+    def _plan(self) -> tuple[int, Plan, str]:
+        """(how many of the last steps keep their graph, the plan for the states of the others)."""
+        replay, count = self.replay, self.training.steps - self.from_step
+        if replay.gait == "fast":
+            return count, keep_all(), f"fast: all {count} graphs kept, "
+        if replay.checkpoints != "auto":
+            return 0, find_plan(replay.checkpoints), f"lean: checkpoints {replay.checkpoints}, "
+        state = max(state_bytes(self.start), 1)
+        device, together = self.start.p.device, True
+        room = for_states = bytes_of(replay.memory or 0)
+        if replay.memory is None:
+            room, for_states = comfortable(device), room_in(replay.store, device)
+            together = replay.store in ("device", device.type)
+        slots = max(1, for_states // state)
+        if slots < count:
+            return 0, revolve(slots), f"lean: {slots} of {count} states kept by revolve, "
+        graphs = 0
+        if replay.gait == "auto":
+            # A step that keeps its graph keeps no state.
+            beside = state if together else 0
+            more = max(self.steps.graph_bytes(self.start) - beside, 1.0)
+            graphs = int(min(count, max(0, room - count * beside) // more))
+        if graphs == count:
+            return count, keep_all(), f"fast: all {count} graphs kept, "
+        return graphs, keep_all(), f"lean: {graphs} graphs and {count - graphs} states kept, "
+
+    def _parts(self, graphs: int, pulled: int) -> list[str]:
+        """The parts of a step that the run will use."""
+        parts = ["advance"] if self.training.steps > graphs else []
+        return [*parts, *(["pull"] if pulled else []), *(["record", "rewind"] if graphs else [])]
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Seconds that were spent without a compiler decide when it pays."""
+        began = time.monotonic()
+        yield
+        if self.how != "compiled":
+            spend(self.training, time.monotonic() - began)
+
+
+__all__ = ["Replay"]

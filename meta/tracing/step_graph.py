@@ -1,0 +1,374 @@
+"""A training step and its pullback as one graph of tensor operations, traced once and divided.
+
+The trace holds the step, the gradient inside it and the pullback of both, so nothing that runs
+later needs autograd. What a step computes of single numbers alone (a bias correction, a rate times
+a decay) and what it does with the cotangents of those numbers is taken out: it is done for all
+steps of a training at once, and what is left in the loop is vectors. In a compiled loop this is
+more than tidiness: a compiler that finds beta1**t beside a vector raises to that power once per
+weight, in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._functorch import config as functorch
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ...inner.core.hyper import Tensors
+from ..training.training import State, Training
+from .fx_graph import (
+    CannotTrace,
+    Early,
+    Graph,
+    Norm,
+    batchable,
+    computes_low,
+    contiguous,
+    ends,
+    extract,
+    is_number,
+    is_random,
+    numbered,
+    over_time,
+    retraced,
+    split_early,
+    traced,
+)
+from .matmul_layout import narrow_transposed
+
+
+class Uneven(ValueError):
+    """A batch is not of the shapes that were traced."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the tensors of a step lie in the flat lists that graphs take and return.
+
+    moved: of the state, those that can carry an adjoint: the weights, slots and buffers that steps
+    replace, as ("p", ""), ("slots", name), ("buffers", name). counted: replaced, but no numbers to
+    differentiate. still: never replaced. single, several: hypers of one number and of more.
+    learned: the hypers to differentiate in. odd: the type of
+    something in a batch that is no tensor.
+    """
+
+    moved: tuple[tuple[str, str], ...]
+    counted: tuple[str, ...]
+    still: tuple[str, ...]
+    single: tuple[str, ...]
+    several: tuple[str, ...]
+    learned: tuple[str, ...]
+    batch: TreeSpec
+    shapes: tuple[tuple[torch.Size, torch.dtype], ...]
+    odd: str
+
+    @staticmethod
+    def of(
+        training: Training, state: State, values: Tensors, learned: Sequence[str], i: int, seed: int
+    ) -> Form:
+        with numbered(seed):
+            after = training.step(state, values, i, seed)
+            leaves, batch = tree_flatten(training.problem.batch(i, seed))
+        changed = [n for n, b in state.buffers.items() if after.buffers[n] is not b]
+        floats = [n for n in changed if state.buffers[n].is_floating_point()]
+        odd = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
+        return Form(
+            moved=(
+                ("p", ""),
+                *(("slots", n) for n, x in state.slots.items()),
+                *(("buffers", n) for n in floats),
+            ),
+            counted=tuple(n for n in changed if n not in floats),
+            still=tuple(n for n in state.buffers if n not in changed),
+            single=tuple(n for n, v in values.items() if v.ndim == 0),
+            several=tuple(n for n, v in values.items() if v.ndim),
+            learned=tuple(learned),
+            batch=batch,
+            shapes=() if odd else tuple((x.shape, x.dtype) for x in leaves),
+            odd=odd,
+        )
+
+    def check(self) -> None:
+        """Raise CannotTrace if there is more in a batch than tensors."""
+        if self.odd:
+            raise CannotTrace(f"a batch of it holds {self.odd}, not tensors alone")
+
+    @property
+    def names(self) -> list[str]:
+        """What moves, in words: "p", "slots m", "buffers mean"."""
+        return [f"{part} {name}".strip() for part, name in self.moved]
+
+    @property
+    def after(self) -> int:
+        """How many tensors a step replaces, those that move and those that are counted."""
+        return len(self.moved) + len(self.counted)
+
+    def check_still(self, before: State, after: State) -> None:
+        """Raise ValueError if a step replaces a buffer that the first one did not."""
+        for name in self.still:
+            if after.buffers[name] is not before.buffers[name]:
+                raise ValueError(
+                    f"buffer {name!r} is first replaced after step 1, where forward mode looked "
+                    'for what moves; replace it at every step, or use method="replay"'
+                )
+
+    def moving(self, state: State) -> list[Tensor]:
+        return [state.p if part == "p" else getattr(state, part)[n] for part, n in self.moved]
+
+    def rest(self, state: State) -> list[Tensor]:
+        return [state.buffers[n] for n in (*self.counted, *self.still)]
+
+    def state(self, moving: Sequence[Tensor], counted: Sequence[Tensor], before: State) -> State:
+        """The state of these tensors; what never moves is that of `before`, the same objects."""
+        named = dict(zip(self.moved, moving, strict=True))
+        new = dict(zip(self.counted, counted, strict=True))
+        new |= {name: x for (part, name), x in named.items() if part == "buffers"}
+        slots = {name: named["slots", name] for name in before.slots}
+        return State(named["p", ""], slots, {n: new.get(n, b) for n, b in before.buffers.items()})
+
+    def leaves(self, batch: Any) -> list[Tensor]:
+        """The tensors of a batch; Uneven if they are not of the shapes that were traced."""
+        leaves, spec = tree_flatten(batch)
+        return self.checked(leaves, spec)
+
+    def checked(self, leaves: list[Tensor], spec: TreeSpec) -> list[Tensor]:
+        found = tuple((x.shape, x.dtype) for x in leaves)
+        if spec != self.batch or found != self.shapes:
+            raise Uneven(
+                f"a batch has shapes {[tuple(s) for s, _ in found]} where the compiled step takes "
+                f"{[tuple(s) for s, _ in self.shapes]}; make them equal or give compile=False"
+            )
+        return leaves
+
+
+class Like(NamedTuple):
+    """What is to be known of a tensor to trace or to compile for it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Tensor) -> Like:
+        return Like(x.shape, x.dtype, x.device)
+
+    def zeros(self, *more: int) -> Tensor:
+        """One like it, with more dimensions before its own."""
+        return torch.zeros((*more, *self.shape), dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """A traced step in three parts.
+
+    before: what it computes of (*single, t). joint(*moving, *rest, *several, *rows, *batch,
+    *adjoint) -> (*moving after, *counted after, *adjoint before, *cotangents of several, one
+    vector: the norm of the weights' adjoint and cotangents of numbers). behind(*single, t,
+    cotangents of numbers) -> cotangents of the single hypers learned. random: whether it draws.
+    takes: what the inputs of joint are like.
+    """
+
+    form: Form
+    before: Early
+    joint: Graph
+    behind: Graph
+    random: bool
+    takes: tuple[Like, ...]
+
+    @property
+    def low(self) -> bool:
+        """Whether it computes in less than float32 anywhere."""
+        return computes_low(self.joint)
+
+    @property
+    def numbers_back(self) -> int:
+        """The length of joint's last output, of each training."""
+        return ends(self.joint)[1][-1].meta["val"].shape[-1]  # type: ignore[no-any-return]
+
+    def numbers_behind(self, numbers: Sequence[Tensor], back: Tensor) -> Tensors:
+        """Cotangents of the single hypers for every step, from those of their numbers."""
+        names = [n for n in self.form.learned if n in self.form.single]
+        if not names:
+            return {}
+        return dict(zip(names, over_time(self.behind, [*numbers, back]), strict=True))
+
+    @property
+    def _primals(self) -> int:
+        return len(self.takes) - len(self.form.moved)
+
+    def advance(self) -> Graph:
+        """The step alone: (*moving, *rest, *several, *rows, *batch) -> (*moving, *counted)."""
+        inputs, outputs = ends(self.joint)
+        return extract(self.joint, inputs[: self._primals], outputs[: self.form.after])
+
+    def pull(self) -> Graph:
+        """The pullback, the step done again inside: joint without the state after."""
+        inputs, outputs = ends(self.joint)
+        return extract(self.joint, inputs, outputs[self.form.after :])
+
+    def many(self, count: int) -> StepGraph:
+        """The same for so many trainings at once, in a new first dimension of all tensors.
+
+        Their random draws are apart from each other, and not those of each by itself.
+        """
+        flat = [x.zeros(count) for x in self.takes]
+        joint = retraced(torch.vmap(batchable(self.joint), randomness="different"), flat)
+        form = self.form
+        shapes = tuple((torch.Size([count, *shape]), dtype) for shape, dtype in form.shapes)
+        return replace(
+            self, form=replace(form, shapes=shapes), joint=joint, takes=tuple(map(Like.of, flat))
+        )
+
+    def halves(self) -> tuple[Graph, Graph, int]:
+        """(record, rewind, bytes): record is advance with what rewind needs behind its outputs;
+        rewind(*that, *adjoint) is the pullback. bytes: what a step keeps for its way back.
+        """
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(self.joint.graph, {}))
+        joint = fx.GraphModule(self.joint, copy)
+        inputs, _ = ends(joint)
+        for k, n in enumerate(inputs):
+            named = f"primals_{k + 1}" if k < self._primals else f"tangents_{k - self._primals + 1}"
+            n.target = named
+            n._rename(named)
+        joint.recompile()
+        # What costs no product is done again: memory is slower than that. But not draws, which
+        # would come out otherwise.
+        with functorch.patch(aggressive_recomputation=not self.random):
+            record, rewind = min_cut_rematerialization_partition(
+                joint, None, num_fwd_outputs=self.form.after, static_lifetime_input_indices=[]
+            )
+        saved = ends(record)[1][self.form.after :]
+        names = [n.name for n in saved]
+        takes = [n.name for n in ends(rewind)[0]]
+        if takes != [*names, *(n.name for n in inputs[self._primals :])]:
+            raise CannotTrace("its graph cannot be parted into a way there and a way back")
+        size = sum(n.meta["val"].nbytes for n in saved if isinstance(n.meta.get("val"), Tensor))
+        return record, rewind, size
+
+
+def trace(
+    training: Training, state: State, values: Tensors, learned: Sequence[str], seed: int
+) -> StepGraph:
+    """The graph of a training's step and pullback; CannotTrace if it is more than tensors."""
+    form = Form.of(training, state, values, learned, 0, seed)
+    form.check()
+    examples, others = (_examples(training, form, state, values, i, seed + i) for i in (0, 1))
+    return _divide(form, _whole(training, form, state, examples, others), examples)
+
+
+def _examples(
+    training: Training, form: Form, state: State, values: Tensors, i: int, seed: int
+) -> list[Tensor]:
+    moving = form.moving(state)
+    return contiguous(
+        [
+            *moving,
+            *form.rest(state),
+            *(values[n] for n in form.several),
+            *(values[n] for n in form.single),
+            torch.tensor(float(i + 1), dtype=torch.float64),
+            *form.leaves(training.problem.batch(i, seed)),
+            *(torch.ones_like(x) for x in moving),
+        ]
+    )
+
+
+def _whole(
+    training: Training, form: Form, state: State, examples: list[Tensor], others: list[Tensor]
+) -> Graph:
+    """A step, undivided and without mutations."""
+
+    def joint(*flat: Tensor) -> list[Tensor]:
+        take = iter(flat)
+        moving = [next(take).detach().requires_grad_() for _ in form.moved]
+        counted = [next(take) for _ in form.counted]
+        still = [next(take) for _ in form.still]
+        inside = {n: next(take) for n in (*form.several, *form.single)}
+        inside |= {n: inside[n].detach().requires_grad_() for n in form.learned}
+        t = next(take)
+        batch = tree_unflatten([next(take) for _ in form.shapes], form.batch)
+        bars = list(take)
+        around = state._replace(buffers=state.buffers | dict(zip(form.still, still, strict=True)))
+        start = form.state(moving, counted, around)
+        after = training.step_on(start, inside, t, batch)
+        moved = form.moving(after)
+        live = [(x, bar) for x, bar in zip(moved, bars, strict=True) if x.requires_grad]
+        grads = torch.autograd.grad(
+            [x for x, _ in live],
+            [*moving, *(inside[n] for n in form.learned)],
+            [bar for _, bar in live],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return [
+            *(x.detach() for x in moved),
+            *(after.buffers[n].detach() for n in form.counted),
+            *grads,
+        ]
+
+    return traced(joint, examples, others)
+
+
+def _divide(form: Form, whole: Graph, examples: list[Tensor]) -> StepGraph:
+    inputs, outputs = ends(whole)
+    fixed = form.after + len(form.still) + len(form.several)
+    numbers = inputs[fixed : fixed + len(form.single) + 1]
+    vectors = [n for n in inputs if n not in numbers]
+    bars_to = form.after + len(form.moved)
+    states, bars = outputs[: form.after], outputs[form.after : bars_to]
+    grads = dict(zip(form.learned, outputs[bars_to:], strict=True))
+    large = [grads[n] for n in form.learned if n in form.several]
+    small = [grads[n] for n in form.learned if n in form.single]
+
+    # First without the end, to know what is early; the end reads numbers, not rows of them.
+    _, early = split_early(whole, numbers, 1)
+    late = _late(whole, {*states, *bars, *large}, small, early)
+    before, early = split_early(whole, numbers, 1, late)
+    read_late = {x for n in late for x in n.all_input_nodes} | set(small)
+    ending = [n for n in whole.graph.nodes if n in read_late and n not in early | late]
+    behind = extract(whole, [*numbers, ending], small, draws=False)
+    joint = extract(
+        whole,
+        [*vectors[:fixed], *(nodes for _, nodes in before.rows), *vectors[fixed:]],
+        [*states, *bars, *large, [Norm(bars[0]), *ending]],
+    )
+    made = dict(zip(inputs, examples, strict=True))
+    rows = before.over([made[n][None] for n in numbers], examples[0].device)
+    flat = [
+        *(made[n] for n in vectors[:fixed]),
+        *(row[0] for row in rows),
+        *(made[n] for n in vectors[fixed:]),
+    ]
+    joint = retraced(joint, flat)
+    narrow_transposed(joint)
+    draws = any(map(is_random, joint.graph.nodes))
+    return StepGraph(form, before, joint, behind, draws, tuple(map(Like.of, flat)))
+
+
+def _late(
+    whole: Graph, used: set[fx.Node], small: list[fx.Node], early: set[fx.Node]
+) -> set[fx.Node]:
+    """Nodes on the way from cotangents of numbers to those of hypers, numbers throughout.
+
+    What they read is handed on as float64, so it is no condition of a where.
+    """
+
+    def readable(x: fx.Node) -> bool:
+        return is_number(x) and (x in early or x.meta["val"].is_floating_point())
+
+    late: set[fx.Node] = set()
+    for n in reversed(list(whole.graph.nodes)):
+        if n.op != "call_function" or n in used or n in early or not is_number(n):
+            continue
+        wanted = n in small or bool(n.users)
+        ends = all(user in late or user.op == "output" for user in n.users)
+        if wanted and ends and all(map(readable, n.all_input_nodes)) and not is_random(n):
+            late.add(n)
+    return late

@@ -1,0 +1,299 @@
+"""The benchmark of the drop-in optimizers: a step's time and memory beside torch.optim's foreach
+form and, where that has none, beside pytorch_optimizer's.
+
+Both step the same weights along the same gradients, one after the other in every round. Memory is
+the growth over weights and gradients, state included, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...inner.core.rule import unknown
+from ...inner.rules import RULES
+from ...inner.torch_form.optimizer import torch_form
+from ..measure.device import CPU, gpu_name, settle
+from ..measure.memory_meter import meter_of, return_freed_blocks
+from ..measure.timing import Grown, Say, alone, check_repeats, in_rounds, reason
+
+Maker = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+# Seconds of a round, by which steps are counted that are shorter, and at most so many of them.
+_ROUND, _MOST = 0.25, 100
+# Steps for memory, so that rules that wait for their averages are past that, unless they take so
+# many seconds; and the seconds after which a process is ended.
+_GROWING, _PATIENCE, _LIMIT = 8, 20.0, 300.0
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shapes of a model's tensors."""
+
+    name: str
+    what: str
+    shapes: tuple[tuple[int, ...], ...]
+
+    def parameters(self, device: torch.device) -> list[Tensor]:
+        """Weights with gradients, the same every time."""
+        draw = torch.Generator().manual_seed(SEED)
+        made: list[Tensor] = []
+        for shape in self.shapes:
+            p = torch.nn.Parameter((0.02 * torch.randn(shape, generator=draw)).to(device))
+            p.grad = torch.randn(shape, generator=draw).to(device)
+            made.append(p)
+        return made
+
+    @property
+    def numel(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def _transformer(width: int, depth: int, words: int) -> tuple[tuple[int, ...], ...]:
+    block = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    block += [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    block += [(width,)] * 4
+    return ((words, width), *(block * depth), (width,), (width,))
+
+
+MODELS = {
+    made.name: made
+    for made in (
+        Model("12m", "a transformer of 4 blocks of width 384", _transformer(384, 4, 12_800)),
+        Model("small", "2,000 tensors of 16 to 1,024 weights",
+              tuple([(16, 32), (32,), (64, 16), (16,)] * 500)),
+    )
+}  # fmt: skip
+
+
+def _matrices_apart(params: Sequence[Tensor]) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in params if p.ndim > 1], "use_muon": True},
+        {"params": [p for p in params if p.ndim <= 1], "use_muon": False},
+    ]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another library's form of a rule. grouped: parameters as it takes them."""
+
+    library: str
+    title: str
+    given: Mapping[str, Any] = field(default_factory=dict)
+    grouped: Callable[[Sequence[Tensor]], Sequence[Any]] = list
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot be measured; empty where it can."""
+        return "" if find_spec(self.library.partition(".")[0]) else f"{self.library} is not here"
+
+    def make(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
+        form: Callable[..., torch.optim.Optimizer]
+        form = getattr(importlib.import_module(self.library), self.title)
+        return form(self.grouped(params), **self.given)
+
+
+def _torch(title: str, **given: Any) -> Rival:
+    return Rival("torch.optim", title, {"lr": 1e-3, "foreach": True, **given})
+
+
+def _other(title: str, **given: Any) -> Rival:
+    return Rival("pytorch_optimizer", title, {"lr": 1e-3, **given})
+
+
+# By rule, what its drop-in form is measured against, and what both are given beside lr.
+RIVALS: dict[str, tuple[Rival, dict[str, Any]]] = {
+    "sgd": (_torch("SGD", momentum=0.9), {"momentum": 0.9}),
+    "adam": (_torch("Adam"), {}),
+    "adamw": (_torch("AdamW"), {}),
+    "amsgrad": (_torch("Adam", amsgrad=True), {}),
+    "nadam": (_torch("NAdam"), {}),
+    "radam": (_torch("RAdam"), {}),
+    "rmsprop": (_torch("RMSprop"), {}),
+    "adagrad": (_torch("Adagrad"), {}),
+    "adabelief": (_other("AdaBelief", rectify=True), {}),
+    "adan": (_other("Adan"), {}),
+    "ademamix": (_other("AdEMAMix", weight_decouple=True), {}),
+    "grams": (_other("Grams"), {}),
+    "ano": (_other("Ano"), {}),
+    "lion": (_other("Lion"), {}),
+    "signsgd": (_other("SignSGD", momentum=0.0), {}),
+    "signum": (_other("SignSGD", momentum=0.9), {}),
+    "schedulefreesgd": (_other("ScheduleFreeSGD"), {}),
+    "schedulefreeadamw": (_other("ScheduleFreeAdamW"), {}),
+    "prodigy": (_other("Prodigy"), {}),
+    "muon": (replace(_other("Muon"), grouped=_matrices_apart), {}),
+    "shampoo": (_other("Shampoo"), {}),
+    "scion": (_other("SCION"), {}),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Ours beside another on a model.
+
+    seconds, others: per step, one per round. grown: memory of ours and of the other.
+    """
+
+    model: str
+    rule: str
+    over: str
+    rival: str
+    seconds: list[float]
+    others: list[float]
+    grown: tuple[Grown, Grown]
+    gpu: str = ""
+    left_out: str = ""
+
+    @property
+    def ratios(self) -> list[float]:
+        return [ours / other for ours, other in zip(self.seconds, self.others, strict=True)]
+
+
+def find_models(names: Sequence[str]) -> list[Model]:
+    """The models called so, all if none is."""
+    return [_found("model", name, MODELS) for name in names or MODELS]
+
+
+def find_rivals(names: Sequence[str]) -> list[str]:
+    """The rules called so that something can be measured against, all of those if none is."""
+    for name in names:
+        _found("rule with a rival", name, RIVALS)
+    return list(names) or [name for name in RIVALS if name in RULES]
+
+
+def _found(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise ValueError(unknown(f"there is no {kind}", name, known))
+    return known[name]
+
+
+def bench_optimizers(
+    models: Sequence[Model],
+    rules: Sequence[str],
+    *,
+    repeats: int = 9,
+    device: torch.device = CPU,
+    say: Say = lambda told: None,
+) -> Iterator[Pair]:
+    """Each rule on each model beside its rival, as it is measured."""
+    check_repeats(repeats)
+    for model in models:
+        for name in rules:
+            yield _pair(model, name, repeats, device, say)
+
+
+def _pair(model: Model, name: str, repeats: int, device: torch.device, say: Say) -> Pair:
+    rival, _ = RIVALS[name]
+    known = (model.name, name, RULES[name].over, f"{rival.library}.{rival.title}")
+    left_out = rival.missing
+    seconds: tuple[list[float], list[float]] = [], []
+    grown = Grown(None), Grown(None)
+    try:
+        if not left_out:
+            grown = _memory(model, name, device, say)
+            sides = zip(("ours", "theirs"), grown, strict=True)
+            left_out = ", ".join(f"{who}: {x.left_out}" for who, x in sides if x.left_out)
+        if not left_out:
+            seconds = _seconds(model, name, repeats, device, say)
+    except Exception as error:  # Of whatever kind a library raises; the other pairs are measured.
+        left_out = reason(error)
+    return Pair(*known, *seconds, grown, gpu=gpu_name(device), left_out=left_out)
+
+
+def _memory(model: Model, name: str, device: torch.device, say: Say) -> tuple[Grown, Grown]:
+    each = []
+    for who in ("ours", "other"):
+        say(f"{model.name}, {name}: memory, {who}")
+        each.append(alone(memory_of, model, name, who, device, limit=_LIMIT))
+    return each[0], each[1]
+
+
+def _seconds(
+    model: Model, name: str, repeats: int, device: torch.device, say: Say
+) -> tuple[list[float], list[float]]:
+    both = {who: _maker(name, who)(model.parameters(device)) for who in ("ours", "other")}
+    steps = {who: Steps(optimizer, device) for who, optimizer in both.items()}
+    seconds, _ = in_rounds(
+        steps,
+        repeats,
+        lambda told: say(f"{model.name}, {name}: {told}"),
+        settle=partial(settle, device),
+    )
+    ours, others = ([s / steps[who].count for s in seconds[who]] for who in ("ours", "other"))
+    return ours, others
+
+
+def _maker(name: str, who: str) -> Maker:
+    return RIVALS[name][0].make if who == "other" else partial(_ours, name)
+
+
+def _ours(name: str, params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    return torch_form(RULES[name])(params, lr=1e-3, **RIVALS[name][1])
+
+
+class Steps:
+    """A round of an optimizer: as many steps as fill one, which the first call finds out."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.count = 0
+        self._optimizer, self._device = optimizer, device
+
+    def __call__(self) -> None:
+        if not self.count:
+            self._optimizer.step()  # It begins its state.
+            settle(self._device)
+            begun = time.perf_counter()
+            self._optimizer.step()
+            settle(self._device)
+            self.count = steps_of(time.perf_counter() - begun)
+            return
+        for _ in range(self.count):
+            self._optimizer.step()
+
+
+def steps_of(seconds: float) -> int:
+    """Those of a round, where one takes so long."""
+    return max(1, min(_MOST, round(_ROUND / max(seconds, _ROUND / _MOST))))
+
+
+def memory_of(model: Model, name: str, who: str, device: torch.device) -> Grown:
+    """In this process: what an optimizer takes beside weights and gradients, its state included."""
+    return_freed_blocks()
+    params, make = model.parameters(device), _maker(name, who)
+    # What the first call of a library brings along is no part of it.
+    _several(make(Model("", "", ((8, 8), (8,))).parameters(device)))
+    meter = meter_of(device)
+    _several(make(params))
+    return Grown(meter.mib, meter.exact)
+
+
+def _several(optimizer: torch.optim.Optimizer) -> None:
+    begun = time.perf_counter()
+    for i in range(_GROWING):
+        optimizer.step()
+        if i and time.perf_counter() - begun > _PATIENCE:
+            break
+
+
+__all__ = [
+    "MODELS",
+    "RIVALS",
+    "Model",
+    "Pair",
+    "Rival",
+    "Steps",
+    "bench_optimizers",
+    "find_models",
+    "find_rivals",
+    "memory_of",
+    "steps_of",
+]
