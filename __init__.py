@@ -24,22 +24,11 @@ from .inner.core.hyper import (
     temperature,
     weight_decay,
 )
-from .inner.core.rule import (
-    Rule,
-    Slot,
-    filled,
-    mask,
-    number,
-    root,
-    rule,
-    shared,
-    sign,
-    sized,
-    weights,
-    zeros,
-)
+from .inner.core.rule import Rule, rule
+from .inner.core.slots import Slot, filled, number, shared, sized, weights, zeros
 from .inner.numerics import counter_rng as noise
-from .inner.rules import RULES as rules
+from .inner.numerics.elementwise import mask, root, sign
+from .inner.registry import RULES as rules
 from .inner.schedules.schedule import SCHEDULES as schedules
 from .inner.schedules.schedule import Schedule
 from .inner.torch_form import optimizer as optim

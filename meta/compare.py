@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..inner.core.hyper import Tensors
-from ..inner.core.rule import unknown
+from ..inner.core.messages import unknown
 from .problems.data import mix
 from .reverse.replay import Replay
 from .training.coordinates import Coordinates

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..inner.core.flat import flat_readout, flat_step, joined_slots, parted_slots
 from ..inner.core.hyper import Tensors
 from ..inner.core.layout import Layout
-from ..inner.core.rule import Rule, unknown
-from ..inner.rules import RULES
+from ..inner.core.messages import unknown
+from ..inner.core.rule import Rule
+from ..inner.registry import RULES
 from ..inner.torch_form.optimizer import torch_form
 from ..inner.torch_form.param_groups import betas_of, check_number, chosen_in, values_in
 

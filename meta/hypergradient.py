@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..inner.core.hyper import Grain, Tensors
 from ..inner.core.rule import Rule
-from ..inner.rules import find_rule
+from ..inner.registry import find_rule
 from ..inner.schedules.schedule import Schedule, find_schedule
 from .compare import Comparison, Reference, compare
 from .methods import find_method

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..inner.core.flat import flat_step, initial_slots
 from ..inner.core.hyper import Tensors
 from ..inner.core.rule import Rule
-from ..inner.rules import find_rule
+from ..inner.registry import find_rule
 from .reverse.replay import Replay
 from .training.coordinates import Coordinates
 from .training.estimate import Estimate, Estimator

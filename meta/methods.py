@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from ..inner.core.rule import unknown
+from ..inner.core.messages import unknown
 from .auto import Auto
 from .bilevel.bamm import BAMM
 from .bilevel.bda import BDA

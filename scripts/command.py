@@ -190,7 +190,7 @@ def rules(
     markdown: Annotated[bool, typer.Option(help="As the README has them.")] = False,
 ) -> None:
     """List the update rules, their hyperparameters and where these are tuned."""
-    from ..inner.rules import RULES
+    from ..inner.registry import RULES
     from .catalogue import table
     from .show import show_rules
 
@@ -286,7 +286,7 @@ def bfloat16(
 
 def _problem_and_rule(problem: str, rule: str, given: list[str] | None) -> tuple[Problem, Rule]:
     """Both by name, each with the options that are its own."""
-    from ..inner.rules import find_rule
+    from ..inner.registry import find_rule
     from ..studies.problems import find_problem
 
     options = {name: _option(text) for name, text in _pairs("--option", given)}

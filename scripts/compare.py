@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..inner.core.rule import Rule, unknown
+from ..inner.core.messages import unknown
+from ..inner.core.rule import Rule
 from ..meta.compare import compare
 from ..meta.hypergradient import make_training, split_names
 from ..meta.implicit.implicit import Unconverged

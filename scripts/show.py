@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..inner.core.rule import unknown
-from ..inner.wrappers import WRAPPERS
+from ..inner.core.messages import unknown
+from ..inner.registry import WRAPPERS
 from ..meta.training.outcome import Outcome
 from .catalogue import memory
 

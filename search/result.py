@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..inner.core.hyper import Tensors
 from ..inner.core.rule import Rule
-from ..inner.rules import find_rule
+from ..inner.registry import find_rule
 from ..meta.training.outcome import Outcome
 from .run_folder import write_text
 

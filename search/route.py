@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..inner.core.rule import unknown
+from ..inner.core.messages import unknown
 from ..meta.meta_optimizer import Descent
 from ..meta.training.outcome import Outcome
 from .space import SEARCHABLE, Space

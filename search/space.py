@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..inner.core.hyper import Choice, Discrete, Hyper, Tensors
-from ..inner.core.rule import unknown
+from ..inner.core.messages import unknown
 from ..meta.training.training import Training
 
 if TYPE_CHECKING:

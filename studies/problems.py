@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..inner.core.hyper import Choice, Integer, Tensors, positive
-from ..inner.core.rule import unknown
+from ..inner.core.messages import unknown
 from ..meta.problems.problem import ModuleProblem, Problem, problem_from_module
 
 Part = tuple[Tensor, Tensor]

@@ -4,7 +4,7 @@ import torch
 from nets import VALUES
 from oracle import references
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 
 F64 = torch.float64
 GRAINS = ("shared", "tensor", "element")

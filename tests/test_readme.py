@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperdescent.inner.rules import RULES, find_rule
-from hyperdescent.inner.wrappers import WRAPPERS
+from hyperdescent.inner.registry import RULES, WRAPPERS, find_rule
 from hyperdescent.scripts.catalogue import MARKS, table
 
 ROOT = Path(__file__).parent.parent

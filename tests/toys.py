@@ -3,7 +3,7 @@
 import torch
 
 from hyperdescent.inner.core.hyper import Hyper
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.training.training import Training
 
 DOUBLE = torch.float64

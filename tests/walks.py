@@ -2,7 +2,7 @@
 
 import torch
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 
 F64 = torch.float64
 

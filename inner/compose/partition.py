@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..core.hyper import Hyper, Tensors
 from ..core.layout import Layout
-from ..core.rule import Need, Rule, Slot
+from ..core.rule import Need, Rule
+from ..core.slots import Slot
+from ..registry import find_rule
 from .wrapped import COMMON, rate_of
 
 _T = TypeVar("_T")
@@ -33,8 +35,6 @@ def partition(
     torch form names are those of `named_parameters`, if it was given those, and else "". A rule
     that is to be pickled needs a where that can be, a function of a module.
     """
-    from ..rules import find_rule  # Here, because some registered rules are made of others.
-
     one, other = find_rule(first), find_rule(rest)
     for part in (one, other):
         if part.over == "model":

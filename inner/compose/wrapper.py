@@ -30,7 +30,10 @@ from typing import Any
 from torch import Tensor
 
 from ..core.hyper import Discrete, Hyper, Tensors
-from ..core.rule import Need, Over, Rule, Slot, unknown
+from ..core.messages import unknown
+from ..core.rule import Need, Over, Rule
+from ..core.slots import Slot
+from ..registry import WRAPPERS, find_rule
 from .wrapped import COMMON, Around, AroundReadout, Inner, InnerCheck, InnerSlot, OwnSlot
 
 _WIDER: tuple[Over, ...] = ("element", "tensor", "model")
@@ -65,8 +68,6 @@ class Wrapper:
         """The rule, by name or itself, in this wrapper; defaults: of the wrapper's own hypers and
         options.
         """
-        from ..rules import find_rule  # Here, because some registered rules are made of others.
-
         found = find_rule(rule)
         # Its options in force become those of the whole.
         inner = replace(found, chosen={})
@@ -168,8 +169,6 @@ def _renamed(hyper: Hyper, choices: Mapping[str, str]) -> Hyper:
 
 
 def _recall(name: str) -> Any:
-    from ..wrappers import WRAPPERS
-
     if name not in WRAPPERS:
         raise ValueError(unknown("there is no wrapper of rules", name, WRAPPERS))
     return WRAPPERS[name]

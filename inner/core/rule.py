@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from .hyper import Choice, Discrete, Hyper, Integer, Tensors
 from .layout import Layout
+from .messages import unknown
+from .slots import Slot
 
 Over = Literal["element", "tensor", "model"]
 Need = Literal["loss", "layout"]
@@ -21,107 +22,6 @@ Need = Literal["loss", "layout"]
 
 # (p, g, s, t, **needs, **hypers, **choices) -> (p, s), out of place; t counts from 1 in float64.
 Update = Callable[..., tuple[Tensor, Tensors]]
-
-
-Init = Callable[[Tensor, Mapping[str, Any], Layout], Tensor]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One buffer of optimizer state.
-
-    init(p, values, layout): its start, of any shape, from a unit's weights, layout, and hypers and
-    options.
-    shared: one number for all elements, a function of t only.
-    """
-
-    init: Init
-    shared: bool = False
-
-
-def _zeros(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
-    return torch.zeros_like(p)
-
-
-zeros = Slot(_zeros)
-
-
-def _long_zeros(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
-    return torch.zeros_like(p, dtype=at_least_float32(p.dtype))
-
-
-# Of a dtype in which what is added up is not lost.
-long_zeros = Slot(_long_zeros)
-
-
-def _weights(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
-    return p.clone()
-
-
-# A buffer that starts as a copy of the weights.
-weights = Slot(_weights)
-
-
-def filled(name: str) -> Slot:
-    """A buffer that starts at the value of the hyperparameter called name."""
-    return Slot(partial(_filled, name))
-
-
-def _filled(name: str, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
-    value: Tensor = values[name]
-    return torch.zeros_like(p) + value
-
-
-def shared(number: float) -> Slot:
-    """One float64 number that starts the same everywhere; one per element where hypers are that."""
-    return Slot(partial(_shared, number), shared=True)
-
-
-def _shared(number: float, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
-    hypers = (v for v in values.values() if isinstance(v, Tensor))
-    shape = torch.broadcast_shapes(*(v.shape for v in hypers))
-    if shape:  # A float64 vector would make float64 weights of others.
-        return torch.full(shape, number, dtype=p.dtype, device=p.device)
-    return torch.tensor(number, dtype=torch.float64)
-
-
-def number(start: float = 0.0) -> Slot:
-    """One number for a whole unit, a tensor or the model; not of less than float32."""
-    return Slot(partial(_number, start))
-
-
-def _number(start: float, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
-    return torch.full((), start, dtype=at_least_float32(p.dtype), device=p.device)
-
-
-def sized(shape: Callable[[torch.Size], Sequence[int]]) -> Slot:
-    """Zeros of a shape that is a function of the tensor's."""
-    return Slot(partial(_sized, shape))
-
-
-def _sized(
-    shape: Callable[[torch.Size], Sequence[int]],
-    p: Tensor,
-    values: Mapping[str, Any],
-    layout: Layout,
-) -> Tensor:
-    return p.new_zeros(tuple(shape(p.shape)))
-
-
-def under(option: str, value: object, slot: Slot) -> Slot:
-    """A slot of one entry per element that is empty unless an option has that value."""
-    return Slot(partial(_under, option, value, slot.init))
-
-
-def _under(
-    option: str, value: object, init: Init, p: Tensor, values: Mapping[str, Any], layout: Layout
-) -> Tensor:
-    return init(p, values, layout) if values[option] == value else p.new_zeros(0)
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """What sums over many elements are made in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 Readout = Callable[[Tensor, Tensors, Tensors, Layout], Tensor]
@@ -245,29 +145,6 @@ class Rule:
         # In the order of the declaration, by which adjoints of slots find theirs.
         return p, {name: after[name] for name in self.slots}
 
-    def __reduce__(self) -> tuple[Callable[..., Rule], tuple[object, ...]]:
-        # By name: under the name of its function, pickle would find the rule instead.
-        found = _registered(self.name)
-        if found is not None and replace(found, chosen={}) == replace(self, chosen={}):
-            return _recall, (self.name, dict(self.chosen))
-        return Rule, tuple(getattr(self, each.name) for each in fields(self))
-
-
-def _registered(name: str) -> Rule | None:
-    from ..rules import find_rule  # Here, because the registered rules are made with this module.
-
-    try:
-        return find_rule(name)
-    except (TypeError, ValueError):
-        return None
-
-
-def _recall(name: str, chosen: Mapping[str, object]) -> Rule:
-    found = _registered(name)
-    if found is None:
-        raise ValueError(f"there is no rule {name!r} here; it was pickled by another version")
-    return found.choose(**chosen) if chosen else found
-
 
 @lru_cache(maxsize=2**14)
 def _slot_shape(slot: Slot, unit: Layout, options: tuple[tuple[str, object], ...]) -> torch.Size:
@@ -315,31 +192,3 @@ def rule(
         )
 
     return wrap
-
-
-def root(x: Tensor) -> Tensor:
-    """The square root with slope 0 at 0, where the true slope is infinite.
-
-    A weight that never saw a gradient has second moment 0; the true slope times its zero cotangent
-    is NaN. Values are bit-identical to sqrt, negative and NaN inputs included.
-    """
-    zero = x == 0
-    return torch.where(zero, x, torch.where(zero, 1.0, x).sqrt())
-
-
-def sign(x: Tensor, smooth: bool, temperature: Tensor) -> Tensor:
-    """The sign, or its surrogate tanh(x / temperature), which has a slope."""
-    return torch.tanh(x / temperature) if smooth else x.sign()
-
-
-def mask(x: Tensor, smooth: bool, temperature: Tensor) -> Tensor:
-    """1 where x > 0 and else 0, or its surrogate sigmoid(x / temperature)."""
-    return torch.sigmoid(x / temperature) if smooth else (x > 0).to(x)
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that does not exist: the nearest one first, then all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" did you mean {near[0]!r}?" if near else ""
-    return f"{what} {name!r};{hint} known: {', '.join(known) or 'none'}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.hyper import Tensors
-from ..core.rule import at_least_float32
+from ..numerics.elementwise import at_least_float32
 from .codegen import Buffers, Code
 from .trace import Plan
 

@@ -26,7 +26,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..core.hyper import Tensors
 from ..core.layout import Layout
-from ..core.rule import Rule, at_least_float32
+from ..core.rule import Rule
+from ..numerics.elementwise import at_least_float32
 from .codegen import Code, written
 from .simplify import Trace, aten
 

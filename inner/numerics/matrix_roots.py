@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.rule import root
+from .elementwise import root
 
 
 def inverse_root(a: Tensor, p: int, *, ridge: Tensor | float = 0.0, steps: int = 40) -> Tensor:

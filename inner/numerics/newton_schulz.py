@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.rule import at_least_float32, root
+from .elementwise import at_least_float32, root
 
 # a, b, c of the step x -> (a + b x x' + c (x x')^2) x.
 Quintic = tuple[float, float, float]

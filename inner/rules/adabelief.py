@@ -8,7 +8,8 @@ learning rate, and standing still instead of the step of momentum.
 """
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
 from .adam import decayed, direction
 from .radam import rectified
 

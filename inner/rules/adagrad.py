@@ -4,7 +4,9 @@ The decay of the learning rate and the start of the sum are those of torch.optim
 """
 
 from ..core.hyper import learning_rate, positive, weight_decay
-from ..core.rule import filled, root, rule
+from ..core.rule import rule
+from ..core.slots import filled
+from ..numerics.elementwise import root
 
 
 @rule(

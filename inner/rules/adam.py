@@ -1,7 +1,9 @@
 """Adam. Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1, with weight decay added to the gradient."""
 
 from ..core.hyper import decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import root
 
 
 def moments(g, s, beta1, beta2):

@@ -8,7 +8,9 @@ was not to be found; weight decay is that one's, added to the gradient, or decou
 """
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import root
 from .adam import decayed
 
 

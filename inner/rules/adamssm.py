@@ -15,7 +15,9 @@ checked, and in the search ranges always so. The defaults are ours.
 import torch
 
 from ..core.hyper import decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, shared, zeros
+from ..core.rule import rule
+from ..core.slots import shared, zeros
+from ..numerics.elementwise import root
 
 
 def second_moment_stays_positive(values):

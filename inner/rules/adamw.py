@@ -1,7 +1,8 @@
 """AdamW: Adam with decoupled weight decay. Loshchilov & Hutter 2019, arXiv:1711.05101."""
 
 from ..core.hyper import decay, learning_rate, positive, weight_decay
-from ..core.rule import rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
 from .adam import decayed, direction, moments
 
 

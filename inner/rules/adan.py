@@ -7,7 +7,9 @@ without the eps in its division.
 """
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import root
 
 
 @rule(

@@ -12,7 +12,8 @@ limit. They also drop the first average there, which is then the gradient itself
 import torch
 
 from ..core.hyper import decay, learning_rate, positive, weight_decay
-from ..core.rule import rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
 from .adam import decayed, direction, moments
 
 

@@ -12,7 +12,8 @@ batch of the gradient.
 import torch
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import long_zeros, rule, zeros
+from ..core.rule import rule
+from ..core.slots import long_zeros, zeros
 from .adam import decayed
 
 

@@ -12,7 +12,9 @@ successor, sets alpha itself from the share of entries beyond a threshold.
 import torch
 
 from ..core.hyper import Choice, decay, fraction, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import root
 from .sgd import heavy_ball, nesterov_needs_momentum
 
 

@@ -7,7 +7,8 @@ for bias at the current step. The paper corrects nothing.
 import torch
 
 from ..core.hyper import decay, learning_rate, positive, weight_decay
-from ..core.rule import rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
 from .adam import direction, moments
 
 

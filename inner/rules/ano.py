@@ -6,7 +6,9 @@ Kegreisz 2025, arXiv:2508.18258.
 import torch
 
 from ..core.hyper import Choice, decay, learning_rate, positive, temperature, weight_decay
-from ..core.rule import root, rule, sign, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import root, sign
 
 
 def second_moment_stays_positive(values):

@@ -3,7 +3,8 @@
 import torch
 
 from ..core.hyper import Integer, decay, positive, weight_decay
-from ..core.rule import Slot, at_least_float32, root
+from ..core.slots import Slot
+from ..numerics.elementwise import at_least_float32, root
 from ..numerics.newton_schulz import inverse_root
 from .matrices import as_matrix, averaged, with_adam
 

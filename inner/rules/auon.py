@@ -5,7 +5,7 @@ arXiv:2509.24320.
 import torch
 
 from ..core.hyper import Integer, decay, positive, weight_decay
-from ..core.rule import at_least_float32, root
+from ..numerics.elementwise import at_least_float32, root
 from ..numerics.newton_schulz import JORDAN, first, polar
 from .matrices import as_matrix, averaged, shape_factor, with_adam
 

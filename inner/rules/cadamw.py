@@ -13,7 +13,9 @@ smooth puts sigmoid(m * g / temperature) in place of the mask.
 """
 
 from ..core.hyper import Choice, decay, learning_rate, positive, temperature, weight_decay
-from ..core.rule import mask, root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import mask, root
 from .adam import moments
 
 

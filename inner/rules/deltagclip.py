@@ -14,7 +14,8 @@ The slope in gamma is 0 outside of gamma < norm < gamma / delta, that in delta i
 import torch
 
 from ..core.hyper import fraction, learning_rate, positive, weight_decay
-from ..core.rule import at_least_float32, root, rule
+from ..core.rule import rule
+from ..numerics.elementwise import at_least_float32, root
 
 
 def clipped(p, g, lr, gamma, delta, weight_decay):

@@ -17,7 +17,9 @@ slope in reps_rel is nearly 0 once the distance has outgrown it.
 import torch
 
 from ..core.hyper import learning_rate, positive, weight_decay
-from ..core.rule import Slot, at_least_float32, long_zeros, number, root, rule, weights
+from ..core.rule import rule
+from ..core.slots import Slot, long_zeros, number, weights
+from ..numerics.elementwise import at_least_float32, root
 
 
 def precise(x):

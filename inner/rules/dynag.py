@@ -19,7 +19,9 @@ direction enters the momentum buffer undamped, as in `alphagrad`.
 import torch
 
 from ..core.hyper import Choice, Integer, decay, fraction, learning_rate, positive, weight_decay
-from ..core.rule import number, root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import number, zeros
+from ..numerics.elementwise import root
 from .sgd import heavy_ball, nesterov_needs_momentum
 
 _SHRINK = ("shrink", True)

@@ -19,8 +19,10 @@ inactive_lr_scale=0.
 import torch
 
 from ..core.hyper import Choice, Integer, decay, learning_rate, positive, temperature, weight_decay
-from ..core.rule import Slot, rule, sign
+from ..core.rule import rule
+from ..core.slots import Slot
 from ..numerics import counter_rng as noise
+from ..numerics.elementwise import sign
 from .adam import decayed, direction, moments
 
 

@@ -9,7 +9,9 @@ path beside it may turn elsewhere.
 import torch
 
 from ..core.hyper import Choice, decay, learning_rate, positive, temperature, weight_decay
-from ..core.rule import root, rule, sign, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import root, sign
 from .adam import decayed, moments
 
 

@@ -12,7 +12,9 @@ where the metric is all but flat.
 import torch
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import at_least_float32, number, root, rule, under, zeros
+from ..core.rule import rule
+from ..core.slots import number, under, zeros
+from ..numerics.elementwise import at_least_float32, root
 
 
 def unbiased(average, share, t):

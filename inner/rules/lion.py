@@ -1,7 +1,9 @@
 """Lion and its cautious form: steps of one size in every element, and the sign of an average."""
 
 from ..core.hyper import Choice, decay, learning_rate, temperature, weight_decay
-from ..core.rule import mask, rule, sign, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import mask, sign
 
 _ROUGH = "it enters only through a sign"
 

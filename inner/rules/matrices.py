@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from ..compose.partition import partition
 from ..core.hyper import decay, learning_rate, positive, weight_decay
-from ..core.rule import rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
 from .adam import decayed, direction, moments
 
 

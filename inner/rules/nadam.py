@@ -5,7 +5,9 @@ torch.optim.NAdam.
 """
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, shared, zeros
+from ..core.rule import rule
+from ..core.slots import shared, zeros
+from ..numerics.elementwise import root
 from .adam import decayed, moments
 
 

@@ -13,7 +13,9 @@ not vanish at the optimum, acceleration amplifies it.
 """
 
 from ..core.hyper import Choice, decay, learning_rate, positive
-from ..core.rule import root, rule, shared, weights, zeros
+from ..core.rule import rule
+from ..core.slots import shared, weights, zeros
+from ..numerics.elementwise import root
 
 
 def before_extrapolation(p, s, values, layout):

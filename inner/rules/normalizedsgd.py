@@ -8,7 +8,9 @@ decay, under which no tensor grows longer than 1 / weight_decay.
 """
 
 from ..core.hyper import decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import root
 
 
 @rule(

@@ -13,7 +13,9 @@ second gradient per step; that is left out. eps, which the paper has not, is the
 import torch
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, weights, zeros
+from ..core.rule import rule
+from ..core.slots import weights, zeros
+from ..numerics.elementwise import root
 
 
 @rule(

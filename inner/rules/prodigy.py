@@ -13,7 +13,9 @@ arithmetic, but steps of size d0 are lost in bfloat16 weights, and d would stay 
 import torch
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import Slot, at_least_float32, long_zeros, number, root, rule
+from ..core.rule import rule
+from ..core.slots import Slot, long_zeros, number
+from ..numerics.elementwise import at_least_float32, root
 
 
 def _small(p, values, layout):

@@ -17,8 +17,10 @@ moves at every step.
 import torch
 
 from ..core.hyper import Integer, decay, learning_rate, positive, weight_decay
-from ..core.rule import Slot, at_least_float32, long_zeros, number, root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import Slot, long_zeros, number, zeros
 from ..numerics import counter_rng as noise
+from ..numerics.elementwise import at_least_float32, root
 from .shampoo import LONGEST, squares
 
 

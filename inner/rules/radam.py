@@ -7,7 +7,9 @@ is added to the root of the biased second moment.
 import torch
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import root
 from .adam import decayed, moments
 
 

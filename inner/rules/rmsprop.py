@@ -4,7 +4,9 @@ Without bias correction, and eps added to the root, as in torch.optim.RMSprop.
 """
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, under, zeros
+from ..core.rule import rule
+from ..core.slots import under, zeros
+from ..numerics.elementwise import root
 
 
 @rule(

@@ -18,7 +18,9 @@ A loss below f_star makes the step an ascent to f_star. lr = 1 is the paper's.
 import torch
 
 from ..core.hyper import Choice, Hyper, decay, learning_rate, positive
-from ..core.rule import at_least_float32, root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import at_least_float32, root
 
 
 def bent(x, tau):

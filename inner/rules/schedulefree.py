@@ -6,7 +6,9 @@ Defazio et al. 2024, arXiv:2405.15682.
 import torch
 
 from ..core.hyper import Integer, decay, learning_rate, positive, weight_decay
-from ..core.rule import root, rule, shared, weights, zeros
+from ..core.rule import rule
+from ..core.slots import shared, weights, zeros
+from ..numerics.elementwise import root
 
 
 def average_can_be_read(values):

@@ -24,7 +24,9 @@ scale; elements that tie share its step. In the rest:
 """
 
 from ..core.hyper import Choice, decay, learning_rate, positive
-from ..core.rule import at_least_float32, root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import at_least_float32, root
 from ..numerics.newton_schulz import JORDAN, first, polar
 
 

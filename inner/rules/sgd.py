@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.hyper import Choice, Tensors, decay, fraction, learning_rate, weight_decay
-from ..core.rule import rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
 
 
 def nesterov_needs_momentum(values: Mapping[str, object]) -> str | None:

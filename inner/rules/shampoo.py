@@ -8,7 +8,9 @@ step: nothing is decomposed, and nothing is stale.
 import torch
 
 from ..core.hyper import Choice, Integer, decay, learning_rate, positive, weight_decay
-from ..core.rule import Slot, at_least_float32, root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import Slot, zeros
+from ..numerics.elementwise import at_least_float32, root
 from ..numerics.matrix_roots import inverse_root
 
 # A dimension longer than that has no matrix: its statistics would outgrow the weights.

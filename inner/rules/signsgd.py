@@ -1,7 +1,9 @@
 """Steps of one size in every element, in the direction of a sign."""
 
 from ..core.hyper import Choice, decay, learning_rate, temperature, weight_decay
-from ..core.rule import rule, sign, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import sign
 
 
 @rule(

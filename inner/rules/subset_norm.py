@@ -5,8 +5,10 @@ from typing import Any
 import torch
 
 from ..core.hyper import Choice, Integer, decay, learning_rate, positive, weight_decay
-from ..core.rule import Slot, at_least_float32, root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import Slot, zeros
 from ..numerics import counter_rng as noise
+from ..numerics.elementwise import at_least_float32, root
 from .adam import decayed
 
 

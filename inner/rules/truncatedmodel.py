@@ -3,7 +3,9 @@
 import torch
 
 from ..core.hyper import Hyper, learning_rate, positive
-from ..core.rule import at_least_float32, root, rule, zeros
+from ..core.rule import rule
+from ..core.slots import zeros
+from ..numerics.elementwise import at_least_float32, root
 
 # Losses that may be negative have bounds that are.
 _FLOOR = Hyper(0.0, -torch.inf, torch.inf, "linear", search=(0.0, 1.0), finest="shared")

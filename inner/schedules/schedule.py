@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.hyper import Hyper, Tensors
-from ..core.rule import unknown
+from ..core.messages import unknown
 from .shapes import (
     Schedule,
     constant,

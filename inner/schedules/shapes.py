@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.hyper import Hyper, Tensors, fraction, positive
-from ..core.rule import unknown
+from ..core.messages import unknown
 
 _TINY = 1e-6
 

@@ -20,8 +20,9 @@ from torch.optim.optimizer import ParamsT
 
 from ..core.hyper import Tensors
 from ..core.layout import Layout
-from ..core.rule import Rule, unknown
-from ..rules import RULES, find_rule
+from ..core.messages import unknown
+from ..core.rule import Rule
+from ..registry import RULES, find_rule
 from .buckets import Unit, units
 from .param_groups import (
     betas_of,

@@ -1,21 +1,19 @@
-"""The registry: every wrapper defined in a module of this package, and `partition`, by name."""
+"""Every wrapper, a rule around a rule, one file each; what they define is registered.
 
-from __future__ import annotations
+May import: core, numerics, compose, registry.
+"""
 
 import pkgutil
-from collections.abc import Callable
 from importlib import import_module
 
 from ..compose.partition import partition
 from ..compose.wrapper import Wrapper
-from ..core.rule import Rule
+from ..registry import WRAPPERS
 
-WRAPPERS: dict[str, Callable[..., Rule]] = {
-    value.name: value
-    for module in sorted(m.name for m in pkgutil.iter_modules(__path__))
-    for value in vars(import_module(f"{__name__}.{module}")).values()
-    if isinstance(value, Wrapper)
-} | {"partition": partition}
+for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+    _found = vars(import_module(f"{__name__}.{_module}")).values()
+    WRAPPERS |= {value.name: value for value in _found if isinstance(value, Wrapper)}
+WRAPPERS["partition"] = partition
 
 # The functions, not the modules of their names: `from hyperdescent.wrappers import clip_norm`.
 globals().update(WRAPPERS)

@@ -11,7 +11,7 @@ learning rate times the gradient over temperature, in place of the mask.
 
 from ..compose.wrapper import wrapper
 from ..core.hyper import Choice, temperature
-from ..core.rule import mask
+from ..numerics.elementwise import mask
 
 
 @wrapper(over="tensor", moves=True, smooth=Choice(False, (False, True)), temperature=temperature())

@@ -8,7 +8,7 @@ the step per unit of learning rate times the weight over temperature, in place o
 
 from ..compose.wrapper import wrapper
 from ..core.hyper import Choice, temperature, weight_decay
-from ..core.rule import mask
+from ..numerics.elementwise import mask
 
 
 @wrapper(

@@ -6,7 +6,7 @@ whole model is a param group.
 
 from ..compose.wrapper import wrapper
 from ..core.hyper import positive
-from ..core.rule import at_least_float32, root
+from ..numerics.elementwise import at_least_float32, root
 
 
 def clipped(g, max_norm):

@@ -9,7 +9,8 @@ float32: bfloat16 would round the last percent of an average's movement away.
 
 from ..compose.wrapper import wrapper
 from ..core.hyper import decay
-from ..core.rule import Slot, at_least_float32
+from ..core.slots import Slot
+from ..numerics.elementwise import at_least_float32
 
 
 def long_weights(p, values, layout):

@@ -11,7 +11,7 @@ decoupled_weight_decay(induced_metric(adam)).
 
 from ..compose.wrapper import wrapper
 from ..core.hyper import positive
-from ..core.rule import at_least_float32
+from ..numerics.elementwise import at_least_float32
 
 
 @wrapper(over="model", moves=True, xi=positive(0.1, search=(1e-9, 10.0), finest="shared"))

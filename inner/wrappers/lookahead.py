@@ -8,7 +8,7 @@ last steps are not in them.
 
 from ..compose.wrapper import wrapper
 from ..core.hyper import Integer, fraction
-from ..core.rule import weights
+from ..core.slots import weights
 
 
 def slow_weights(p, s, inner):

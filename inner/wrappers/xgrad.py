@@ -12,7 +12,7 @@ code (guanleics/XGrad) predicts nothing for parameters whose grad is None, as ze
 
 from ..compose.wrapper import wrapper
 from ..core.hyper import positive
-from ..core.rule import weights
+from ..core.slots import weights
 
 
 def stored(p, s, inner):

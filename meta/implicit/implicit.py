@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ...inner.core.hyper import Tensors
-from ...inner.core.rule import unknown
+from ...inner.core.messages import unknown
 from ..tracing.cost_model import spend_on_products, worth_tracing_products
 from ..tracing.verify import or_by_autograd
 from ..training.estimate import Estimate, Note, finished

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...inner.core.hyper import Discrete, Hyper, Tensors
-from ...inner.core.rule import unknown
+from ...inner.core.messages import unknown
 from .batchnorm import carry_statistics
 from .data import Batch, Data, Split, Whole, mix, seeded
 from .gradient_accumulation import mean_loss

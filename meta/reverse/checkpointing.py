@@ -18,7 +18,7 @@ from math import comb
 from numbers import Integral
 from typing import Generic, TypeVar
 
-from ...inner.core.rule import unknown
+from ...inner.core.messages import unknown
 from .state_store import Store, find_store
 
 S = TypeVar("S")

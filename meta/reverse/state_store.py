@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ...inner.core.rule import unknown
+from ...inner.core.messages import unknown
 from ..training.training import State
 from .memory_budget import SHARE, comfortable
 

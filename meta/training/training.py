@@ -14,7 +14,8 @@ from torch import Tensor
 from ...inner.core.flat import flat_readout, flat_step, flat_step_, initial_slots
 from ...inner.core.hyper import Grain, Hyper, Tensors
 from ...inner.core.layout import Layout
-from ...inner.core.rule import Rule, unknown
+from ...inner.core.messages import unknown
+from ...inner.core.rule import Rule
 from ...inner.schedules.schedule import Schedule, constant
 from ..problems.data import Split
 from ..problems.problem import Problem, draws_of, loss_at

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...inner.rules import find_rule
+from ...inner.registry import find_rule
 from ...inner.schedules.schedule import find_schedule
 from ...meta.reverse.replay import Replay
 from ...meta.training.training import Training

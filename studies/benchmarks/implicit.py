@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ...inner.core.hyper import Tensors, positive
-from ...inner.core.rule import unknown
-from ...inner.rules import find_rule
+from ...inner.core.messages import unknown
+from ...inner.registry import find_rule
 from ...meta.implicit.implicit import Implicit
 from ...meta.implicit.inner_solution import Reached
 from ...meta.implicit.linear_solvers import Solve, conjugate_gradient, largest_eigenvalue, neumann

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...inner.rules import find_rule
+from ...inner.registry import find_rule
 from ...meta.forward.forward import Forward
 from ...meta.problems.problem import ModuleProblem
 from ...meta.reverse.memory_budget import available

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...inner.core.rule import unknown
-from ...inner.rules import RULES
+from ...inner.core.messages import unknown
+from ...inner.registry import RULES
 from ...inner.torch_form.optimizer import torch_form
 from ..measure.device import CPU, gpu_name, settle
 from ..measure.memory_meter import meter_of, return_freed_blocks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...inner.core.rule import unknown
+from ...inner.core.messages import unknown
 from ...meta.problems.problem import ModuleProblem, problem_from_module
 from ..data_files import find_file
 from ..measure.device import CPU

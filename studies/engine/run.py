@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 from ...inner.core.hyper import Tensors
-from ...inner.rules import find_rule
+from ...inner.registry import find_rule
 from ...inner.schedules.schedule import find_schedule
 from ...meta.problems.data import Split
 from ...meta.problems.problem import Problem

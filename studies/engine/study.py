@@ -33,8 +33,8 @@ from pydantic import (
 )
 
 from ...inner.core.hyper import Grain
-from ...inner.core.rule import unknown
-from ...inner.rules import find_rule
+from ...inner.core.messages import unknown
+from ...inner.registry import find_rule
 from ...inner.schedules.schedule import find_schedule
 from ...search.budget import seconds
 from ..problems import check_problem, label_of

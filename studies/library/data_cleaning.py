@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...inner.core.hyper import Hyper, Tensors
-from ...inner.rules import find_rule
+from ...inner.registry import find_rule
 from ...meta.bilevel.bamm import BAMM
 from ...meta.bilevel.bda import BDA
 from ...meta.bilevel.meha import MEHA

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ...inner.core.rule import Rule
-from ...inner.rules import RULES, find_rule
+from ...inner.registry import RULES, find_rule
 from ...inner.torch_form import optimizer as optim
 from ...meta.hypergradient import split_names
 from ...meta.meta_optimizer import MetaOptimizer

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...inner.rules import find_rule
+from ...inner.registry import find_rule
 from ..engine.record import Record, Records
 from ..engine.summary import group_of, spelled, spread
 from ..measure.markdown import for_terminal, markdown, origin_of, write_section

@@ -8,21 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.record import Record, Records
-from . import (
-    data_cleaning as cleaning,
-)
-from . import (
-    million_hypers as million,
-)
-from . import (
-    one_pass,
-)
-from . import (
-    optimizers as drop_in,
-)
-from . import (
-    optimizers_report as drop_in_report,
-)
+from . import data_cleaning as cleaning
+from . import million_hypers as million
+from . import one_pass
+from . import optimizers as drop_in
+from . import optimizers_report as drop_in_report
 
 if TYPE_CHECKING:
     from rich.table import Table

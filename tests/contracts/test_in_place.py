@@ -14,11 +14,13 @@ from hyperdescent.inner.compose.partition import partition
 from hyperdescent.inner.core.flat import flat_step, initial_slots
 from hyperdescent.inner.core.hyper import Choice, Hyper, learning_rate
 from hyperdescent.inner.core.layout import Layout
-from hyperdescent.inner.core.rule import Slot, number, root, rule, shared, sized, weights, zeros
+from hyperdescent.inner.core.rule import rule
+from hyperdescent.inner.core.slots import Slot, number, shared, sized, weights, zeros
 from hyperdescent.inner.kernels import execute as running
 from hyperdescent.inner.kernels import trace as plan
 from hyperdescent.inner.kernels.codegen import kernels_of
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.numerics.elementwise import root
+from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.torch_form import buckets as units
 from hyperdescent.inner.torch_form import optimizer as optim
 from hyperdescent.inner.torch_form import step as inplace

@@ -15,7 +15,7 @@ from hyperdescent.inner.core.flat import flat_readout, flat_step, initial_slots
 from hyperdescent.inner.core.hyper import Choice
 from hyperdescent.inner.core.layout import Layout
 from hyperdescent.inner.kernels import execute as running
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.torch_form import step as inplace
 from hyperdescent.inner.torch_form.optimizer import torch_form
 from hyperdescent.inner.torch_form.param_groups import betas_of, hypers_in, values_in

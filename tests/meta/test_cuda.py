@@ -12,7 +12,7 @@ from torch import nn
 
 import hyperdescent as hd
 from hyperdescent.inner.core.hyper import positive
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from points import EVERY_RULE, values_in_nets
 from torch import nn
 
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.torch_form import optimizer as optim
 from hyperdescent.meta.higher_bridge import differentiable_form, register
 from hyperdescent.meta.problems.problem import problem_from_module

@@ -9,7 +9,7 @@ from nets import Around, examples, mlp
 from toys import DOUBLE, Toy
 
 from hyperdescent.inner.core.hyper import Hyper, positive
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperdescent.inner.core.hyper import decay, learning_rate
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.meta.meta_optimizer import MetaOptimizer
 from hyperdescent.meta.training.coordinates import Coordinates
 from hyperdescent.meta.training.estimate import Estimate, Note

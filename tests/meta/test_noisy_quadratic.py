@@ -9,7 +9,7 @@ import torch
 from toys import DOUBLE, Toy
 
 from hyperdescent.inner.core.hyper import positive
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.sampling.evolution_strategies import PES

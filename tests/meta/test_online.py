@@ -7,7 +7,7 @@ import torch
 from toys import DOUBLE, Toy, descent, following, vector
 
 import hyperdescent as hd
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.implicit.fixed_point import OnePass
 from hyperdescent.meta.implicit.implicit import Implicit

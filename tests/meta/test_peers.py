@@ -6,7 +6,7 @@ import torchopt
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.training import Training

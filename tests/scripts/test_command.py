@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 from hyperdescent.scripts import command
 from hyperdescent.studies.problems import PROBLEMS
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.scripts.show import one_line, show_records, show_result
 from hyperdescent.search.result import Result

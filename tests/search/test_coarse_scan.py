@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.training.training import Training
 from hyperdescent.search.coarse_scan import scan

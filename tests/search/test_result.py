@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.inner.torch_form import optimizer as optim
 from hyperdescent.meta.problems.problem import problem_from_module

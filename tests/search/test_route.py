@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hyperdescent.inner.core.hyper import Choice, decay, learning_rate, temperature
-from hyperdescent.inner.core.rule import rule, sign
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.core.rule import rule
+from hyperdescent.inner.numerics.elementwise import sign
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.meta_optimizer import Descent
 from hyperdescent.meta.training.outcome import Outcome

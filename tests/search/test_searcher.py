@@ -4,7 +4,7 @@ import optuna
 import pytest
 import torch
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 from hyperdescent.search.searcher import OptunaSearcher

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from hyperdescent.inner.core.hyper import positive
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.meta_optimizer import MetaOptimizer
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.estimate import Estimate

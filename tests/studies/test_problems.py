@@ -7,7 +7,7 @@ import cloudpickle
 import pytest
 import torch
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.outcome import Outcome

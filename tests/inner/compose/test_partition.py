@@ -9,7 +9,7 @@ import torch
 from hyperdescent.inner.compose.partition import partition
 from hyperdescent.inner.core.flat import flat_step, initial_slots
 from hyperdescent.inner.core.layout import Layout
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.torch_form.optimizer import torch_form
 
 F64 = torch.float64

@@ -8,9 +8,10 @@ from torch import nn
 from hyperdescent.inner.core.flat import flat_step, flat_step_, initial_slots
 from hyperdescent.inner.core.hyper import learning_rate
 from hyperdescent.inner.core.layout import Layout
-from hyperdescent.inner.core.rule import Slot, rule, zeros
+from hyperdescent.inner.core.rule import rule
+from hyperdescent.inner.core.slots import Slot, zeros
 from hyperdescent.inner.kernels import execute as running
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.meta.training.training import Training
 

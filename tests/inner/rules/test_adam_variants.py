@@ -5,7 +5,8 @@ import pytest
 import torch
 from walks import F64, noise, number, walk
 
-from hyperdescent.inner.rules import RULES, ademamix
+from hyperdescent.inner.registry import RULES
+from hyperdescent.inner.rules import ademamix
 from hyperdescent.inner.torch_form.optimizer import torch_form
 
 GRADIENTS = noise(12, 3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 
 F64 = torch.float64
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 
 F64 = torch.float64
 

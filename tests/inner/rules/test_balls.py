@@ -5,7 +5,7 @@ import pytorch_optimizer
 import torch
 from pytorch_optimizer.optimizer.scion import LMONorm
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 
 F64 = torch.float64
 NORMS = RULES["scion"].choices["norm"].options

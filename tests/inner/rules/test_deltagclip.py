@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 from hyperdescent.inner.torch_form.optimizer import torch_form
 
 F64 = torch.float64

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 from hyperdescent.inner.rules.dynag import shrinking
 
 F64 = torch.float64

@@ -5,7 +5,7 @@ import torch
 
 from hyperdescent.inner.core.flat import flat_step, initial_slots
 from hyperdescent.inner.core.layout import Layout
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 
 F64 = torch.float64
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hyperdescent.inner.core.layout import Layout
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 from hyperdescent.inner.rules.psgd import _balanced
 from hyperdescent.inner.torch_form.optimizer import torch_form
 

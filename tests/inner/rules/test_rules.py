@@ -8,7 +8,7 @@ import torch
 
 from hyperdescent.inner.core.hyper import learning_rate
 from hyperdescent.inner.core.rule import Rule
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.torch_form.optimizer import torch_form
 
 F64 = torch.float64

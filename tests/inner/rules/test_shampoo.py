@@ -5,7 +5,7 @@ import pytorch_optimizer
 import torch
 
 from hyperdescent.inner.core.layout import Layout
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 from hyperdescent.inner.torch_form.optimizer import torch_form
 
 F64 = torch.float64

@@ -4,7 +4,7 @@ import pytest
 import torch
 from walks import F64, noise, number, walk
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 
 
 class TestGrams:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, find_rule
 
 F64 = torch.float64
 

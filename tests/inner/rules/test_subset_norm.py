@@ -2,7 +2,7 @@ import pytest
 import torch
 from pytorch_optimizer.optimizer.snsm import AdamWSN
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 from hyperdescent.inner.rules.subset_norm import basis, subsets
 from hyperdescent.inner.torch_form.optimizer import torch_form
 

@@ -5,7 +5,7 @@ import pytorch_optimizer
 import torch
 from walks import F64, noise, number, walk
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 from hyperdescent.inner.torch_form.optimizer import torch_form
 
 

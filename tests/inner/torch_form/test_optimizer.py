@@ -13,10 +13,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from hyperdescent.inner.core.hyper import learning_rate
 from hyperdescent.inner.core.rule import rule
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, WRAPPERS, find_rule
 from hyperdescent.inner.torch_form import optimizer as optim
 from hyperdescent.inner.torch_form.optimizer import torch_form
-from hyperdescent.inner.wrappers import WRAPPERS
 
 
 def model(seed=0):

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from hyperdescent.inner.rules import RULES
+from hyperdescent.inner.registry import RULES
 from hyperdescent.inner.torch_form.optimizer import torch_form
 
 

@@ -7,7 +7,7 @@ import torch
 
 from hyperdescent.inner.core.flat import flat_step, initial_slots
 from hyperdescent.inner.core.layout import Layout
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.torch_form.optimizer import torch_form
 
 MATRIX, VECTOR, KERNEL = (64, 128), (128,), (8, 4, 3, 3)

@@ -19,9 +19,8 @@ from hyperdescent.inner.core.flat import flat_readout, flat_step, initial_slots
 from hyperdescent.inner.core.hyper import positive
 from hyperdescent.inner.core.layout import Layout
 from hyperdescent.inner.core.rule import Rule
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, WRAPPERS, find_rule
 from hyperdescent.inner.torch_form.optimizer import torch_form
-from hyperdescent.inner.wrappers import WRAPPERS
 
 F64 = torch.float64
 STEPS = 50

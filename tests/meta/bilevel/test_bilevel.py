@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import DOUBLE, Toy, descent, following, vector
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.bilevel.bamm import BAMM
 from hyperdescent.meta.bilevel.bda import BDA
 from hyperdescent.meta.bilevel.meha import MEHA

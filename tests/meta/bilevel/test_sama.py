@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import DOUBLE, Toy, vector
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.bilevel.sama import SAMA
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.training.outcome import Outcome

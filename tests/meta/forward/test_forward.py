@@ -9,7 +9,7 @@ from nets import Around, Late, cnn, examples, mlp, one_layer
 from points import EVERY_RULE, brief, values_in_nets
 from torch import nn
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta import auto as auto_module
 from hyperdescent.meta.auto import choose_method

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import Toy, descent, following, vector
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.implicit.fixed_point import FixedPoint, OnePass

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hyperdescent.inner.core.hyper import positive
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.implicit import hessian_products as second
 from hyperdescent.meta.implicit import implicit as module
 from hyperdescent.meta.implicit.implicit import Implicit

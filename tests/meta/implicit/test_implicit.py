@@ -11,7 +11,7 @@ from torch import nn
 
 from hyperdescent.inner.core.hyper import positive
 from hyperdescent.inner.kernels import execute as running
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.bilevel.bamm import BAMM
 from hyperdescent.meta.implicit import linear_solvers as linear

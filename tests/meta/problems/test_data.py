@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from hyperdescent.inner.core.hyper import Choice
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.problem import loss_at, problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.training import Training

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.training import Training

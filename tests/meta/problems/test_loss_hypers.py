@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from nets import examples, mlp
 
 from hyperdescent.inner.core.hyper import Hyper, fraction, positive
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient

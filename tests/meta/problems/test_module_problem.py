@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hyperdescent.inner.core.hyper import Choice, positive
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.problems.data import mix

@@ -17,7 +17,7 @@ from nets import Around
 from torch import nn
 from torch._dynamo.utils import counters
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.meta.reverse import compiled_steps as compiled

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.meta.reverse import memory_budget as memory
 from hyperdescent.meta.reverse.checkpointing import revolve_steps

@@ -19,7 +19,7 @@ from points import EVERY_RULE, sloped, values_in_nets
 from torch import nn
 
 from hyperdescent.inner.core.hyper import fraction, positive
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import SCHEDULES, find_schedule
 from hyperdescent.meta.problems.problem import _draw, loss_at, problem_from_module
 from hyperdescent.meta.reverse.replay import Replay

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import DOUBLE, Toy, descent, following, vector
 
 from hyperdescent.inner.core.hyper import Hyper
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay

@@ -8,7 +8,7 @@ from nets import VALUES, examples, mlp
 from torch.nn import functional as F
 from toys import DOUBLE, Toy, descent, following
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.problems.problem import problem_from_module

@@ -19,7 +19,7 @@ from torch import nn
 
 from hyperdescent.inner.core.hyper import Choice, fraction, learning_rate, positive
 from hyperdescent.inner.core.rule import rule
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.meta.reverse import compiled_steps as compiled

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.tracing import cost_model as price

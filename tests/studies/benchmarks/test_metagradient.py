@@ -12,20 +12,14 @@ from functools import partial
 import pytest
 import torch
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.training import Training
 from hyperdescent.scripts import command
 from hyperdescent.studies import data_files as files
-from hyperdescent.studies.benchmarks import (
-    metagradient as bench,
-)
-from hyperdescent.studies.benchmarks import (
-    metagradient_report as bench_report,
-)
-from hyperdescent.studies.benchmarks import (
-    workloads,
-)
+from hyperdescent.studies.benchmarks import metagradient as bench
+from hyperdescent.studies.benchmarks import metagradient_report as bench_report
+from hyperdescent.studies.benchmarks import workloads
 from hyperdescent.studies.benchmarks.bfloat16 import bench_bfloat16
 from hyperdescent.studies.benchmarks.metagradient import (
     PLAIN,

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.training import Training
 from hyperdescent.studies.benchmarks.metagradient_peers import (

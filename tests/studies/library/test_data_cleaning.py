@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperdescent.inner.rules import find_rule
+from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.bilevel.bamm import BAMM
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.outcome import Outcome

@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from typer.testing import CliRunner
 
-from hyperdescent.inner.rules import RULES, find_rule
+from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.torch_form import optimizer as optim
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
