@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.flat import flat_readout, flat_step, initial_slot
-from ..core.hyper import Tensors
+from ..core.hyper import Discrete, Hyper, Tensors
 from ..core.layout import Layout
 from ..core.rule import Need, Over, Rule
-
-if TYPE_CHECKING:
-    from .wrapper import Wrapper
+from ..core.slots import Slot
 
 # The option that rules have in common where they are made one: smooth or not is one decision.
 COMMON = "smooth"
+# (p, g, s, t, inner, **needs, **hypers, **choices) -> (p, s)
+Body = Callable[..., tuple[Tensor, Tensors]]
 
 
 class Inner:
@@ -111,13 +111,39 @@ def rate_of(rule: Rule, values: Tensors, layout: Layout) -> Tensor:
     return values["lr"] if "lr" in rule.hypers else torch.ones((), dtype=torch.float64)
 
 
+WrapperReadout = Callable[[Tensor, Tensors, Inner], Tensor]
+
+
+@dataclass(frozen=True)
+class WrapperSpec:
+    """What a wrapper declares.
+
+    over, needs, slots, hypers, choices: as of a rule. readout(p, s, inner): the weights to use,
+    element by element, where they are not those of the rule inside; s: the wrapper's slots. moves:
+    whether it changes the weights that the rule inside made. replaces: names of hypers that are off
+    in the rule inside, because the wrapper has its own.
+    """
+
+    name: str
+    body: Body
+    over: Over
+    needs: tuple[Need, ...]
+    slots: Mapping[str, Slot]
+    hypers: Mapping[str, Hyper]
+    choices: Mapping[str, Discrete]
+    readout: WrapperReadout | None
+    moves: bool
+    replaces: tuple[str, ...]
+    doc: str
+
+
 @dataclass(frozen=True)
 class Around:
     """The update of a wrapped rule. hypers, choices, slots: the wrapper's own, by what it calls
     them. off: the hypers of the rule inside that are 0 here, and no hypers of the whole.
     """
 
-    wrapper: Wrapper
+    wrapper: WrapperSpec
     inner: Rule
     over: Over
     hypers: Mapping[str, str]
@@ -293,5 +319,7 @@ __all__ = [
     "InnerCheck",
     "InnerSlot",
     "OwnSlot",
+    "WrapperReadout",
+    "WrapperSpec",
     "rate_of",
 ]

@@ -27,42 +27,30 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
-
-from ..core.hyper import Discrete, Hyper, Tensors
+from ..core.hyper import Discrete, Hyper
 from ..core.messages import unknown
 from ..core.rule import Need, Over, Rule
 from ..core.slots import Slot
 from ..registry import WRAPPERS, find_rule
-from .wrapped import COMMON, Around, AroundReadout, Inner, InnerCheck, InnerSlot, OwnSlot
+from .wrapped import (
+    COMMON,
+    Around,
+    AroundReadout,
+    Body,
+    Inner,
+    InnerCheck,
+    InnerSlot,
+    OwnSlot,
+    WrapperReadout,
+    WrapperSpec,
+)
 
 _WIDER: tuple[Over, ...] = ("element", "tensor", "model")
-# (p, g, s, t, inner, **needs, **hypers, **choices) -> (p, s)
-Body = Callable[..., tuple[Tensor, Tensors]]
-# (p, s, inner) -> the weights to use, element by element; s: the wrapper's slots
-WrapperReadout = Callable[[Tensor, Tensors, Inner], Tensor]
 
 
 @dataclass(frozen=True)
-class Wrapper:
-    """A function from a rule to a rule; made by `wrapper`.
-
-    over, needs, slots, hypers, choices: as of a rule. readout: where the weights to use are not
-    those of the rule inside. moves: whether it changes the weights that the rule inside made.
-    replaces: names of hypers that are off in the rule inside, because the wrapper has its own.
-    """
-
-    name: str
-    body: Body
-    over: Over
-    needs: tuple[Need, ...]
-    slots: Mapping[str, Slot]
-    hypers: Mapping[str, Hyper]
-    choices: Mapping[str, Discrete]
-    readout: WrapperReadout | None
-    moves: bool
-    replaces: tuple[str, ...]
-    doc: str
+class Wrapper(WrapperSpec):
+    """A function from a rule to a rule; made by `wrapper`."""
 
     def __call__(self, rule: str | Rule, **defaults: object) -> Rule:
         """The rule, by name or itself, in this wrapper; defaults: of the wrapper's own hypers and
