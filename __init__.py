@@ -25,7 +25,7 @@ from .inner.core.hyper import (
     weight_decay,
 )
 from .inner.core.rule import Rule, rule
-from .inner.core.slots import Slot, filled, number, shared, sized, weights, zeros
+from .inner.core.slots import Slot, filled_with, number, shared, weights, with_shape, zeros
 from .inner.numerics import counter_rng as noise
 from .inner.numerics.elementwise import mask, root, sign
 from .inner.registry import RULES as rules
@@ -93,7 +93,7 @@ __all__ = [
     "Study",
     "Training",
     "decay",
-    "filled",
+    "filled_with",
     "fraction",
     "hypergradient",
     "learning_rate",
@@ -114,13 +114,13 @@ __all__ = [
     "schedules",
     "shared",
     "sign",
-    "sized",
     "temperature",
     "train",
     "train_online",
     "tune",
     "weight_decay",
     "weights",
+    "with_shape",
     "wrapper",
     "wrappers",
     "zeros",

@@ -44,11 +44,11 @@ def partition(
             )
     if not callable(where):
         raise TypeError(f"where={where!r} is no function of the name and the shape of a tensor")
-    parted = Parted(one, other, where, prefix)
+    parted = PartitionedUpdate(one, other, where, prefix)
     given = "" if prefix == "rest_" else f", prefix={prefix!r}"
     theirs = {parted.called(n): c for n, c in other.choices.items()}
-    kept = {n: Slot(PartSlot(parted, True, n)) for n in one.slots}
-    kept |= {parted.called(n): Slot(PartSlot(parted, False, n)) for n in other.slots}
+    kept = {n: Slot(PartitionedSlot(parted, True, n)) for n in one.slots}
+    kept |= {parted.called(n): Slot(PartitionedSlot(parted, False, n)) for n in other.slots}
     needs: tuple[Need, ...] = ("loss", "layout")
     if "loss" not in (*one.needs, *other.needs):
         needs = ("layout",)
@@ -60,16 +60,16 @@ def partition(
         slots=kept,
         update=parted,
         over="tensor",
-        check=PartCheck(parted) if one.check or other.check else None,
+        check=PartitionedCheck(parted) if one.check or other.check else None,
         chosen={**{parted.called(n): v for n, v in other.chosen.items()}, **one.chosen},
         doc=f"{one.doc}\n\nFor the rest:\n\n{other.doc}",
         needs=needs,
-        readout=PartReadout(parted) if one.readout or other.readout else None,
+        readout=PartitionedReadout(parted) if one.readout or other.readout else None,
     )
 
 
 @dataclass(frozen=True)
-class Parted:
+class PartitionedUpdate:
     """The update of a partition. names: what is called something else in the whole, of the hypers,
     options and slots of the other.
     """
@@ -175,10 +175,10 @@ class Parted:
 
 
 @dataclass(frozen=True)
-class PartReadout:
+class PartitionedReadout:
     """The weights to use of a tensor."""
 
-    parted: Parted
+    parted: PartitionedUpdate
 
     def __call__(self, p: Tensor, s: Tensors, values: Tensors, layout: Layout) -> Tensor:
         parted, first = self.parted, self.parted.picks(layout)
@@ -190,10 +190,10 @@ class PartReadout:
 
 
 @dataclass(frozen=True)
-class PartCheck:
+class PartitionedCheck:
     """The conditions of both rules on their values."""
 
-    parted: Parted
+    parted: PartitionedUpdate
 
     def __call__(self, values: Mapping[str, object]) -> str | None:
         for first, rule in ((True, self.parted.one), (False, self.parted.other)):
@@ -204,12 +204,12 @@ class PartCheck:
 
 
 @dataclass(frozen=True)
-class PartSlot:
+class PartitionedSlot:
     """How a slot of one of the rules begins: empty for the tensors of the other. Shared numbers are
     each weight's own here.
     """
 
-    parted: Parted
+    parted: PartitionedUpdate
     first: bool
     name: str
 

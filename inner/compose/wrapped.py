@@ -21,7 +21,7 @@ COMMON = "smooth"
 Body = Callable[..., tuple[Tensor, Tensors]]
 
 
-class Inner:
+class InnerRule:
     """The rule inside, as a wrapper's function calls it."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Inner:
         return _per(self.rate(step), step)
 
 
-class Piece:
+class TensorView:
     """A rule over the whole model as it looks in a wrapper over tensors, to one of them.
 
     answer: the tensor's weights after the step, if it is known by now.
@@ -111,7 +111,7 @@ def rate_of(rule: Rule, values: Tensors, layout: Layout) -> Tensor:
     return values["lr"] if "lr" in rule.hypers else torch.ones((), dtype=torch.float64)
 
 
-WrapperReadout = Callable[[Tensor, Tensors, Inner], Tensor]
+WrapperReadout = Callable[[Tensor, Tensors, InnerRule], Tensor]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class WrapperSpec:
 
 
 @dataclass(frozen=True)
-class Around:
+class WrappedUpdate:
     """The update of a wrapped rule. hypers, choices, slots: the wrapper's own, by what it calls
     them. off: the hypers of the rule inside that are 0 here, and no hypers of the whole.
     """
@@ -199,10 +199,10 @@ class Around:
     ) -> tuple[Tensor, Tensors]:
         rule = self.chosen(values)
         before, inside = {n: s[n] for n in rule.slots}, self.inside(values)
-        inner = Inner(rule, before, t, inside, loss, layout, self.flat)
+        inner = InnerRule(rule, before, t, inside, loss, layout, self.flat)
         options = {n: values[full] for n, full in self.choices.items()}
 
-        def stepped(calls: Iterator[Inner | Piece]) -> tuple[Tensor, Tensors]:
+        def stepped(calls: Iterator[InnerRule | TensorView]) -> tuple[Tensor, Tensors]:
             """The wrapper's own step, of the whole, or of tensor after tensor."""
 
             def update(
@@ -226,11 +226,11 @@ class Around:
 
     def _pieces(
         self,
-        inner: Inner,
-        stepped: Callable[[Iterator[Inner | Piece]], object],
+        inner: InnerRule,
+        stepped: Callable[[Iterator[InnerRule | TensorView]], object],
         p: Tensor,
         layout: Layout,
-    ) -> Iterator[Inner | Piece]:
+    ) -> Iterator[InnerRule | TensorView]:
         """The step of a rule over models inside, in tensors. Its answer needs all of them, so each
         is first asked for what it would give; functions without side effects may be called twice.
         """
@@ -239,28 +239,28 @@ class Around:
         if rate.ndim:
             shapes = (unit.shapes[0] for unit in layout.units)
             rates = [x.view(n) for x, n in zip(rate.split(layout.sizes), shapes, strict=True)]
-        asking = [Piece(inner.rule, each) for each in rates]
+        asking = [TensorView(inner.rule, each) for each in rates]
         stepped(iter(asking))
         asked = [piece.asked for piece in asking if piece.asked is not None]
         if len(asked) < len(asking):
             raise RuntimeError(f"{self.wrapper.name} did not call {inner.rule.name}, and has to")
         moved = inner(*(torch.cat([x.reshape(-1) for x in xs]) for xs in zip(*asked, strict=True)))
         answers = zip(rates, moved.split(layout.sizes), asked, strict=True)
-        return iter([Piece(inner.rule, each, x.view_as(to)) for each, x, (to, _) in answers])
+        return iter([TensorView(inner.rule, each, x.view_as(to)) for each, x, (to, _) in answers])
 
 
 @dataclass(frozen=True)
-class AroundReadout:
+class WrappedReadout:
     """The weights to use of a wrapped rule."""
 
-    around: Around
+    around: WrappedUpdate
 
     def __call__(self, p: Tensor, s: Tensors, values: Tensors, layout: Layout) -> Tensor:
         around = self.around
         before, inside = {n: s[n] for n in around.inner.slots}, around.inside(values)
         # No step, so the time of one and options, which are for it, do not matter.
         never = torch.zeros(())
-        inner = Inner(around.inner, before, never, inside, None, layout, around.flat)
+        inner = InnerRule(around.inner, before, never, inside, None, layout, around.flat)
         if around.wrapper.readout is None:
             return inner.readout(p)
         return around.wrapper.readout(p, {n: s[full] for n, full in around.slots.items()}, inner)
@@ -270,7 +270,7 @@ class AroundReadout:
 class InnerSlot:
     """How a slot of the rule inside begins."""
 
-    around: Around
+    around: WrappedUpdate
     name: str
 
     def __call__(self, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
@@ -282,10 +282,10 @@ class InnerSlot:
 
 
 @dataclass(frozen=True)
-class OwnSlot:
+class WrapperSlot:
     """How a slot of the wrapper begins."""
 
-    around: Around
+    around: WrappedUpdate
     name: str
 
     def __call__(self, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
@@ -303,7 +303,7 @@ def _no_step(p: Tensor, g: Tensor, s: Tensors, t: Tensor) -> tuple[Tensor, Tenso
 class InnerCheck:
     """The condition of the rule inside, on the values that are its own."""
 
-    around: Around
+    around: WrappedUpdate
 
     def __call__(self, values: Mapping[str, object]) -> str | None:
         rule, off = self.around.inner, self.around.off
@@ -313,13 +313,13 @@ class InnerCheck:
 
 __all__ = [
     "COMMON",
-    "Around",
-    "AroundReadout",
-    "Inner",
     "InnerCheck",
+    "InnerRule",
     "InnerSlot",
-    "OwnSlot",
+    "WrappedReadout",
+    "WrappedUpdate",
     "WrapperReadout",
+    "WrapperSlot",
     "WrapperSpec",
     "rate_of",
 ]

@@ -34,14 +34,14 @@ from ..core.slots import Slot
 from ..registry import WRAPPERS, find_rule
 from .wrapped import (
     COMMON,
-    Around,
-    AroundReadout,
     Body,
-    Inner,
     InnerCheck,
+    InnerRule,
     InnerSlot,
-    OwnSlot,
+    WrappedReadout,
+    WrappedUpdate,
     WrapperReadout,
+    WrapperSlot,
     WrapperSpec,
 )
 
@@ -68,7 +68,7 @@ class Wrapper(WrapperSpec):
         self._refuse_another(inner)
         own = self._declared(defaults)
         off = frozenset(n for n in inner.hypers if self._replaces(n))
-        around = Around(
+        around = WrappedUpdate(
             wrapper=self,
             inner=inner,
             over=max(self.over, inner.over, key=_WIDER.index),
@@ -90,7 +90,7 @@ class Wrapper(WrapperSpec):
             choices={**inner.choices, **{full: own[n] for n, full in around.choices.items()}},
             slots={n: Slot(InnerSlot(around, n), x.shared) for n, x in inner.slots.items()}
             | {
-                full: Slot(OwnSlot(around, n), self.slots[n].shared)
+                full: Slot(WrapperSlot(around, n), self.slots[n].shared)
                 for n, full in around.slots.items()
             },
             update=around,
@@ -99,7 +99,7 @@ class Wrapper(WrapperSpec):
             chosen={n: v for n, v in found.chosen.items() if n not in overruled},
             doc=f"{self.doc}\n\nAround:\n\n{inner.doc}",
             needs=needs,
-            readout=AroundReadout(around) if self.readout or inner.readout else None,
+            readout=WrappedReadout(around) if self.readout or inner.readout else None,
         )
 
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
@@ -121,7 +121,7 @@ class Wrapper(WrapperSpec):
     def _refuse_another(self, inner: Rule) -> None:
         """Raise ValueError if a wrapper inside is there for what this one replaces."""
         update: object = inner.update
-        while isinstance(update, Around):
+        while isinstance(update, WrappedUpdate):
             if set(update.wrapper.replaces) & set(self.replaces):
                 raise ValueError(
                     f"{self.name} would switch {update.wrapper.name} off in {inner.name}; leave "
@@ -197,4 +197,4 @@ def wrapper(
     return wrap
 
 
-__all__ = ["Inner", "Wrapper", "wrapper"]
+__all__ = ["InnerRule", "Wrapper", "wrapper"]

@@ -52,12 +52,12 @@ def _weights(p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
 weights = Slot(_weights)
 
 
-def filled(name: str) -> Slot:
+def filled_with(name: str) -> Slot:
     """A buffer that starts at the value of the hyperparameter called name."""
-    return Slot(partial(_filled, name))
+    return Slot(partial(_filled_with, name))
 
 
-def _filled(name: str, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
+def _filled_with(name: str, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
     value: Tensor = values[name]
     return torch.zeros_like(p) + value
 
@@ -84,12 +84,12 @@ def _number(start: float, p: Tensor, values: Mapping[str, Any], layout: Layout) 
     return torch.full((), start, dtype=at_least_float32(p.dtype), device=p.device)
 
 
-def sized(shape: Callable[[torch.Size], Sequence[int]]) -> Slot:
+def with_shape(shape: Callable[[torch.Size], Sequence[int]]) -> Slot:
     """Zeros of a shape that is a function of the tensor's."""
-    return Slot(partial(_sized, shape))
+    return Slot(partial(_with_shape, shape))
 
 
-def _sized(
+def _with_shape(
     shape: Callable[[torch.Size], Sequence[int]],
     p: Tensor,
     values: Mapping[str, Any],
@@ -98,12 +98,12 @@ def _sized(
     return p.new_zeros(tuple(shape(p.shape)))
 
 
-def under(option: str, value: object, slot: Slot) -> Slot:
+def if_option(option: str, value: object, slot: Slot) -> Slot:
     """A slot of one entry per element that is empty unless an option has that value."""
-    return Slot(partial(_under, option, value, slot.init))
+    return Slot(partial(_if_option, option, value, slot.init))
 
 
-def _under(
+def _if_option(
     option: str, value: object, init: Init, p: Tensor, values: Mapping[str, Any], layout: Layout
 ) -> Tensor:
     return init(p, values, layout) if values[option] == value else p.new_zeros(0)

@@ -10,7 +10,9 @@ from torch import Tensor
 from .elementwise import root
 
 
-def inverse_root(a: Tensor, p: int, *, ridge: Tensor | float = 0.0, steps: int = 40) -> Tensor:
+def newton_inverse_root(
+    a: Tensor, p: int, *, ridge: Tensor | float = 0.0, steps: int = 40
+) -> Tensor:
     """(a + ridge |a| I)^(-1/p) of symmetric positive semidefinite matrices, |a| Frobenius' norm.
 
     The coupled Newton iteration of Guo & Higham 2006, doi:10.1137/050643374. It has derivatives of
@@ -52,4 +54,4 @@ def _power(a: Tensor, p: int) -> Tensor:
     return square @ a if p % 2 else square
 
 
-__all__ = ["inverse_root"]
+__all__ = ["newton_inverse_root"]

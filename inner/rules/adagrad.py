@@ -5,13 +5,13 @@ The decay of the learning rate and the start of the sum are those of torch.optim
 
 from ..core.hyper import learning_rate, positive, weight_decay
 from ..core.rule import rule
-from ..core.slots import filled
+from ..core.slots import filled_with
 from ..numerics.elementwise import root
 
 
 @rule(
     "Adagrad",
-    slots={"sum": filled("initial_accumulator_value")},
+    slots={"sum": filled_with("initial_accumulator_value")},
     lr=learning_rate(1e-2, search=(1e-4, 10.0)),
     lr_decay=positive(0.0, search=(1e-6, 1.0), start=1e-4),
     weight_decay=weight_decay(0.0),

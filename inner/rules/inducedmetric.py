@@ -13,7 +13,7 @@ import torch
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
 from ..core.rule import rule
-from ..core.slots import number, under, zeros
+from ..core.slots import if_option, number, zeros
 from ..numerics.elementwise import at_least_float32, root
 
 
@@ -33,7 +33,7 @@ def averaged_metric(s, products, t, xi, beta):
 @rule(
     "InducedMetric",
     over="model",
-    slots={"m": zeros, "v": under("form", "rms", zeros), "metric": number()},
+    slots={"m": zeros, "v": if_option("form", "rms", zeros), "metric": number()},
     lr=learning_rate(0.1, search=(1e-4, 10.0)),
     momentum=decay(0.9),
     xi=positive(0.1, search=(1e-9, 10.0), finest="shared"),

@@ -5,7 +5,7 @@ Without bias correction, and eps added to the root, as in torch.optim.RMSprop.
 
 from ..core.hyper import Choice, decay, learning_rate, positive, weight_decay
 from ..core.rule import rule
-from ..core.slots import under, zeros
+from ..core.slots import if_option, zeros
 from ..numerics.elementwise import root
 
 
@@ -13,7 +13,7 @@ from ..numerics.elementwise import root
     "RMSprop",
     slots={
         "square_avg": zeros,
-        "grad_avg": under("centered", True, zeros),
+        "grad_avg": if_option("centered", True, zeros),
         "momentum_buffer": zeros,
     },
     lr=learning_rate(1e-2),

@@ -11,7 +11,7 @@ from ..core.hyper import Choice, Integer, decay, learning_rate, positive, weight
 from ..core.rule import rule
 from ..core.slots import Slot, zeros
 from ..numerics.elementwise import at_least_float32, root
-from ..numerics.matrix_roots import inverse_root
+from ..numerics.matrix_roots import newton_inverse_root
 
 # A dimension longer than that has no matrix: its statistics would outgrow the weights.
 LONGEST = 4096
@@ -60,7 +60,9 @@ def _conditioned(g, statistics, ridge, steps):
     for x in statistics:
         # The first dimension goes last each time, so that all are as they were in the end.
         if x.ndim == 2:
-            g = torch.tensordot(g, inverse_root(x, p, ridge=ridge, steps=steps), dims=([0], [0]))
+            g = torch.tensordot(
+                g, newton_inverse_root(x, p, ridge=ridge, steps=steps), dims=([0], [0])
+            )
         else:
             g = g.movedim(0, -1) * x ** (-1 / p)
     return g

@@ -15,7 +15,7 @@ from hyperdescent.inner.core.flat import flat_step, initial_slots
 from hyperdescent.inner.core.hyper import Choice, Hyper, learning_rate
 from hyperdescent.inner.core.layout import Layout
 from hyperdescent.inner.core.rule import rule
-from hyperdescent.inner.core.slots import Slot, number, shared, sized, weights, zeros
+from hyperdescent.inner.core.slots import Slot, number, shared, weights, with_shape, zeros
 from hyperdescent.inner.kernels import execute as running
 from hyperdescent.inner.kernels import trace as plan
 from hyperdescent.inner.kernels.codegen import kernels_of
@@ -483,7 +483,7 @@ class TestSums:
 
     def test_what_depends_on_the_layout_of_a_model(self, monkeypatch):
         @rule("Sized", over="model", lr=any_number)
-        def sized(p, g, s, t, lr):
+        def with_shape(p, g, s, t, lr):
             return p - lr * g * (root((g * g).mean()) + (2 if p.numel() > 10 else 1)), s
 
         @rule("Laid", over="model", needs=("layout",), lr=any_number)
@@ -491,7 +491,7 @@ class TestSums:
             factor = len(layout.names) + 3 * ("1" in layout.names) + max(map(len, layout.shapes))
             return p - lr * g * factor / g.abs().sum(), s
 
-        for each in (sized, laid):
+        for each in (with_shape, laid):
             planned = self.trained(each, monkeypatch, planned=True)
             as_written = self.trained(each, monkeypatch, planned=False)
             torch.testing.assert_close(planned, as_written, rtol=1e-11, atol=1e-13)
@@ -679,7 +679,9 @@ class TestStacks:
         assert float(optimizer.state[params[2]]["m"][0]) == 8.0
 
     def test_a_slot_that_grows_is_done_one_by_one(self):
-        @rule("Growing", over="tensor", slots={"seen": sized(lambda shape: (1,))}, lr=any_number)
+        @rule(
+            "Growing", over="tensor", slots={"seen": with_shape(lambda shape: (1,))}, lr=any_number
+        )
         def growing(p, g, s, t, lr):
             return p - lr * g * s["seen"].numel(), {"seen": torch.cat([s["seen"], g[:1]])}
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from hyperdescent.inner.numerics.matrix_roots import inverse_root
+from hyperdescent.inner.numerics.matrix_roots import newton_inverse_root
 
 
 @pytest.fixture
@@ -14,6 +14,6 @@ def few_iterations(monkeypatch):
     """
     monkeypatch.setattr(
         sys.modules["hyperdescent.inner.rules.shampoo"],
-        "inverse_root",
-        lambda a, p, *, ridge, steps: inverse_root(a, p, ridge=ridge, steps=3),
+        "newton_inverse_root",
+        lambda a, p, *, ridge, steps: newton_inverse_root(a, p, ridge=ridge, steps=3),
     )

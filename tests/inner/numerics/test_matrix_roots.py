@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hyperdescent.inner.numerics.matrix_roots import inverse_root
+from hyperdescent.inner.numerics.matrix_roots import newton_inverse_root
 
 F64 = torch.float64
 
@@ -19,7 +19,7 @@ def rotated(values, seed=0):
 
 
 def of_symmetric(x, p, **given):
-    return inverse_root((x + x.mT) / 2, p, **given)
+    return newton_inverse_root((x + x.mT) / 2, p, **given)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8, 10])
@@ -31,22 +31,24 @@ class TestValue:
         exact = q * values ** (-1 / p) @ q.mT
         # What is rounding in the largest eigenvalue is that times the condition in the least.
         bound = 3e-15 * condition * torch.linalg.norm(exact)
-        assert torch.linalg.norm(inverse_root(a, p) - exact) < bound
+        assert torch.linalg.norm(newton_inverse_root(a, p) - exact) < bound
 
     def test_ridge_is_in_units_of_the_norm(self, p):
         values = torch.tensor([3.0, 0.0, 0.0, 4.0], dtype=F64)
         a, q = rotated(values)
         exact = q * (values + 0.1 * 5) ** (-1 / p) @ q.mT
-        torch.testing.assert_close(inverse_root(a, p, ridge=0.1), exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            newton_inverse_root(a, p, ridge=0.1), exact, rtol=1e-12, atol=1e-12
+        )
 
     def test_of_zeros_is_that_of_the_ridge(self, p):
-        found = inverse_root(torch.zeros(3, 3, dtype=F64), p, ridge=0.2)
+        found = newton_inverse_root(torch.zeros(3, 3, dtype=F64), p, ridge=0.2)
         exact = 0.2 ** (-1 / p) * torch.eye(3, dtype=F64)
         torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
 
     def test_of_a_singular_matrix_is_finite(self, p):
         a, q = rotated(torch.tensor([2.0, 0.0, 0.0], dtype=F64))
-        found = q.mT @ inverse_root(a, p) @ q
+        found = q.mT @ newton_inverse_root(a, p) @ q
         assert found.isfinite().all()
         assert (found[0, 0] - 2.0 ** (-1 / p)).abs() < 1e-14 * found.abs().max()
 
@@ -55,14 +57,17 @@ class TestValue:
         x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
         a = 1e-6 * torch.eye(50) + 1e3 * x @ x.mT
         assert torch.linalg.eigvalsh(a)[0] < 0
-        assert inverse_root(a, p).isfinite().all()
+        assert newton_inverse_root(a, p).isfinite().all()
 
     def test_of_a_batch_is_that_of_each(self, p):
         each = torch.stack(
             [rotated(torch.tensor([1.0, 2.0, k], dtype=F64))[0] for k in (0.1, 3, 9)]
         )
-        alone = torch.stack([inverse_root(a, p) for a in each])
-        for batched in (inverse_root(each, p), torch.vmap(partial(inverse_root, p=p))(each)):
+        alone = torch.stack([newton_inverse_root(a, p) for a in each])
+        for batched in (
+            newton_inverse_root(each, p),
+            torch.vmap(partial(newton_inverse_root, p=p))(each),
+        ):
             torch.testing.assert_close(batched, alone, rtol=1e-13, atol=1e-13)
 
 
@@ -80,11 +85,11 @@ class TestDerivative:
     def test_in_the_ridge_is_right(self):
         a, _ = rotated(torch.tensor([1.0, 0.0, 0.0], dtype=F64))
         ridge = torch.tensor(0.1, dtype=F64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x: inverse_root(a, 4, ridge=x), ridge)
+        assert torch.autograd.gradcheck(lambda x: newton_inverse_root(a, 4, ridge=x), ridge)
 
     def test_of_a_multiple_of_the_identity_is_the_derivative_of_a_number(self):
         a = (2 * torch.eye(3, dtype=F64)).requires_grad_()
-        (slope,) = torch.autograd.grad(inverse_root(a, 4).trace(), a)
+        (slope,) = torch.autograd.grad(newton_inverse_root(a, 4).trace(), a)
         exact = -1 / 4 * 2 ** (-5 / 4) * torch.eye(3, dtype=F64)
         torch.testing.assert_close(slope, exact, rtol=1e-12, atol=1e-14)
 
