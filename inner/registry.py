@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
 
+from .core.catalogue import Catalogue
 from .core.messages import unknown
 from .core.rule import Rule
 
-RULES: dict[str, Rule] = {}
+RULES = Catalogue[Rule]("rule", 'Every update rule by name: rules.adamw, or rules["adamw"].')
 WRAPPERS: dict[str, Callable[..., Rule]] = {}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..inner.core.hyper import Tensors
 from ..inner.core.messages import unknown
-from .problems.data import mix
+from .problems.seeding import mix
 from .reverse.replay import Replay
 from .training.coordinates import Coordinates
 from .training.estimate import Estimate, Estimator

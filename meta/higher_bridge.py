@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inner.core.flat import flat_readout, flat_step, joined_slots, parted_slots
+from ..inner.core.flat import flat_readout, flat_step, joined_slots, split_slots
 from ..inner.core.hyper import Tensors
 from ..inner.core.layout import Layout
 from ..inner.core.messages import unknown
@@ -110,7 +110,7 @@ def _readout(self: Any) -> list[Tensor]:
             layout = _layout(group)
             p = layout.flatten(dict(zip(layout.names, group["params"], strict=True)))
             slots = _joined(rule, layout, p, group, state, values)
-            read += layout.parted(flat_readout(rule, layout, p, slots, values))
+            read += layout.split(flat_readout(rule, layout, p, slots, values))
         else:
             for i, p in enumerate(group["params"]):
                 one = Layout.alone(p.shape, _name(group, i))
@@ -168,10 +168,10 @@ def _update_model(
     p, g = (torch.cat([x.reshape(-1) for x in each]) for each in (params, full))
     slots = _joined(rule, layout, p, group, state, values)
     p, slots = flat_step(rule, layout, p, g, slots, t, values, loss=loss)
-    for i, (stepped, grad) in enumerate(zip(layout.parted(p), grads, strict=True)):
+    for i, (stepped, grad) in enumerate(zip(layout.split(p), grads, strict=True)):
         if grad is not None:
             params[i] = stepped
-    each, whole = parted_slots(layout, p, slots)
+    each, whole = split_slots(layout, p, slots)
     state.update(enumerate(each))
     group.update(t=t, **whole)
 

@@ -8,16 +8,15 @@ from typing import overload
 
 from torch import Tensor
 
-from ..inner.core.hyper import Grain, Tensors
+from ..inner.core.hyper import Granularity, Tensors
 from ..inner.core.rule import Rule
-from ..inner.registry import find_rule
-from ..inner.schedules.schedule import Schedule, find_schedule
+from ..inner.schedules.schedule import Schedule
 from .compare import Comparison, Reference, compare
-from .methods import find_method
+from .estimators import find_estimator
 from .problems.data import Split
 from .problems.problem import Problem
 from .training.estimate import Estimate, Estimator
-from .training.training import Training
+from .training.spec import make_training, split_names
 
 
 @dataclass(frozen=True)
@@ -29,26 +28,6 @@ class Trained:
     measures: dict[Split, dict[str, float]]
 
 
-def make_training(
-    problem: Problem,
-    rule: str | Rule,
-    steps: int,
-    schedules: Mapping[str, str | Schedule] | None,
-    grains: Mapping[str, Grain] | None,
-    given: Mapping[str, float | Tensor] | None,
-) -> Training:
-    """A Training from names and specs, as every public function takes them."""
-    found = {name: find_schedule(spec) for name, spec in (schedules or {}).items()}
-    return Training(problem, find_rule(rule), steps, found, dict(grains or {}), dict(given or {}))
-
-
-def split_names(learn: str | Iterable[str]) -> tuple[str, ...]:
-    """("lr", "beta1") from "lr,beta1" or from any iterable of names."""
-    if isinstance(learn, str):
-        return tuple(name for part in learn.split(",") if (name := part.strip()))
-    return tuple(learn)
-
-
 @overload
 def hypergradient(
     problem: Problem,
@@ -57,8 +36,8 @@ def hypergradient(
     learn: str | Iterable[str] = ...,
     steps: int = ...,
     schedules: Mapping[str, str | Schedule] | None = ...,
-    grains: Mapping[str, Grain] | None = ...,
-    given: Mapping[str, float | Tensor] | None = ...,
+    granularity: Mapping[str, Granularity] | None = ...,
+    values: Mapping[str, float | Tensor] | None = ...,
     seed: int = ...,
     method: str | Estimator = ...,
 ) -> Estimate: ...
@@ -72,8 +51,8 @@ def hypergradient(
     learn: str | Iterable[str] = ...,
     steps: int = ...,
     schedules: Mapping[str, str | Schedule] | None = ...,
-    grains: Mapping[str, Grain] | None = ...,
-    given: Mapping[str, float | Tensor] | None = ...,
+    granularity: Mapping[str, Granularity] | None = ...,
+    values: Mapping[str, float | Tensor] | None = ...,
     seed: int = ...,
     method: list[str] | tuple[str, ...] | Mapping[str, Estimator],
     reference: Reference | Estimator = ...,
@@ -87,25 +66,41 @@ def hypergradient(
     learn: str | Iterable[str] = ("lr",),
     steps: int = 200,
     schedules: Mapping[str, str | Schedule] | None = None,
-    grains: Mapping[str, Grain] | None = None,
-    given: Mapping[str, float | Tensor] | None = None,
+    granularity: Mapping[str, Granularity] | None = None,
+    values: Mapping[str, float | Tensor] | None = None,
     seed: int = 0,
     method: str | Estimator | list[str] | tuple[str, ...] | Mapping[str, Estimator] = "auto",
     reference: Reference | Estimator = "replay",
 ) -> Estimate | Comparison:
     """The held-out loss after training and its derivative in every hyper of learn.
 
-    given: the values to differentiate at, where not the starting ones. method: "replay" and
-    "forward" are exact for the training as it is, in every hyper, and "auto" is the cheaper of the
-    two for this many hypers, steps and bytes of memory; "implicit" is the limit of training to the
-    end, in hypers of the loss only; `METHODS` in meta/methods.py lists the others. Or an estimator
-    with options of its own, such as Replay(memory="4GiB"). note.how says what was done. The
-    derivatives are in the values, not in their logarithms.
+    Args:
+        problem: what is trained, such as `problem_from_module` makes.
+        rule: the optimizer, by name ("adamw", "clip_norm(adamw)") or as a Rule.
+        learn: names of hypers, "lr,beta1" or any iterable of them; a scheduled one stands for all
+            its knobs.
+        steps: training steps.
+        schedules: by hyper, such as {"lr": "piecewise:16"}; its knobs take its place.
+        granularity: {"alpha": "tensor"} for one value per parameter tensor, "element" per weight.
+        values: those to differentiate at, where not the starting ones.
+        seed: of initial weights, batches and all other draws.
+        method: "replay" and "forward" are exact for the training as it is, in every hyper, and
+            "auto" is the cheaper of the two for this many hypers, steps and bytes of memory;
+            "implicit" is the limit of training to the end, in hypers of the loss only;
+            `estimators.METHODS` lists the others. Or an estimator with options of its own, such as
+            Replay(memory="4GiB"). Several names, or estimators by names of your own, are compared.
+        reference: what several methods are compared with (see meta/compare.py).
 
-    Several names, or estimators by a name of your own, are compared: cosine and relative error
-    against `reference` (see meta.compare.compare), and cost, in a Comparison to print and plot.
+    Returns:
+        An Estimate: loss, grad by full name (in the values, not in their logarithms), and a note
+        that says what was done (note.how). Of several methods a Comparison to print and plot:
+        cosine and relative error against the reference, and cost.
+
+    Raises:
+        ValueError, TypeError: for names and values that cannot work. Divergence is the estimate's
+            outcome.
     """
-    training = make_training(problem, rule, steps, schedules, grains, given)
+    training = make_training(problem, rule, steps, schedules, granularity, values)
     names = split_names(learn)
     if not names:
         raise ValueError(
@@ -115,9 +110,9 @@ def hypergradient(
     if isinstance(method, Mapping):
         return compare(training, point, method, reference=reference, seed=seed)
     if isinstance(method, list | tuple):
-        methods = {name: find_method(name) for name in method}
+        methods = {name: find_estimator(name) for name in method}
         return compare(training, point, methods, reference=reference, seed=seed)
-    found = find_method(method) if isinstance(method, str) else method
+    found = find_estimator(method)
     estimate, _ = found(training, point, None, seed=seed)
     return estimate
 
@@ -128,12 +123,12 @@ def train(
     *,
     steps: int = 200,
     schedules: Mapping[str, str | Schedule] | None = None,
-    grains: Mapping[str, Grain] | None = None,
-    given: Mapping[str, float | Tensor] | None = None,
+    granularity: Mapping[str, Granularity] | None = None,
+    values: Mapping[str, float | Tensor] | None = None,
     seed: int = 0,
 ) -> Trained | None:
     """Train once with given values; None if the weights stopped being finite."""
-    training = make_training(problem, rule, steps, schedules, grains, given)
+    training = make_training(problem, rule, steps, schedules, granularity, values)
     resolved = training.resolve({})
     state = training.run(resolved, seed)
     if state is None:

@@ -9,74 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inner.core.hyper import Grain, Tensors
+from ..inner.core.hyper import Granularity, Tensors
 from ..inner.core.rule import Rule
+from .estimators import find_estimator
 from .forward.forward import Forward
-from .hypergradient import Trained, make_training, split_names
-from .implicit.curvature import vjp
-from .implicit.inner_solution import Reached, go_on
-from .methods import find_method
+from .hypergradient import Trained
 from .problems.problem import Problem
-from .reverse.steps import Cotangents, leaf_values, leaves
 from .training.coordinates import Coordinates
-from .training.estimate import Estimate, Estimator, Note, finished
+from .training.estimate import Estimator
 from .training.outcome import Outcome
-from .training.training import State, Training
+from .training.spec import make_training, split_names
 
 # Numbers of a hyper whose every move is kept.
 _FEW = 1000
-
-
-@dataclass(frozen=True)
-class HypergradientDescent:
-    """The gradient of the next batch's training loss through the last step alone.
-
-    For one training during which hypers move, each call `training.steps` steps: for the learning
-    rate of SGD it is minus the product of two gradients in a row. Greedy: it knows nothing of what
-    a rate does later, and chooses rates that are too small where that counts (Wu et al. 2018,
-    arXiv:1803.02021). Hypers of the loss raise ValueError. Baydin et al. (2018, arXiv:1703.04782)
-    add it to the rate itself, which may turn negative; moved in unconstrained coordinates it
-    cannot.
-    """
-
-    def __call__(
-        self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
-    ) -> tuple[Estimate, Reached | None]:
-        if of_loss := [name for name in training.expand(training.problem.hypers) if name in point]:
-            raise ValueError(
-                f"{', '.join(of_loss)} is in the training loss, on which hypergradient descent "
-                "learns: that would only switch it off; use OnePass() or SAMA(warm_start=True)"
-            )
-        knobs = {name: value.detach().requires_grad_() for name, value in point.items()}
-        resolved = training.resolve(knobs)
-        plain, sums = resolved.detach(), Cotangents(resolved)
-        last = training.steps - 1
-        if last:
-            reached = go_on(replace(training, steps=last), plain, carry, seed)
-            if isinstance(reached, Estimate):
-                return reached, None
-        elif carry:
-            carry.take()
-            reached = carry
-        else:
-            with torch.no_grad():
-                reached = Reached(training.begin(plain.at(0), seed), 0)
-        values, hypers = leaf_values(plain, last, sums.names)
-        before = leaves(reached.state, reached.state.buffers)
-        after = training.step(before, values, reached.steps, seed, graph=True)
-        done = reached.steps + 1
-        loss, _ = training.inner_loss(after, values, done, seed)
-        sums.add(last, vjp([loss], hypers, [None]), sums.names)
-        if not bool(loss.isfinite()):
-            reason = f"the training loss stopped being finite by step {done}"
-            return Estimate.diverged(done, reason), None
-        slots, buffers = (
-            {name: x.detach() for name, x in each.items()} for each in (after.slots, after.buffers)
-        )
-        state = State(after.p.detach(), slots, buffers)
-        held_out = training.outer_loss(state, plain.at(last)).detach()
-        note = Note(steps=training.steps, how="the training loss after one step")
-        return finished(held_out, sums.through(knobs), note), Reached(state, done)
 
 
 @dataclass(frozen=True)
@@ -104,8 +49,8 @@ def train_online(
     every: int = 10,
     rate: float = 0.05,
     method: str | Estimator = "one-pass",
-    grains: Mapping[str, Grain] | None = None,
-    given: Mapping[str, float | Tensor] | None = None,
+    granularity: Mapping[str, Granularity] | None = None,
+    values: Mapping[str, float | Tensor] | None = None,
     seed: int = 0,
 ) -> Online:
     """Train once and learn hypers on the way: every so many steps one move of Adam, `rate` long, in
@@ -116,13 +61,13 @@ def train_online(
     real-time variant; Implicit(warm_start=True), SAMA(warm_start=True) for hypers of the loss. A
     move whose gradient is not to be trusted is left out and training goes on.
     """
-    found = find_method(method) if isinstance(method, str) else method
+    found = find_estimator(method)
     names = split_names(learn)
     if every < 1 or every > steps:
         raise ValueError(f"every={every} must be from 1 to steps={steps}")
     if not rate > 0:
         raise ValueError(f"rate={rate:g} must be positive")
-    whole = make_training(problem, rule, steps, None, grains, given)
+    whole = make_training(problem, rule, steps, None, granularity, values)
     space = Coordinates({name: whole.hypers[name] for name in whole.expand(names)})
     z = space.inside(space.free(whole.start(names))).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.99))
@@ -184,4 +129,4 @@ class _Seen:
         return {name: torch.stack(rows) for name, rows in self._rows.items()}
 
 
-__all__ = ["HypergradientDescent", "Online", "train_online"]
+__all__ = ["Online", "train_online"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..meta.hypergradient import split_names
+from ..meta.training.spec import split_names
 from ..studies.benchmarks import implicit_report, optimizers_report
 from ..studies.benchmarks.bfloat16 import bench_bfloat16
 from ..studies.benchmarks.implicit import bench_implicit, find_cases

@@ -44,10 +44,10 @@ Steps = Annotated[int, typer.Option(help="Training steps.")]
 Schedules = Annotated[
     list[str] | None, typer.Option(metavar="HYPER=SCHEDULE", help="Such as lr=piecewise:16.")
 ]
-Grains = Annotated[
-    list[str] | None, typer.Option(metavar="HYPER=GRAIN", help="Such as alpha=tensor.")
+GranularityOption = Annotated[
+    list[str] | None, typer.Option(metavar="HYPER=tensor", help="Such as alpha=tensor.")
 ]
-Start = Annotated[
+Values = Annotated[
     list[str] | None, typer.Option(metavar="HYPER=VALUE", help="Start at or keep a value.")
 ]
 Options = Annotated[
@@ -65,10 +65,13 @@ def tune(
     steps: Steps = 200,
     budget: Annotated[str, typer.Option(help="Time to spend, such as 60s, 5m, 1.5h.")] = "60s",
     schedule: Schedules = None,
-    grain: Grains = None,
-    start: Start = None,
+    granularity: GranularityOption = None,
+    values: Values = None,
     option: Options = None,
     route: Annotated[str, typer.Option(help="auto, gradient or search.")] = "auto",
+    method: Annotated[
+        str | None, typer.Option(help="How metagradients are made, such as replay or forward.")
+    ] = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the run; the same call resumes it.")
@@ -89,11 +92,12 @@ def tune(
         learn=learn,
         steps=steps,
         schedules=dict(_pairs("--schedule", schedule)),
-        grains=dict(_pairs("--grain", grain)),  # type: ignore[arg-type]  # checked by Training
-        given=_values("--start", start),
+        granularity=dict(_pairs("--granularity", granularity)),  # type: ignore[arg-type]  # checked by Training
+        values=_values("--values", values),
         budget=budget,
         seed=seed,
         route=route,
+        method=method,
         out=out,
     )
     show_result(result, out)
@@ -112,8 +116,8 @@ def compare(
     steps: Steps = 200,
     reference: Annotated[str, typer.Option(help="replay or differences.")] = "replay",
     schedule: Schedules = None,
-    grain: Grains = None,
-    start: Start = None,
+    granularity: GranularityOption = None,
+    values: Values = None,
     option: Options = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="A picture, such as methods.png.")] = None,
@@ -126,15 +130,14 @@ def compare(
 
     torch.set_num_threads(threads)
     found, found_rule = _problem_and_rule(problem, rule, option)
-    schedules, grains = dict(_pairs("--schedule", schedule)), dict(_pairs("--grain", grain))
     run_compare(
         found,
         found_rule,
         learn=learn,
         steps=steps,
-        schedules=schedules,
-        grains=grains,
-        given=_values("--start", start),
+        schedules=dict(_pairs("--schedule", schedule)),
+        granularity=dict(_pairs("--granularity", granularity)),
+        values=_values("--values", values),
         methods=method,
         reference=reference,
         seed=seed,
@@ -178,11 +181,11 @@ def study(
     ] = None,
 ) -> None:
     """Run a study, problems by arms by seeds, in parallel on Ray; exit code 1 if a cell failed."""
-    from .show import run_study
+    from .show import show_study
 
     given = {"rules": rules, "budget": budget}
     options = {name: value for name, value in given.items() if value is not None}
-    raise typer.Exit(run_study(file, out, address, serial, options=options, into=into))
+    raise typer.Exit(show_study(file, out, address, serial, options=options, into=into))
 
 
 @app.command()
@@ -287,13 +290,13 @@ def bfloat16(
 def _problem_and_rule(problem: str, rule: str, given: list[str] | None) -> tuple[Problem, Rule]:
     """Both by name, each with the options that are its own."""
     from ..inner.registry import find_rule
-    from ..studies.problems import find_problem
+    from ..studies.problems import load_problem
 
     options = {name: _option(text) for name, text in _pairs("--option", given)}
     found = find_rule(rule)
     of_rule = {name: value for name, value in options.items() if name in found.choices}
     of_problem = {name: value for name, value in options.items() if name not in of_rule}
-    return find_problem(problem, **of_problem), found.choose(**of_rule)
+    return load_problem(problem, **of_problem), found.choose(**of_rule)
 
 
 def _values(flag: str, given: list[str] | None) -> dict[str, float]:

@@ -9,10 +9,10 @@ from typing import Any
 from ..inner.core.messages import unknown
 from ..inner.core.rule import Rule
 from ..meta.compare import compare
-from ..meta.hypergradient import make_training, split_names
+from ..meta.estimators import METHODS, find_estimator
 from ..meta.implicit.implicit import Unconverged
-from ..meta.methods import METHODS, find_method
 from ..meta.problems.problem import Problem
+from ..meta.training.spec import make_training, split_names
 from .show import console, telling
 
 
@@ -23,8 +23,8 @@ def run_compare(
     learn: str,
     steps: int,
     schedules: dict[str, Any],
-    grains: dict[str, Any],
-    given: dict[str, float],
+    granularity: dict[str, Any],
+    values: dict[str, float],
     methods: str,
     reference: str,
     seed: int,
@@ -34,8 +34,8 @@ def run_compare(
     screen = console()
     if reference not in ("replay", "differences"):
         raise ValueError(unknown("there is no reference", reference, ["replay", "differences"]))
-    training = make_training(problem, rule, steps, schedules, grains, given)
-    found = {name: find_method(name) for name in split_names(methods) or METHODS}
+    training = make_training(problem, rule, steps, schedules, granularity, values)
+    found = {name: find_estimator(name) for name in split_names(methods) or METHODS}
     with telling(screen) as say, warnings.catch_warnings():
         # What the table is there to show.
         warnings.simplefilter("ignore", Unconverged)

@@ -18,10 +18,10 @@ from ..search.result import Result
 from ..search.run_folder import write_text
 from ..search.tune import tune
 from ..studies.engine.record import Record, Records
-from ..studies.engine.run import run
+from ..studies.engine.run import run_study
 from ..studies.engine.study import Arm, ProblemSpec, Study
 from ..studies.engine.summary import summary
-from ..studies.problems import find_problem
+from ..studies.problems import load_problem
 from .show import INTERRUPTED, console, one_line, show_records
 
 PROBLEM, RULE, STEPS, SCHEDULES = "digits-mlp", "adamw", 200, {"lr": "piecewise:16"}
@@ -75,7 +75,7 @@ def run_demo(out: Path, budget: str, seed: int, address: str | None) -> int:
 
 def _tune(route: str, out: Path, budget: str, seed: int) -> Result:
     return tune(
-        find_problem(PROBLEM),
+        load_problem(PROBLEM),
         RULE,
         learn=LEARN,
         steps=STEPS,
@@ -103,7 +103,9 @@ def _train(study: Study, out: Path, address: str | None) -> Records:
             if not screen.is_terminal and ended % _CELLS_PER_LINE == 0:
                 screen.print(line)
 
-        return run(study, address=address or "local", out=out / "records.jsonl", progress=progress)
+        return run_study(
+            study, address=address or "local", out=out / "records.jsonl", progress=progress
+        )
 
 
 def _study(found: dict[str, Result]) -> Study:

@@ -79,7 +79,7 @@ def _how_sure(result: Result) -> str:
     return f"the mean over {seeds}, after {evaluations}"
 
 
-def run_study(
+def show_study(
     file: Path,
     out: Path,
     address: str | None,
@@ -91,7 +91,7 @@ def run_study(
     """Run a study from a file or by name with a line of progress per cell, and print its table; the
     exit code. options: of a study that has some. into: a Markdown file for its section.
     """
-    from ..studies.engine.run import run, run_cells
+    from ..studies.engine.run import run_cells, run_study
     from ..studies.engine.study import read_study
     from ..studies.library.registry import STUDIES
 
@@ -106,7 +106,7 @@ def run_study(
     if name not in STUDIES and (file.suffix or file.exists()):
         _refuse(name, options, (), into is not None)
         study = read_study(file)
-        return show_records(run(study, **given), study.name)
+        return show_records(run_study(study, **given), study.name)
     if name not in STUDIES:
         raise ValueError(unknown("there is neither a file nor a study", name, STUDIES))
     built_in = STUDIES[name]

@@ -24,7 +24,7 @@ def scan(
 ) -> Point:
     """The best point found from start, each hyper on a log scale moved up, or else down, by factors
     of 4 as long as the loss falls, and then by 2 where that is better still. A schedule is moved as
-    a whole, and values of any grain together.
+    a whole, and values of any granularity together.
 
     loss_at(point): the held-out loss, inf where training diverged, always of the same points in the
     same order for the same losses. more(): whether there is time for another.

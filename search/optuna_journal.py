@@ -7,35 +7,11 @@ the file again, and a lock left by a killed process blocks the next one for 30 s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optuna.storages import JournalStorage
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; raise BlockingIOError if another process does.
-
-    Where the system has no flock (Windows), a second run is not noticed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(folder / "lock", "a") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"{folder} is in use by another run; wait for it or give another folder"
-            ) from error
-        yield
 
 
 def open_journal(path: Path) -> JournalStorage:

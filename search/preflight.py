@@ -66,8 +66,8 @@ def _seconds(
     training: Training, names: set[str], estimator: Estimator | None, steps: int, seed: int
 ) -> float:
     # Schedules cost nothing to speak of, and one of them may have a knob per step.
-    given = {name: v for name, v in training.given.items() if name in training.declared}
-    short = replace(training, steps=steps, schedules={}, given=given)
+    given = {name: v for name, v in training.values.items() if name in training.declared}
+    short = replace(training, steps=steps, schedules={}, values=given)
     point = {name: value for name, value in short.defaults().items() if name in names}
     began = time.monotonic()
     if estimator:

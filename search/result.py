@@ -148,13 +148,13 @@ class Result:
 
 
 def _per_tensor(name: str, value: Tensor, params: list[Tensor]) -> list[Tensor]:
-    """One value for each parameter, from a per-tensor grain."""
+    """One value for each parameter, from a per-tensor granularity."""
     if value.numel() == len(params):
         return list(value.unbind())
     if value.numel() == sum(p.numel() for p in params):
         raise ValueError(
             f"{name} has a value for each of {value.numel()} weights, and a torch optimizer takes "
-            "one for each tensor; use hyperdescent.train, or learn it with the grain 'tensor'"
+            "one for each tensor; use hyperdescent.train, or learn it with the granularity 'tensor'"
         )
     raise ValueError(
         f"{name} holds {value.numel()} values for {len(params)} parameter tensors; give the "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .optuna_journal import sole_writer
+from .folder_lock import sole_writer
 
 
 class RunFolder:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..meta.problems.data import mix
+from ..meta.problems.seeding import mix
 from ..meta.training.outcome import Outcome
 from .optuna_journal import open_journal
 from .space import Point, Space

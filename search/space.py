@@ -112,7 +112,7 @@ class Space:
         if self.size > SEARCHABLE:
             raise ValueError(
                 f"{self.size} numbers are too many to search without gradients (limit "
-                f"{SEARCHABLE}); use a coarser grain or fewer knots"
+                f"{SEARCHABLE}); use a coarser granularity or fewer knots"
             )
         out: dict[str, BaseDistribution] = {}
         for name, option in self.discrete.items():

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inner.core.hyper import Grain
+from ..inner.core.hyper import Granularity
 from ..inner.core.rule import Rule
 from ..inner.schedules.schedule import Schedule
+from ..meta.estimators import find_estimator
 from ..meta.forward.forward import Forward
-from ..meta.hypergradient import make_training, split_names
 from ..meta.meta_optimizer import MetaOptimizer
-from ..meta.problems.data import mix
 from ..meta.problems.problem import Problem
+from ..meta.problems.seeding import mix
 from ..meta.reverse.replay import Replay
 from ..meta.training.coordinates import Coordinates
+from ..meta.training.estimate import Estimator
 from ..meta.training.finite_differences import held_out_loss
 from ..meta.training.outcome import Outcome
+from ..meta.training.spec import make_training, split_names
 from ..meta.training.training import Training
 from .budget import Clock, seconds
 from .coarse_scan import scan
@@ -53,30 +55,52 @@ def tune(
     learn: str | Iterable[str] = ("lr",),
     steps: int = 200,
     schedules: Mapping[str, str | Schedule] | None = None,
-    grains: Mapping[str, Grain] | None = None,
-    given: Mapping[str, float | Tensor] | None = None,
+    granularity: Mapping[str, Granularity] | None = None,
+    values: Mapping[str, float | Tensor] | None = None,
     budget: str | float = "60s",
     seed: int = 0,
     route: str = "auto",
+    method: str | Estimator | None = None,
     meta: MetaOptimizer | None = None,
     out: str | Path | None = None,
     progress: bool | Callable[[Event], None] = True,
 ) -> Result:
     """Tune hyperparameters of training problem for `steps` steps by rule, within budget seconds.
 
-    learn: names of hypers of the rule or the loss ("lr,beta1" or a list), and of discrete options.
-    schedules: by hyper, such as {"lr": "piecewise:16"}; its knobs are learned in its place.
-    grains: {"alpha": "tensor"} for one value per parameter tensor, "element" per weight. given:
-    values to start from, and to keep where not learned. route: "auto" descends the metagradient
-    and falls back to Optuna where there is none; "gradient" and "search" insist. A descent begins
-    with a scan (search/coarse_scan.py): plain trainings at rates factors of 4 apart. out: a folder
-    that keeps the run; the same call on it goes on where it stopped. Ctrl-C ends the run with the
-    best point so far.
+    Args:
+        problem: what is trained, such as `problem_from_module` makes.
+        rule: the optimizer, by name ("adamw", "clip_norm(adamw)") or as a Rule.
+        learn: names of hypers of the rule or the loss ("lr,beta1" or a list), and of discrete
+            options.
+        steps: training steps of every evaluation.
+        schedules: by hyper, such as {"lr": "piecewise:16"}; its knobs are learned in its place.
+        granularity: {"alpha": "tensor"} for one value per parameter tensor, "element" per weight.
+        values: to start from, and to keep where not learned.
+        budget: seconds, or text such as "60s", "5m", "1.5h".
+        seed: of every random draw.
+        route: "auto" descends the metagradient and falls back to Optuna where there is none;
+            "gradient" and "search" insist. A descent begins with a scan (search/coarse_scan.py):
+            plain trainings at rates factors of 4 apart.
+        method: how metagradients are made, by name or as an estimator, as in `hypergradient`;
+            "replay" if not given.
+        meta: the meta-optimizer, for other options of it than the method.
+        out: a folder that keeps the run; the same call on it goes on where it stopped.
+        progress: a line on the terminal, or a function that is given every event.
 
-    Raises ValueError or TypeError for input that cannot work, before time is spent on it; numerical
-    failure is the Result's outcome.
+    Returns:
+        A Result. Numerical failure is its outcome. Ctrl-C ends the run with the best point so far.
+
+    Raises:
+        ValueError, TypeError: for input that cannot work, before time is spent on it.
     """
-    training = make_training(problem, rule, steps, schedules, grains, given)
+    if method is not None:
+        if meta is not None:
+            raise ValueError(
+                f"method={method!r} is the estimator of a MetaOptimizer, and meta= has one too; "
+                "give method= alone, or meta=MetaOptimizer(estimator=...)"
+            )
+        meta = MetaOptimizer(find_estimator(method))
+    training = make_training(problem, rule, steps, schedules, granularity, values)
     space = Space(training, split_names(learn))
     decision = choose_route(space, route)
     meta = meta or MetaOptimizer()
@@ -251,10 +275,10 @@ def _settings(space: Space, meta: MetaOptimizer, route: str, seed: int) -> dict[
         "rule_options": training.rule.options(),
         "steps": training.steps,
         "schedules": {name: s.name for name, s in training.schedules.items()},
-        "grains": dict(training.grains),
-        "given": {
+        "granularity": dict(training.granularity),
+        "values": {
             name: torch.as_tensor(v, dtype=torch.float64).tolist()
-            for name, v in training.given.items()
+            for name, v in training.values.items()
         },
         "learn": list(space.learn),
         "route": route,

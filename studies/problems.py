@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from ..inner.core.hyper import Choice, Integer, Tensors, positive
 from ..inner.core.messages import unknown
-from ..meta.problems.problem import ModuleProblem, Problem, problem_from_module
+from ..meta.problems.module_problem import ModuleProblem, problem_from_module
+from ..meta.problems.problem import Problem
 
 Part = tuple[Tensor, Tensor]
 Scaled = Literal["pixels", "inputs", "inputs and target"]
@@ -119,7 +120,7 @@ PROBLEMS: dict[str, Callable[..., ModuleProblem]] = {
 }
 
 
-def find_problem(name: str, **options: object) -> Problem:
+def load_problem(name: str, **options: object) -> Problem:
     """The built-in problem called name, or what "package.module:function" makes.
 
     options of a built-in problem: its discrete choices, and split, the seed of the permutation
@@ -238,4 +239,4 @@ def _loaded(dataset: str) -> tuple[Tensor, Tensor]:
     return torch.as_tensor(x, dtype=torch.float64), torch.as_tensor(y)
 
 
-__all__ = ["PROBLEMS", "accuracy", "check_problem", "explained", "find_problem", "label_of"]
+__all__ = ["PROBLEMS", "accuracy", "check_problem", "explained", "label_of", "load_problem"]

@@ -7,7 +7,7 @@ from oracle import references
 from hyperdescent.inner.registry import RULES
 
 F64 = torch.float64
-GRAINS = ("shared", "tensor", "element")
+GRANULARITY = ("shared", "tensor", "element")
 REFERENCE = references()
 
 # Where the loss is about 1 and its gradient about 0.1, as of the nets that tests train; points of
@@ -51,9 +51,9 @@ def middle(hyper, share=0.5):
     return float(hyper.value(torch.tensor(low + share * (high - low), dtype=F64)))
 
 
-def allowed(hyper, grain):
-    """A grain, or the finest that a hyper has."""
-    return min(grain, hyper.finest, key=GRAINS.index)
+def allowed(hyper, granularity):
+    """A granularity, or the finest that a hyper has."""
+    return min(granularity, hyper.finest, key=GRANULARITY.index)
 
 
 def bare(name):

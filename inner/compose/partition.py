@@ -148,10 +148,10 @@ class PartitionedUpdate:
             first = self.picks(layout)
             part = self.one if first else self.other
             return rate_of(part, self.hypers_of(first, values), layout)
-        grains = {n: layout.grains(v) for n, v in values.items()}
+        split = {n: layout.per_tensor(v) for n, v in values.items()}
         each = []
         for i, unit in enumerate(layout.units):
-            each.append(self.rate({n: x[i] for n, x in grains.items()}, unit))
+            each.append(self.rate({n: x[i] for n, x in split.items()}, unit))
         sizes = zip(each, layout.sizes, strict=True)
         return torch.cat([x.reshape(-1).expand(size) for x, size in sizes])
 

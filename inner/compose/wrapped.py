@@ -63,7 +63,7 @@ class InnerRule:
     def rate(self, like: Tensor) -> Tensor:
         """Its learning rate for weights like these; 1 where it has none."""
         rate = rate_of(self.rule, self.values, self.layout)
-        return self.layout.spread(rate, like) if self._flat else rate
+        return self.layout.per_element(rate, like) if self._flat else rate
 
     def direction(self, step: Tensor) -> Tensor:
         """A step of it per unit of its learning rate."""
@@ -103,7 +103,7 @@ def _per(rate: Tensor, step: Tensor) -> Tensor:
 
 
 def rate_of(rule: Rule, values: Tensors, layout: Layout) -> Tensor:
-    """The learning rate of a rule, in the grain it has; in a partition each tensor has its own."""
+    """The learning rate of a rule, as granular as it is; in a partition each tensor has its own."""
     found = getattr(rule.update, "rate", None)
     if found is not None:
         rate: Tensor = found(values, layout)

@@ -30,7 +30,7 @@ def initial_slot(rule: Rule, name: str, layout: Layout, p: Tensor, values: Tenso
     if rule.over == "tensor" and not rule.slots[name].shared:
         units = zip(_parts(p, layout), _values(layout, values, p), layout.units, strict=True)
         return torch.cat([rule.begin(name, *unit).reshape(-1) for unit in units])
-    return rule.begin(name, p, values if _raw(rule) else layout.spread_all(values, p), layout)
+    return rule.begin(name, p, values if _raw(rule) else layout.all_per_element(values, p), layout)
 
 
 def joined_slots(
@@ -49,15 +49,15 @@ def joined_slots(
         else:
             begun = slots[name] = initial_slot(rule, name, layout, p, values)
             if begun.shape == p.shape:
-                pairs = zip(held, layout.parted(begun), strict=True)
+                pairs = zip(held, layout.split(begun), strict=True)
                 slots[name] = torch.cat([(x if y is None else y).reshape(-1) for y, x in pairs])
     return slots
 
 
-def parted_slots(layout: Layout, p: Tensor, s: Tensors) -> tuple[list[Tensors], Tensors]:
+def split_slots(layout: Layout, p: Tensor, s: Tensors) -> tuple[list[Tensors], Tensors]:
     """(the slots of every tensor, those of the whole model, without an entry per element)"""
     whole = {n: x for n, x in s.items() if x.shape != p.shape}
-    parts = {n: layout.parted(x) for n, x in s.items() if n not in whole}
+    parts = {n: layout.split(x) for n, x in s.items() if n not in whole}
     return [{n: x[i] for n, x in parts.items()} for i in range(len(layout.names))], whole
 
 
@@ -76,7 +76,7 @@ def flat_step(
     loss: that g is the gradient of, for rules that need it.
     """
     if rule.over != "tensor":
-        values = values if _raw(rule) else layout.spread_all(values, p)
+        values = values if _raw(rule) else layout.all_per_element(values, p)
         return rule(p, g, s, t, values, loss=loss, layout=layout)
     stepped = [
         rule(part, grad, slots, t, own, loss=loss, layout=unit)
@@ -97,7 +97,7 @@ def flat_readout(rule: Rule, layout: Layout, p: Tensor, s: Tensors, values: Tens
     if rule.readout is None:
         return p
     if rule.over != "tensor":
-        values = values if _raw(rule) else layout.spread_all(values, p)
+        values = values if _raw(rule) else layout.all_per_element(values, p)
         return rule.readout(p, s, values, layout)
     return torch.cat(
         [
@@ -116,7 +116,7 @@ def _tensors(
 
 
 def _raw(rule: Rule) -> bool:
-    """Whether a rule takes hypers in their own grain, to hand them on."""
+    """Whether a rule takes hypers in their own granularity, to hand them on."""
     return rule.over == "model" and "layout" in rule.needs
 
 
@@ -144,11 +144,11 @@ def _slots(rule: Rule, layout: Layout, s: Tensors) -> list[Tensors]:
 
 def _values(layout: Layout, values: Tensors, like: Tensor) -> list[Tensors]:
     """The hypers of each tensor."""
-    grains = {
-        name: layout.grains(v.to(like) if v.numel() == like.numel() and v.ndim else v)
+    split = {
+        name: layout.per_tensor(v.to(like) if v.numel() == like.numel() and v.ndim else v)
         for name, v in values.items()
     }
-    return [{name: each[i] for name, each in grains.items()} for i in range(len(layout.names))]
+    return [{name: each[i] for name, each in split.items()} for i in range(len(layout.names))]
 
 
 def flat_step_(

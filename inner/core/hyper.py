@@ -16,7 +16,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 Scale = Literal["linear", "log", "logit"]
-Grain = Literal["shared", "tensor", "element"]
+Granularity = Literal["shared", "tensor", "element"]
 
 _TO_FREE: dict[Scale, Callable[[Tensor], Tensor]] = {
     "linear": lambda v: v,
@@ -58,7 +58,7 @@ class Hyper:
     dtype: torch.dtype = torch.float64
     rough: str = ""
     smoothed: bool = True
-    finest: Grain = "element"
+    finest: Granularity = "element"
 
     def free(self, value: Tensor) -> Tensor:
         """The unconstrained coordinate of a value."""
@@ -168,7 +168,7 @@ def positive(
     size_power: float = 0,
     when: tuple[str, object] | None = None,
     rough: str = "",
-    finest: Grain = "element",
+    finest: Granularity = "element",
 ) -> Hyper:
     """A rate or scale in [0, inf), moved by factors: its coordinate is the logarithm."""
     made = Hyper(default, 0.0, math.inf, "log", search, start, size_power)
@@ -187,7 +187,7 @@ def decay(
     start: float | None = None,
     when: tuple[str, object] | None = None,
     rough: str = "",
-    finest: Grain = "element",
+    finest: Granularity = "element",
 ) -> Hyper:
     """A kept share in [0, 1): its coordinate is the logit, log(1 - v) up to sign near one."""
     made = Hyper(default, 0.0, 1.0, "logit", search, start)
@@ -205,7 +205,7 @@ def fraction(
     *,
     when: tuple[str, object] | None = None,
     rough: str = "",
-    finest: Grain = "element",
+    finest: Granularity = "element",
 ) -> Hyper:
     """A share in [0, 1] on a linear scale."""
     made = Hyper(default, 0.0, 1.0, "linear", search)
@@ -220,7 +220,7 @@ def temperature(default: float = 1e-3) -> Hyper:
 __all__ = [
     "Choice",
     "Discrete",
-    "Grain",
+    "Granularity",
     "Hyper",
     "Integer",
     "Tensors",

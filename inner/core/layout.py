@@ -44,15 +44,15 @@ class Layout:
         return torch.cat([params[name].reshape(-1) for name in self.names])
 
     def unflatten(self, flat: Tensor) -> Tensors:
-        return dict(zip(self.names, self.parted(flat), strict=True))
+        return dict(zip(self.names, self.split(flat), strict=True))
 
-    def parted(self, flat: Tensor) -> list[Tensor]:
+    def split(self, flat: Tensor) -> list[Tensor]:
         """The same without names."""
         # One split, not a slice per tensor: the backward of a slice fills a whole vector of zeros.
         return [x.view(n) for x, n in zip(flat.split(self.sizes), self.shapes, strict=True)]
 
-    def spread(self, value: Tensor, like: Tensor) -> Tensor:
-        """A hyperparameter of any grain (shared, per tensor, per element) against a flat vector."""
+    def per_element(self, value: Tensor, like: Tensor) -> Tensor:
+        """A hyperparameter (shared, per tensor or per element) against a flat vector."""
         if value.ndim == 0:
             return value
         if value.numel() != like.numel():
@@ -61,11 +61,11 @@ class Layout:
             )
         return value.to(like)
 
-    def spread_all(self, values: Tensors, like: Tensor) -> Tensors:
-        return {name: self.spread(v, like) for name, v in values.items()}
+    def all_per_element(self, values: Tensors, like: Tensor) -> Tensors:
+        return {name: self.per_element(v, like) for name, v in values.items()}
 
-    def grains(self, value: Tensor) -> list[Tensor]:
-        """A hyperparameter of any grain as each tensor's own: one number, or one per element."""
+    def per_tensor(self, value: Tensor) -> list[Tensor]:
+        """A hyperparameter as each tensor's own: one number, or one per element."""
         if value.ndim == 0:
             return [value] * len(self.names)
         if value.numel() != len(self.names) or value.numel() == sum(self.sizes):

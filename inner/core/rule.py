@@ -34,8 +34,8 @@ class Rule:
     over: the smallest unit the rule acts on: an "element" (so that all parameters may be one flat
     vector), a whole "tensor", or the whole "model" as one flat vector, a param group in the torch
     form. needs: what else update takes, by name: the "loss" that g is the gradient of, or the
-    unit's "layout", of one tensor or, with hypers in their own grain, of the model. readout(p, s,
-    values, layout): the weights to use, where they are not those at which gradients are taken.
+    unit's "layout", of one tensor or, with hypers as granular as they are, of the model. readout(p,
+    s, values, layout): the weights to use, where they are not those at which gradients are taken.
     chosen: the options in force where they differ from the defaults. check: returns what is wrong
     with a set of values, or None.
     """

@@ -107,3 +107,17 @@ def _if_option(
     option: str, value: object, init: Init, p: Tensor, values: Mapping[str, Any], layout: Layout
 ) -> Tensor:
     return init(p, values, layout) if values[option] == value else p.new_zeros(0)
+
+
+__all__ = [
+    "Init",
+    "Slot",
+    "filled_with",
+    "if_option",
+    "long_zeros",
+    "number",
+    "shared",
+    "weights",
+    "with_shape",
+    "zeros",
+]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..core.catalogue import Catalogue
 from ..core.hyper import Hyper, Tensors
 from ..core.messages import unknown
 from .shapes import (
@@ -69,7 +70,10 @@ def free() -> Schedule:
     )
 
 
-SCHEDULES: dict[str, Callable[..., Schedule]] = {
+SCHEDULES = Catalogue[Callable[..., Schedule]](
+    "schedule", 'Every schedule by name: schedules.cosine(), or as text, "piecewise:16".'
+)
+SCHEDULES |= {
     make.__name__: make
     for make in (
         constant,

@@ -26,7 +26,7 @@ class Schedule:
     """name: as it is asked for. knobs(hyper, steps): the declarations that replace the scheduled
     hyper, by suffix. values(i, steps, knobs, hyper): its values at the float64 steps i, shape
     (len(i), *hyper.shape). levels: the knobs that are values of the hyper itself, in its unit and
-    grain; a value given for the hyper is one for them.
+    granularity; a value given for the hyper is one for them.
     """
 
     name: str

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..core.flat import flat_readout, flat_step, initial_slot, joined_slots, parted_slots
+from ..core.flat import flat_readout, flat_step, initial_slot, joined_slots, split_slots
 from ..core.hyper import Tensors
 from ..core.layout import Layout
 from ..core.rule import Rule
@@ -248,7 +248,7 @@ class InPlace:
         parts = zip(pairs, parted(p, unit.params), strict=True)
         moved = [(q, x) for (q, grad), x in parts if grad is not None]
         torch._foreach_copy_([q for q, _ in moved], [x for _, x in moved])
-        each, whole = parted_slots(unit.layout, p, after)
+        each, whole = split_slots(unit.layout, p, after)
         for q, own in zip(unit.params, each, strict=True):
             # A view would keep all others' memory.
             states[q].update((n, x.clone()) for n, x in own.items())

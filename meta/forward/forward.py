@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.core.messages import check_at_least
 from ..problems.problem import draws_of
 from ..reverse.compiled_steps import made_once
-from ..reverse.replay import check_at_least
-from ..reverse.steps import Cotangents, seed_adjoint
 from ..tracing.cost_model import FORWARD, not_worth, remember, spend
 from ..tracing.fx_graph import contiguous, first_line
 from ..tracing.step_graph import Form
 from ..tracing.verify import Distrusted, agrees, directions, early, or_by_autograd
+from ..training.adjoint import Cotangents, seed_adjoint
 from ..training.cache import kept_for
 from ..training.estimate import Estimate, Note, finished
 from ..training.outcome import Outcome

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ..reverse.steps import Cotangents, leaf_values, leaves, moved
+from ..training.adjoint import Cotangents, leaf_values, leaves, moved
 from ..training.estimate import Estimate, Note, finished
 from ..training.training import Resolved, Training
 from .curvature import vjp

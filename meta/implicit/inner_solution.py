@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ..reverse.steps import why_only_once
+from ..training.adjoint import why_only_once
 from ..training.estimate import Estimate, Note
 from ..training.outcome import Outcome
 from ..training.training import Resolved, State, Training

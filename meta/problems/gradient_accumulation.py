@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...inner.core.hyper import Tensors
-from .data import Batch, as_before, each_tensor, generators_of
+from .data import Batch, each_tensor
+from .seeding import as_before, generators_of
 
 Loss = Callable[[Tensors, Tensors, Tensors, Batch], tuple[Tensor, Tensors]]
 

@@ -16,16 +16,14 @@ from .data import (
     Data,
     Split,
     Whole,
-    as_before,
     as_data,
     as_pair,
     each_tensor,
-    everything_seeded,
     is_pair,
-    mix,
     on_device,
     sent,
 )
+from .seeding import as_before, everything_seeded, mix
 
 _END = object()
 

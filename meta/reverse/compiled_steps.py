@@ -24,9 +24,10 @@ from ..tracing.fx_graph import CannotTrace, Graph, contiguous, first_line
 from ..tracing.step_graph import StepGraph, trace
 from ..tracing.torchscript import scripted
 from ..tracing.verify import Distrusted, OnTrial, agrees, directions, early
+from ..training.adjoint import Cotangents
 from ..training.cache import kept_for
 from ..training.training import Resolved, State, Training
-from .steps import Cotangents, Eager
+from .steps import Eager
 
 # Inductor on CPU lays convolutions out anew and then returns wrong derivatives where weights are
 # slices of one vector; and its own random numbers are not the ones that an eager step draws.

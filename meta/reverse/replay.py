@@ -1,8 +1,8 @@
 """Replayed reverse mode: the exact gradient of the held-out loss through every training step.
 
 Training is done once; going backwards, one step at a time is pulled back. Where there is memory
-for it every step leaves its graph behind (the fast gait); where not, states are kept, all or the
-ones from which the others are reached soonest, and each step is done again (the lean gait).
+for it every step leaves its graph behind; where not, states are kept, all or the ones from which
+the others are reached soonest, and each step is done again.
 Maclaurin, Duvenaud & Adams 2015, arXiv:1502.03492; Engstrom et al. 2025, arXiv:2503.13751.
 """
 
@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +19,16 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.core.messages import check_at_least
 from ..tracing.cost_model import not_worth, remember, spend, worth_tracing
 from ..tracing.verify import or_by_autograd
+from ..training.adjoint import (
+    Cotangents,
+    norm_at_end,
+    pull_back_start,
+    seed_adjoint,
+    why_only_once,
+)
 from ..training.estimate import Estimate, Note, finished
 from ..training.outcome import Outcome
 from ..training.training import Resolved, State, Training
@@ -29,15 +36,7 @@ from .checkpointing import Checkpoints, Plan, find_plan, find_store, keep_all, r
 from .compiled_steps import Compiled, machine_of
 from .memory_budget import bytes_of, comfortable, state_bytes
 from .state_store import room_in
-from .steps import (
-    Cotangents,
-    Eager,
-    Steps,
-    norm_at_end,
-    pull_back_start,
-    seed_adjoint,
-    why_only_once,
-)
+from .steps import Eager, Steps
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Replay:
     """Exact in every hyperparameter of rule, schedule and loss, for any number of them.
 
     memory: for graphs and states, such as "2GiB" or bytes; by default a quarter of what is free,
-    on a CPU at most 2 GiB, and for states a quarter of what is free where the store is. gait:
-    "fast" keeps the graph of every step, "lean" none, "auto" all if they fit. checkpoints: the
-    states that the lean gait keeps: "all", "every:K", "revolve:S", "online:S" or the number S;
-    "auto" as many as fit, all or by revolve. store: where they are kept, "device", "cpu", "disk"
-    or a folder. All of these give the same bits; compiled, the two gaits differ from each other by
+    on a CPU at most 2 GiB, and for states a quarter of what is free where the store is. graphs:
+    "keep" that of every step, "recompute" all on the way back, "auto" keeps what fits. checkpoints:
+    the states to recompute from: "all", "every:K", "revolve:S", "online:S" or the number S; "auto"
+    as many as fit, all or by revolve. store: where they are kept, "device", "cpu", "disk" or a
+    folder. All of these give the same bits; compiled, kept and recomputed graphs differ by
     rounding.
 
     compile: True and "auto" run generated code, "auto" where that pays for the time to make it;
@@ -63,7 +62,7 @@ class Replay:
     """
 
     memory: str | float | None = None
-    gait: Literal["auto", "fast", "lean"] = "auto"
+    graphs: Literal["auto", "keep", "recompute"] = "auto"
     checkpoints: str | int = "auto"
     store: str | Path = "device"
     compile: bool | Literal["auto", "trace"] = "auto"
@@ -74,17 +73,17 @@ class Replay:
     def __post_init__(self) -> None:
         if self.memory is not None:
             bytes_of(self.memory)
-        if self.gait not in ("auto", "fast", "lean"):
-            raise ValueError(f"gait={self.gait!r} is none of 'auto', 'fast' and 'lean'")
+        if self.graphs not in ("auto", "keep", "recompute"):
+            raise ValueError(f"graphs={self.graphs!r} is none of 'auto', 'keep' and 'recompute'")
         if self.compile not in (True, False, "auto", "trace"):
             raise ValueError(f"compile={self.compile!r} is none of True, False, 'auto', 'trace'")
         if self.checkpoints != "auto":
             find_plan(self.checkpoints)
         find_store(self.store)
-        if self.gait == "fast" and (self.memory is not None or self.checkpoints != "auto"):
+        if self.graphs == "keep" and (self.memory is not None or self.checkpoints != "auto"):
             raise ValueError(
-                f"gait='fast' keeps every graph, whatever memory={self.memory!r} and checkpoints="
-                f"{self.checkpoints!r} say; leave them out, or give gait='auto'"
+                f"graphs='keep' keeps every graph, whatever memory={self.memory!r} and checkpoints="
+                f"{self.checkpoints!r} say; leave them out, or give graphs='auto'"
             )
         check_at_least("window", self.window, 1, whole=True)
         check_at_least("clip", self.clip, 0)
@@ -102,14 +101,6 @@ class Replay:
             return _Run(self, training, resolved, seed, refused).estimate(leaves)
 
         return or_by_autograd(training.problem, self.compile, attempt), None
-
-
-def check_at_least(name: str, value: object, least: float, *, whole: bool = False) -> None:
-    """Raise ValueError unless an option is None or a number from `least` on."""
-    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if value is not None and not (number and value >= least):  # type: ignore[operator]  # a number
-        kind = "a whole number" if whole else "a number"
-        raise ValueError(f"{name}={value!r} must be {kind}, at least {least}, or None for none")
 
 
 class _Run:
@@ -230,10 +221,10 @@ class _Run:
     def _plan(self) -> tuple[int, Plan, str]:
         """(how many of the last steps keep their graph, the plan for the states of the others)."""
         replay, count = self.replay, self.training.steps - self.from_step
-        if replay.gait == "fast":
-            return count, keep_all(), f"fast: all {count} graphs kept, "
+        if replay.graphs == "keep":
+            return count, keep_all(), f"all {count} graphs kept, "
         if replay.checkpoints != "auto":
-            return 0, find_plan(replay.checkpoints), f"lean: checkpoints {replay.checkpoints}, "
+            return 0, find_plan(replay.checkpoints), f"checkpoints {replay.checkpoints}, "
         state = max(state_bytes(self.start), 1)
         device, together = self.start.p.device, True
         room = for_states = bytes_of(replay.memory or 0)
@@ -242,16 +233,16 @@ class _Run:
             together = replay.store in ("device", device.type)
         slots = max(1, for_states // state)
         if slots < count:
-            return 0, revolve(slots), f"lean: {slots} of {count} states kept by revolve, "
+            return 0, revolve(slots), f"{slots} of {count} states kept by revolve, "
         graphs = 0
-        if replay.gait == "auto":
+        if replay.graphs == "auto":
             # A step that keeps its graph keeps no state.
             beside = state if together else 0
             more = max(self.steps.graph_bytes(self.start) - beside, 1.0)
             graphs = int(min(count, max(0, room - count * beside) // more))
         if graphs == count:
-            return count, keep_all(), f"fast: all {count} graphs kept, "
-        return graphs, keep_all(), f"lean: {graphs} graphs and {count - graphs} states kept, "
+            return count, keep_all(), f"all {count} graphs kept, "
+        return graphs, keep_all(), f"{graphs} graphs and {count - graphs} states kept, "
 
     def _parts(self, graphs: int, pulled: int) -> list[str]:
         """The parts of a step that the run will use."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ..problems.data import mix
+from ..problems.seeding import mix
 from ..tracing.step_graph import Uneven
 from ..tracing.verify import Distrusted
 from ..training.coordinates import Coordinates

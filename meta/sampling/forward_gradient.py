@@ -13,7 +13,7 @@ import torch
 
 from ...inner.core.hyper import Tensors
 from ..forward.forward import Forward
-from ..problems.data import mix
+from ..problems.seeding import mix
 from ..training.coordinates import Coordinates
 from ..training.estimate import Estimate, finished
 from ..training.training import Training

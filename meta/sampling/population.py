@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ...inner.core.hyper import Tensors
-from ..problems.data import mix
 from ..problems.problem import draws_of
+from ..problems.seeding import mix
 from ..reverse.checkpointing import Checkpoints, Plan, find_store, keep_all, revolve
 from ..reverse.compiled_steps import Machine, machine_of, made_once
 from ..reverse.memory_budget import bytes_of, comfortable, state_bytes
 from ..reverse.replay import Replay
-from ..reverse.steps import Cotangents, norm_at_end, pull_back_start, seed_adjoint
 from ..tracing.cuda_graph import Run
 from ..tracing.fx_graph import contiguous
 from ..tracing.step_graph import Uneven
 from ..tracing.verify import Distrusted, agrees, directions, early
+from ..training.adjoint import Cotangents, norm_at_end, pull_back_start, seed_adjoint
 from ..training.estimate import Estimate, Note, finished
 from ..training.outcome import Outcome
 from ..training.training import State, Training, finite
@@ -218,11 +218,11 @@ class Many:
         steps = self.training.steps
         room = comfortable(self.start.p.device) if memory is None else bytes_of(memory)
         if self.machine.graph_bytes * steps <= room:
-            return True, keep_all(), f"fast: all {steps} graphs kept"
+            return True, keep_all(), f"all {steps} graphs kept"
         slots = max(1, room // max(state_bytes(self.start), 1))
         if slots >= steps:
-            return False, keep_all(), f"lean: all {steps} states kept"
-        return False, revolve(slots), f"lean: {slots} of {steps} states kept by revolve"
+            return False, keep_all(), f"all {steps} states kept"
+        return False, revolve(slots), f"{slots} of {steps} states kept by revolve"
 
     def _end(self, state: State, k: int) -> tuple[Tensor, list[Tensor] | None]:
         """The held-out loss of one training, NaN if it diverged, and its adjoint, if any."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..problems.data import seeded
+from ..problems.seeding import seeded
 
 aten = torch.ops.aten
 Graph = fx.GraphModule

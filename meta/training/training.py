@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.flat import flat_readout, flat_step, flat_step_, initial_slots
-from ...inner.core.hyper import Grain, Hyper, Tensors
+from ...inner.core.hyper import Granularity, Hyper, Tensors
 from ...inner.core.layout import Layout
 from ...inner.core.messages import unknown
 from ...inner.core.rule import Rule
@@ -61,17 +61,17 @@ class Training:
     """`steps` updates of a problem's parameters by a rule.
 
     schedules: by hyperparameter of the rule or of the loss; its knobs replace it, as "lr.knots".
-    grains: "tensor" or "element" for one value per parameter tensor or weight. given: values other
-    than the defaults, by hyperparameter or knob; given for a scheduled hyper stands for its peak
-    or for all its knots.
+    granularity: "tensor" or "element" for one value per parameter tensor or weight. values: those
+    other than the defaults, by hyperparameter or knob; one for a scheduled hyper stands for its
+    peak or for all its knobs.
     """
 
     problem: Problem
     rule: Rule
     steps: int
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
-    grains: Mapping[str, Grain] = field(default_factory=dict)
-    given: Mapping[str, float | Tensor] = field(default_factory=dict)
+    granularity: Mapping[str, Granularity] = field(default_factory=dict)
+    values: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, Integral):
@@ -84,11 +84,11 @@ class Training:
                 f"{', '.join(clash)} is a hyperparameter of {self.rule.name} and of the loss of "
                 f"{self.problem.name}; rename the loss's"
             )
-        for where in (self.schedules, self.grains):
+        for where in (self.schedules, self.granularity):
             for name in where:
                 if name not in self.declared:
                     raise ValueError(unknown(f"{self.label} has no hyper", name, self.declared))
-        for name, value in self.given.items():
+        for name, value in self.values.items():
             if name not in self.hypers and name not in self.declared:
                 raise ValueError(unknown(f"{self.label} has no hyper", name, self.hypers))
             hyper = self.hypers.get(name) or self.declared[name]
@@ -97,7 +97,7 @@ class Training:
             if shape and shape != hyper.shape:
                 raise ValueError(
                     f"{name} is given {tuple(shape)} values and has {hyper.shape or 'one'}; give "
-                    "one number or as many as its schedule and grain make"
+                    "one number or as many as its schedule and granularity make"
                 )
 
     @property
@@ -111,26 +111,26 @@ class Training:
 
     @cached_property
     def declared(self) -> dict[str, Hyper]:
-        """The hypers of rule and loss in their grain, before schedules."""
+        """The hypers of rule and loss in their granularity, before schedules."""
         shapes: dict[str, Callable[[], tuple[int, ...]]] = {
             "shared": lambda: (),
             "tensor": lambda: (len(self.layout.names),),
             "element": lambda: (sum(self.layout.sizes),),
         }
         declared = {**self.rule.hypers, **self.problem.hypers}
-        for name, grain in self.grains.items():
+        for name, granularity in self.granularity.items():
             if name in declared:
-                if grain not in shapes:
-                    raise ValueError(unknown(f"{name} has no grain", grain, shapes))
+                if granularity not in shapes:
+                    raise ValueError(unknown(f"{name} has no granularity", granularity, shapes))
                 order = list(shapes)
-                if order.index(grain) > order.index(declared[name].finest):
+                if order.index(granularity) > order.index(declared[name].finest):
                     raise ValueError(
-                        f"{name}={grain} is too fine: {self.rule.name} has at most one {name} per "
-                        f"{declared[name].finest}"
+                        f"{name}={granularity} is too fine: {self.rule.name} has at most one "
+                        f"{name} per {declared[name].finest}"
                         if declared[name].finest != "shared"
                         else f"{name} is one number for the whole model in {self.rule.name}"
                     )
-                declared[name] = declared[name].shaped(*shapes[grain]())
+                declared[name] = declared[name].shaped(*shapes[granularity]())
         return declared
 
     @cached_property
@@ -198,7 +198,7 @@ class Training:
     def _given(self, name: str, *, learned: bool) -> Tensor:
         hyper, (base, _, suffix) = self.hypers[name], name.partition(".")
         level = suffix in self._schedule(base).levels
-        value = self.given.get(name, self.given.get(base) if level else None)
+        value = self.values.get(name, self.values.get(base) if level else None)
         if value is not None:
             return torch.as_tensor(value, dtype=hyper.dtype).expand(hyper.shape).clone()
         if learned:
@@ -209,12 +209,12 @@ class Training:
         return self.schedules.get(name) or constant()
 
     def _sizes(self, base: str) -> Tensor:
-        """The numel of the tensors each value of a hyper acts on, in the hyper's grain."""
+        """The numel of the tensors each value of a hyper acts on, in the hyper's granularity."""
         sizes = torch.tensor(self.layout.sizes, dtype=torch.float64)
-        grain = self.grains.get(base, "shared")
-        if grain == "shared":
+        granularity = self.granularity.get(base, "shared")
+        if granularity == "shared":
             return sizes.log().mean().exp()
-        return sizes if grain == "tensor" else sizes.repeat_interleave(sizes.long())
+        return sizes if granularity == "tensor" else sizes.repeat_interleave(sizes.long())
 
     def resolve(self, point: Tensors) -> Resolved:
         """What is in force at every step at a point (learned values by full name)."""

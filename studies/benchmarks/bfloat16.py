@@ -73,7 +73,7 @@ def _knots(
         find_rule("adam"),
         steps,
         schedules={"lr": find_schedule(f"piecewise:{KNOTS}")},
-        given={"lr": lr},
+        values={"lr": lr},
     )
     estimate, _ = Replay(compile=False)(run, run.start(["lr"]), seed=seed)
     grad = estimate.grad.get("lr.knots", torch.full((KNOTS,), torch.nan))

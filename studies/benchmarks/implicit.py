@@ -24,8 +24,8 @@ from ...inner.registry import find_rule
 from ...meta.implicit.implicit import Implicit
 from ...meta.implicit.inner_solution import Reached
 from ...meta.implicit.linear_solvers import Solve, conjugate_gradient, largest_eigenvalue, neumann
-from ...meta.problems.data import seeded
-from ...meta.problems.problem import problem_from_module
+from ...meta.problems.module_problem import problem_from_module
+from ...meta.problems.seeding import seeded
 from ...meta.training.training import State, Training
 from ..measure.memory_meter import Meter
 from ..measure.timing import Grown, Say, alone, check_repeats, in_rounds, reason
@@ -331,7 +331,7 @@ def _training(optimum: Optimum) -> Training:
         outer_loss_fn=mean_loss,
         name="digits with penalties",
     )
-    return Training(problem, find_rule("sgd"), 1, grains={"l2": "element"})
+    return Training(problem, find_rule("sgd"), 1, granularity={"l2": "element"})
 
 
 class _Judged(NamedTuple):

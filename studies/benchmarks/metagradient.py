@@ -20,7 +20,7 @@ from torch import nn
 
 from ...inner.registry import find_rule
 from ...meta.forward.forward import Forward
-from ...meta.problems.problem import ModuleProblem
+from ...meta.problems.module_problem import ModuleProblem
 from ...meta.reverse.memory_budget import available
 from ...meta.reverse.replay import Replay
 from ...meta.training.estimate import Estimator
@@ -31,24 +31,24 @@ from ..measure.timing import Grown, Say, alone, check_repeats, in_rounds, reason
 from .metagradient_peers import PEERS, Answer, held_out_loss, train_plainly
 from .workloads import SEED, Workload
 
-# The states that the lean gait keeps, at any number of steps.
+# The states that the lean rows keep, at any number of steps.
 _STATES = 100
 # This project's routes to a metagradient, by the name they have in the tables.
 OURS: dict[str, Callable[[], Estimator]] = {
     "fast": partial(Replay, compile=True, memory="4GiB"),
-    "lean": partial(Replay, compile=True, gait="lean", checkpoints=_STATES),
+    "lean": partial(Replay, compile=True, graphs="recompute", checkpoints=_STATES),
     "fast, no compiler": partial(Replay, compile="trace", memory="4GiB"),
-    "lean, no compiler": partial(Replay, compile="trace", gait="lean", checkpoints=_STATES),
-    "lean, by autograd": partial(Replay, compile=False, gait="lean", checkpoints=_STATES),
+    "lean, no compiler": partial(Replay, compile="trace", graphs="recompute", checkpoints=_STATES),
+    "lean, by autograd": partial(Replay, compile=False, graphs="recompute", checkpoints=_STATES),
     "forward, 4 numbers": partial(Forward, compile=True),
 }
 # Where a hundred states or the graphs of all steps may not fit: with what one GPU has to spare.
 _ROOMY = "48GiB"
 LARGE: dict[str, Callable[[], Estimator]] = {
-    "fast": partial(Replay, compile=True, gait="fast"),
-    "lean": partial(Replay, compile=True, gait="lean", memory=_ROOMY),
+    "fast": partial(Replay, compile=True, graphs="keep"),
+    "lean": partial(Replay, compile=True, graphs="recompute", memory=_ROOMY),
     "lean, states on the host": partial(
-        Replay, compile=True, gait="lean", memory=_ROOMY, store="cpu"
+        Replay, compile=True, graphs="recompute", memory=_ROOMY, store="cpu"
     ),
 }
 # What "forward" differentiates in besides, at their defaults, where they change nothing.
@@ -192,7 +192,7 @@ class _Ours:
     def __call__(self, workload: Workload) -> Answer:
         if workload.steps not in self.trainings:
             self.trainings[workload.steps] = Training(
-                self.problem, find_rule(workload.rule), workload.steps, given=workload.values
+                self.problem, find_rule(workload.rule), workload.steps, values=workload.values
             )
         training = self.trainings[workload.steps]
         start = training.start(workload.values)

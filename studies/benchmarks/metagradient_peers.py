@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...meta.problems.data import seeded
+from ...meta.problems.module_problem import ModuleProblem
 from ...meta.problems.modules import lowered
-from ...meta.problems.problem import ModuleProblem
+from ...meta.problems.seeding import seeded
 from .workloads import SEED, Workload, mean_loss
 
 # Under a root, so that a weight that never saw a gradient gives a derivative of 0 and not NaN.

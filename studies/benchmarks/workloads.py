@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...inner.core.messages import unknown
-from ...meta.problems.problem import ModuleProblem, problem_from_module
+from ...meta.problems.module_problem import ModuleProblem, problem_from_module
 from ..data_files import find_file
 from ..measure.device import CPU
 from ..problems import Part, digits_mlp

@@ -19,11 +19,11 @@ from ...meta.problems.data import Split
 from ...meta.problems.problem import Problem
 from ...meta.training.outcome import Outcome
 from ...meta.training.training import Training
-from ...search.optuna_journal import sole_writer
+from ...search.folder_lock import sole_writer
 from ...search.provenance import provenance
 from ...search.route import choose_route
 from ...search.space import Space
-from ..problems import find_problem
+from ..problems import load_problem
 from .executors import Executor, Failure, OnRay, Serial
 from .record import Json, Measures, Record, Records, Tuned, append, key_of, plain, read
 
@@ -52,7 +52,7 @@ class Cell:
         }
 
 
-def run(
+def run_study(
     study: Study,
     executor: Executor | None = None,
     address: str | None = None,
@@ -94,7 +94,7 @@ def run_cells(
     out: str | Path | None = None,
     progress: Callable[[Record], object] | None = None,
 ) -> Records:
-    """work on every cell that out does not hold yet, as `run` does on those of a study."""
+    """work on every cell that out does not hold yet, as `run_study` does on those of a study."""
     if executor is not None and address is not None:
         raise ValueError("give an executor or the address of a Ray cluster, not both")
     with _on_record(out) as done:
@@ -196,8 +196,8 @@ def _tune(training: Training, cell: Cell) -> tuple[Training, Tensors, Tuned]:
         learn=arm.learn,
         steps=training.steps,
         schedules=training.schedules,
-        grains=training.grains,
-        given=training.given,
+        granularity=training.granularity,
+        values=training.values,
         seed=cell.seed,
         progress=False,
         **{name: value for name, value in asked.items() if value is not None},
@@ -227,7 +227,7 @@ def _finite(value: float) -> float | None:
 
 
 def _problem(spec: ProblemSpec) -> Problem:
-    return find_problem(spec.name, **spec.options)
+    return load_problem(spec.name, **spec.options)
 
 
 def _training(problem: Problem, arm: Arm, steps: int) -> Training:
@@ -236,8 +236,8 @@ def _training(problem: Problem, arm: Arm, steps: int) -> Training:
         find_rule(arm.rule).choose(**arm.options),
         steps,
         schedules={name: find_schedule(spec) for name, spec in arm.schedules.items()},
-        grains=arm.grains,
-        given={
+        granularity=arm.granularity,
+        values={
             name: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
             for name, value in arm.values.items()
         },
@@ -267,4 +267,4 @@ def _executor(executor: Executor | None, address: str | None) -> Iterator[Execut
         yield Serial()
 
 
-__all__ = ["AnyCell", "Cell", "cells_of", "check", "run", "run_cells", "train_cell"]
+__all__ = ["AnyCell", "Cell", "cells_of", "check", "run_cells", "run_study", "train_cell"]

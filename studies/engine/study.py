@@ -32,7 +32,7 @@ from pydantic import (
     model_validator,
 )
 
-from ...inner.core.hyper import Grain
+from ...inner.core.hyper import Granularity
 from ...inner.core.messages import unknown
 from ...inner.registry import find_rule
 from ...inner.schedules.schedule import find_schedule
@@ -110,7 +110,7 @@ class Arm(_Plain):
     rule: str
     options: Options = {}
     schedules: dict[str, str] = {}
-    grains: dict[str, Grain] = {}
+    granularity: dict[str, Granularity] = {}
     values: dict[str, Value] = {}
     learn: tuple[str, ...] = ()
     route: str | None = None

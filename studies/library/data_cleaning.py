@@ -30,7 +30,7 @@ from ...meta.bilevel.bda import BDA
 from ...meta.bilevel.meha import MEHA
 from ...meta.bilevel.penalty import Penalty
 from ...meta.implicit.implicit import Implicit
-from ...meta.problems.problem import ModuleProblem, problem_from_module
+from ...meta.problems.module_problem import ModuleProblem, problem_from_module
 from ...meta.reverse.replay import Replay
 from ...meta.training.coordinates import Coordinates
 from ...meta.training.estimate import Estimate, Estimator
@@ -280,7 +280,7 @@ def _learn(method: Method, setting: Setting, data: _Drawn) -> Tensor | Estimate:
     """The logits of the weights, or the estimate that could not be followed."""
     steps = max(1, round(setting.steps * method.share))
     problem = cleaning_problem(data.train, data.valid)
-    training = Training(problem, find_rule("sgd"), steps, given={"lr": setting.lr})
+    training = Training(problem, find_rule("sgd"), steps, values={"lr": setting.lr})
     space = Coordinates({"weight": training.hypers["weight"]})
     z = space.free(training.start(["weight"])).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=setting.rate)

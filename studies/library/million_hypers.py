@@ -24,7 +24,7 @@ from ...meta.hypergradient import Trained, train
 from ...meta.implicit.implicit import Implicit
 from ...meta.implicit.linear_solvers import Solve, conjugate_gradient, neumann
 from ...meta.online import train_online
-from ...meta.problems.problem import ModuleProblem, problem_from_module
+from ...meta.problems.module_problem import ModuleProblem, problem_from_module
 from ...meta.training.outcome import Outcome
 from ...search.provenance import provenance
 from ..benchmarks.metagradient_peers import started
@@ -180,7 +180,7 @@ def _trained(method: str, problem: ModuleProblem, steps: int) -> Trained | None:
         every=SETTING.every,
         rate=SETTING.rate,
         method=estimator,
-        given={"lr": SETTING.lr},
+        values={"lr": SETTING.lr},
     ).trained
 
 
@@ -204,7 +204,7 @@ def _best_of_grid(problem: ModuleProblem, steps: int) -> Trained | None:
     low, high = (torch.tensor(edge).log10().item() for edge in _SEARCH)
     best: Trained | None = None
     for l2 in torch.logspace(low, high, SETTING.grid).tolist():
-        trained = train(problem, "adam", steps=steps, given={"lr": SETTING.lr, "l2": l2})
+        trained = train(problem, "adam", steps=steps, values={"lr": SETTING.lr, "l2": l2})
         if trained and (best is None or _loss(trained) < _loss(best)):
             best = trained
     return best

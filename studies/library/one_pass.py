@@ -18,13 +18,14 @@ from functools import partial
 import torch
 
 from ...meta.hypergradient import Trained, train
-from ...meta.online import HypergradientDescent, train_online
+from ...meta.implicit.hypergradient_descent import HypergradientDescent
+from ...meta.online import train_online
 from ...meta.problems.problem import Problem
 from ...meta.training.estimate import Estimator
 from ...meta.training.outcome import Outcome
 from ...search.provenance import provenance
 from ..engine.record import Json, Measures, Record, plain
-from ..problems import find_problem
+from ..problems import load_problem
 
 NAME, STARTS = "one-pass", 20
 PROBLEMS = ("digits-mlp", "digits-cnn", "diabetes-mlp")
@@ -81,7 +82,7 @@ def one_pass_cells() -> tuple[list[OnePassCell], list[str]]:
 def train_from_start(cell: OnePassCell) -> Record:
     """Train by the cell's method from its start, and measure what that ends with."""
     torch.set_num_threads(1)
-    problem, start = find_problem(cell.problem), start_of(cell.seed)
+    problem, start = load_problem(cell.problem), start_of(cell.seed)
     began = time.perf_counter()
     trained = METHODS[cell.method](problem, start, cell.seed)
     seconds = time.perf_counter() - began
@@ -115,7 +116,7 @@ def _log_uniform(edges: tuple[float, float], draw: torch.Generator) -> float:
 
 
 def _as_it_is(problem: Problem, start: Values, seed: int) -> Trained | None:
-    return train(problem, _RULE, steps=SETTING.steps, given=start, seed=seed)
+    return train(problem, _RULE, steps=SETTING.steps, values=start, seed=seed)
 
 
 def _online(
@@ -129,7 +130,7 @@ def _online(
         every=SETTING.every,
         rate=SETTING.rate,
         method=method,
-        given=start,
+        values=start,
         seed=seed,
     ).trained
 

@@ -28,16 +28,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from ...inner.core.rule import Rule
 from ...inner.registry import RULES, find_rule
 from ...inner.torch_form import optimizer as optim
-from ...meta.hypergradient import split_names
 from ...meta.meta_optimizer import MetaOptimizer
 from ...meta.reverse.replay import Replay
 from ...meta.training.outcome import Outcome
+from ...meta.training.spec import split_names
 from ...search.budget import seconds as in_seconds
 from ...search.provenance import provenance
 from ...search.result import Result
 from ...search.tune import tune
 from ..engine.record import Json, Measures, Record, Tuned, plain
-from ..problems import PROBLEMS, Part, find_problem
+from ..problems import PROBLEMS, Part, load_problem
 
 NAME = "optimizers"
 ARMS = ("defaults", "tuned")
@@ -278,7 +278,7 @@ def _tuned(rule: Rule, cell: DropInCell) -> tuple[Result, Tuned]:
     began, refused = time.perf_counter(), ""
     tuning: Callable[..., Result] = partial(
         tune,
-        find_problem(SETTING.problem),
+        load_problem(SETTING.problem),
         rule,
         learn=learned_of(rule),
         steps=SETTING.steps,

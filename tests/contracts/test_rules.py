@@ -69,7 +69,7 @@ POINT = {
 SMALL = {"matrix": torch.zeros(3, 2), "vector": torch.zeros(2), "scalar": torch.zeros(())}
 LAYOUT = Layout.of(SMALL)
 SIZE = sum(LAYOUT.sizes)
-GRAINS = {"shared": (), "tensor": (3,), "element": (SIZE,)}
+GRANULARITY = {"shared": (), "tensor": (3,), "element": (SIZE,)}
 STEPS = 8  # RAdam's adaptive step begins at the sixth for beta2 = 0.9.
 
 
@@ -122,20 +122,20 @@ each_thorough = pytest.mark.parametrize(
     "rule", [each for each in variants(ALL) if thorough(each.values[0])]
 )
 each_in_grains = pytest.mark.parametrize(
-    ("rule", "grain"),
+    ("rule", "granularity"),
     [
-        pytest.param(each.values[0], grain, id=f"{each.id}-{grain}")
+        pytest.param(each.values[0], granularity, id=f"{each.id}-{granularity}")
         for each in variants(ALL)
-        for grain in (GRAINS if thorough(each.values[0]) else ["shared"])
+        for granularity in (GRANULARITY if thorough(each.values[0]) else ["shared"])
     ],
 )
 
 
-def point(rule, grain="shared", **changed):
+def point(rule, granularity="shared", **changed):
     """A value of every hyperparameter where each of them matters."""
     numbers = telling(rule, POINT | reference_point(rule)) | changed
     return defaults(rule) | {
-        name: torch.full(GRAINS[allowed(rule.hypers[name], grain)], number, dtype=F64)
+        name: torch.full(GRANULARITY[allowed(rule.hypers[name], granularity)], number, dtype=F64)
         for name, number in numbers.items()
         if name in rule.hypers
     }
@@ -175,15 +175,15 @@ def free_path(rule, fixed, names, *free):
     return p
 
 
-def free_point(rule, grain="shared", *, rough=False):
+def free_point(rule, granularity="shared", *, rough=False):
     """The values of a point, and of those that have a derivative (rough: of all) the names and the
     unconstrained coordinates.
     """
-    values = point(rule, grain)
+    values = point(rule, granularity)
     names = [n for n, h in rule.hypers.items() if applies(rule, h)] if rough else sloped(rule)
     free = []
     for n in names:
-        spread = 1 + 0.1 * noise(99, GRAINS[allowed(rule.hypers[n], grain)])
+        spread = 1 + 0.1 * noise(99, GRANULARITY[allowed(rule.hypers[n], granularity)])
         free.append((rule.hypers[n].free(values[n]) * spread).requires_grad_())
     return values, names, free
 
@@ -292,11 +292,11 @@ slopes_are_right = partial(
 
 class TestGradient:
     @each_in_grains
-    def test_is_right_in_every_hyperparameter(self, rule, grain):
-        values, names, free = free_point(rule, grain)
+    def test_is_right_in_every_hyperparameter(self, rule, granularity):
+        values, names, free = free_point(rule, granularity)
         moved = partial(free_path, rule, values, names)
         # Where a hyper has many values, a random mean of their slopes.
-        assert slopes_are_right(moved, free, fast_mode=grain != "shared")
+        assert slopes_are_right(moved, free, fast_mode=granularity != "shared")
 
     # torch's own forward mode scripts its decompositions on first use.
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -376,14 +376,14 @@ class TestForm:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @each_in_grains
-    def test_dtype_and_shape_are_kept(self, rule, dtype, grain):
-        p, s = path(rule, point(rule, grain), dtype=dtype)
+    def test_dtype_and_shape_are_kept(self, rule, dtype, granularity):
+        p, s = path(rule, point(rule, granularity), dtype=dtype)
         assert (p.dtype, p.shape) == (dtype, (SIZE,))
         assert p.isfinite().all()
-        start = initial_slots(rule, LAYOUT, p, point(rule, grain))
+        start = initial_slots(rule, LAYOUT, p, point(rule, granularity))
         for name, slot in rule.slots.items():
             assert (s[name].dtype, s[name].shape) == (start[name].dtype, start[name].shape), name
-            if slot.shared and grain == "shared":
+            if slot.shared and granularity == "shared":
                 assert (s[name].dtype, s[name].shape) == (F64, ())
             elif s[name].shape == (SIZE,):
                 assert s[name].dtype in (dtype, torch.float32), name
@@ -400,10 +400,10 @@ class TestForm:
             assert set(vectors.values()) <= {torch.float32}, f"{name} per tensor gives {vectors}"
 
     @each_in_grains
-    def test_flat_step_is_the_rule_on_each_tensor(self, rule, grain):
+    def test_flat_step_is_the_rule_on_each_tensor(self, rule, granularity):
         if rule.over == "model":
             pytest.skip("its unit is the flat vector")
-        values, names, free = free_point(rule, grain, rough=True)
+        values, names, free = free_point(rule, granularity, rough=True)
         values |= {n: rule.hypers[n].value(z.detach()) for n, z in zip(names, free, strict=True)}
         flat, _ = path(rule, values)
         drifts = [LAYOUT.unflatten(noise(step, (SIZE,))) for step in range(STEPS + 1)]

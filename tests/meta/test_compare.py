@@ -11,10 +11,10 @@ from toys import Toy, descent, following, vector
 import hyperdescent as hd
 from hyperdescent.inner.core.hyper import positive
 from hyperdescent.meta.compare import compare
+from hyperdescent.meta.estimators import METHODS, find_estimator
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient, dense
-from hyperdescent.meta.methods import METHODS, find_method
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.compiled_steps import Machine
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.outcome import Outcome
@@ -84,7 +84,7 @@ class TestRows:
         run = quadratic(steps=400)
         limit = Implicit(solve=dense())
         found = compare(
-            run, X, {"replay": Replay(), "neumann": find_method("neumann")}, reference=limit
+            run, X, {"replay": Replay(), "neumann": find_estimator("neumann")}, reference=limit
         )
         assert found["replay"].error < 1e-8
         assert "Implicit" in found.against
@@ -177,7 +177,7 @@ def test_every_method_has_its_row(monkeypatch):
     # Population's generated code has a test of its own.
     monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
     found = hd.hypergradient(
-        classifier(), "sgd", learn="l2", steps=30, given={"lr": 0.5}, method=list(METHODS)
+        classifier(), "sgd", learn="l2", steps=30, values={"lr": 0.5}, method=list(METHODS)
     )
     assert [row.method for row in found.rows] == list(METHODS)
     assert all(row.estimate is not None for row in found.rows), [r.refused for r in found.rows]

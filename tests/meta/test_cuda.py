@@ -16,7 +16,7 @@ from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.memory_budget import available
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.tracing.cuda_graph import captured
@@ -42,8 +42,8 @@ ROUTES = {
     "autograd": (Replay(compile=False), "by autograd"),
     "traced": (Replay(compile="trace"), "traced"),
     "compiled": (Replay(compile=True), "compiled"),
-    "lean": (Replay(compile=True, gait="lean", checkpoints=3), "compiled"),
-    "host": (Replay(compile=False, gait="lean", checkpoints=3, store="cpu"), "by autograd"),
+    "lean": (Replay(compile=True, graphs="recompute", checkpoints=3), "compiled"),
+    "host": (Replay(compile=False, graphs="recompute", checkpoints=3, store="cpu"), "by autograd"),
     "host, compiled": (Replay(compile=True, checkpoints=3, store="cpu"), "compiled"),
     "forward": (Forward(compile=False), "by autograd"),
     "forward, compiled": (Forward(compile=True), "compiled"),
@@ -97,7 +97,7 @@ def training(name, device, dtype=torch.float64, **options):
     problem = problem_from_module(
         lambda: make().to(device, dtype), mean_loss, train, valid, batch_size=10, **options
     )
-    return Training(problem, find_rule("adam"), STEPS, given=GIVEN)
+    return Training(problem, find_rule("adam"), STEPS, values=GIVEN)
 
 
 def answer(route, run):
@@ -218,7 +218,7 @@ def ridge(device):
         hypers={"l2": positive(0.1, search=(1e-6, 1.0))},
         outer_loss_fn=F.cross_entropy,
     )
-    return Training(problem, find_rule("sgd"), 300, given={"lr": 0.5})
+    return Training(problem, find_rule("sgd"), 300, values={"lr": 0.5})
 
 
 def test_implicit_by_conjugate_gradients_agrees():

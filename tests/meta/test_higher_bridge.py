@@ -12,7 +12,7 @@ from torch import nn
 from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.torch_form import optimizer as optim
 from hyperdescent.meta.higher_bridge import differentiable_form, register
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.training import Training
 
@@ -116,7 +116,7 @@ class TestEveryRule:
         values = tensors(values_in_nets(rule))
         loss = unrolled(rule, values)
         exact = torch.autograd.grad(loss, list(values.values()), materialize_grads=True)
-        run = Training(problem(), rule, STEPS, given=values_in_nets(rule))
+        run = Training(problem(), rule, STEPS, values=values_in_nets(rule))
         estimate, _ = Replay()(run, {n: v.detach() for n, v in values.items()}, seed=0)
         assert float(loss.detach()) == pytest.approx(estimate.loss, rel=1e-12)
         for hyper, slope in zip(values, exact, strict=True):

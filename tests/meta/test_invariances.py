@@ -11,7 +11,7 @@ from toys import DOUBLE, Toy
 from hyperdescent.inner.core.hyper import Hyper, positive
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.implicit.implicit import Implicit
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.coordinates import Coordinates
 from hyperdescent.meta.training.training import Training
@@ -64,7 +64,7 @@ class TestReversal:
             return (torch.cosh(self.CURVES * w) / self.CURVES).sum()
 
         toy = Forced(inner, lambda w, h: (w**2).sum(), self.START)
-        run = Training(toy, find_rule("sgd"), steps, given={"lr": self.LR, "momentum": momentum})
+        run = Training(toy, find_rule("sgd"), steps, values={"lr": self.LR, "momentum": momentum})
         return float(EXACT(run, run.start(["lr"]), seed=0)[0].grad["lr"])
 
     @pytest.mark.parametrize(("momentum", "steps"), [(0.9, 50), (0.9, 100), (0.5, 15)])
@@ -123,7 +123,7 @@ class TestLogarithm:
         of_log = penalized(torch.exp, Hyper(math.log(L2), -20.0, 5.0, "linear", (-10.0, 2.0)))
         grads = []
         for problem in (as_it_is, of_log):
-            run = Training(problem, find_rule("adam"), 20, given={"lr": 0.03})
+            run = Training(problem, find_rule("adam"), 20, values={"lr": 0.03})
             point = {"l2": torch.tensor(run.problem.hypers["l2"].default, dtype=DOUBLE)}
             grads.append(float(method(run, point, seed=0)[0].grad["l2"]))
         assert grads[1] == pytest.approx(L2 * grads[0], rel=1e-12)
@@ -134,7 +134,7 @@ class TestLogarithm:
     )
     def test_coordinates_pull_gradients_by_it(self, name, slope):
         problem = penalized(lambda x: x, positive(L2, search=(1e-6, 10.0)))
-        run = Training(problem, find_rule("adam"), 20, given={"lr": 0.03})
+        run = Training(problem, find_rule("adam"), 20, values={"lr": 0.03})
         point = run.start([name])
         grad = EXACT(run, point, seed=0)[0].grad
         space = Coordinates({name: run.hypers[name]})
@@ -167,7 +167,7 @@ def test_the_order_of_examples_in_a_batch_is_nothing(method):
     plain = penalized(lambda x: x, positive(L2, search=(1e-6, 10.0)))
     grads = []
     for problem in (plain, Shuffled(plain)):
-        run = Training(problem, find_rule("adam"), 20, given={"lr": 0.03})
+        run = Training(problem, find_rule("adam"), 20, values={"lr": 0.03})
         estimate, _ = method(run, run.start(["l2"]), seed=0)
         grads.append(float(estimate.grad["l2"]))
     assert grads[0] != 0 and grads[1] == pytest.approx(grads[0], rel=1e-12)

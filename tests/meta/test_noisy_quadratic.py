@@ -34,7 +34,7 @@ def noisy(steps):
     toy = Toy(inner, lambda w, hypers: loss(w), torch.ones_like(CURVATURES))
     toy.hypers = {"rate": positive(0.5, (1e-3, 2.0))}
     rates = {"rate": find_schedule("free")}
-    return Training(toy, find_rule("sgd"), steps, schedules=rates, given={"lr": 1.0})
+    return Training(toy, find_rule("sgd"), steps, schedules=rates, values={"lr": 1.0})
 
 
 def greedy(steps):

@@ -10,8 +10,9 @@ import hyperdescent as hd
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.implicit.fixed_point import OnePass
+from hyperdescent.meta.implicit.hypergradient_descent import HypergradientDescent
 from hyperdescent.meta.implicit.implicit import Implicit
-from hyperdescent.meta.online import HypergradientDescent, train_online
+from hyperdescent.meta.online import train_online
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.estimate import Estimate
 from hyperdescent.meta.training.outcome import Outcome
@@ -43,7 +44,7 @@ class TestHypergradientDescent:
             assert torch.equal(carry.state.p, w)
 
     def test_of_several_steps_it_sees_the_last(self):
-        run = descent(quadratic(), 6, 0.1, given={"momentum": 0.8, "x": X})
+        run = descent(quadratic(), 6, 0.1, values={"momentum": 0.8, "x": X})
         point = {"lr": one(0.1), "momentum": one(0.8)}
         estimate, carry = HypergradientDescent()(run, point, seed=0)
         # A held-out loss that is the training loss, at the same weights.
@@ -58,7 +59,7 @@ class TestHypergradientDescent:
             HypergradientDescent()(descent(quadratic(), 6, 0.1), {"x": X}, seed=0)
 
     def test_divergence_is_an_outcome(self):
-        run = descent(quadratic(), 400, 1e3, given={"x": X})
+        run = descent(quadratic(), 400, 1e3, values={"x": X})
         estimate, carry = HypergradientDescent()(run, {"lr": one(1e3)}, seed=0)
         assert estimate.note.outcome is Outcome.DIVERGED and carry is None
 
@@ -68,7 +69,7 @@ class TestDiscount:
     def test_is_the_recursion(self, discount):
         """MARTHE: Z = discount (1 - rate scale) Z - gradient, and its product with dF/dw."""
         rate, steps = 0.1, 12
-        run = descent(quadratic(), steps, rate, given={"x": X})
+        run = descent(quadratic(), steps, rate, values={"x": X})
         estimate, _ = Forward(discount=discount, compile=False)(run, {"lr": one(rate)}, seed=0)
         w = z = vector(0.0, 0.0)
         for _ in range(steps):
@@ -77,7 +78,7 @@ class TestDiscount:
         assert float(estimate.grad["lr"]) == pytest.approx(float(z @ (w - AIM)), rel=1e-12)
 
     def test_only_the_last_step_is_replay_of_one(self):
-        run = descent(quadratic(), 9, 0.1, given={"x": X})
+        run = descent(quadratic(), 9, 0.1, values={"x": X})
         point = {"lr": one(0.1), "x": X}
         last, _ = Forward(discount=0.0, compile=False)(run, point, seed=0)
         cut, _ = Replay(window=1)(run, point, seed=0)
@@ -93,12 +94,12 @@ class TestLoop:
     def test_is_the_estimator_and_adam_in_turns(self):
         given = {"lr": 0.05, "x": X}
         found = train_online(
-            quadratic(), "sgd", learn="lr", steps=25, every=10, rate=0.2, given=given
+            quadratic(), "sgd", learn="lr", steps=25, every=10, rate=0.2, values=given
         )
         z = one(0.05).log().requires_grad_()
         optimizer, carry = torch.optim.Adam([z], lr=0.2, betas=(0.9, 0.99)), None
         for count in (10, 10, 5):
-            run = Training(quadratic(), find_rule("sgd"), count, given=given)
+            run = Training(quadratic(), find_rule("sgd"), count, values=given)
             estimate, carry = OnePass()(run, {"lr": z.detach().exp()}, carry, seed=0)
             z.grad = estimate.grad["lr"] * z.detach().exp()
             optimizer.step()
@@ -119,16 +120,16 @@ class TestLoop:
         ],
     )
     def test_a_rate_that_is_far_too_small_grows(self, method, learn):
-        problem, given = hd.problem("wine-mlp"), {"lr": 1e-5}
-        plain = hd.train(problem, "adamw", steps=120, given=given).measures["valid"]["loss"]
+        problem, given = hd.load_problem("wine-mlp"), {"lr": 1e-5}
+        plain = hd.train(problem, "adamw", steps=120, values=given).measures["valid"]["loss"]
         found = train_online(
-            problem, "adamw", learn=learn, steps=120, every=5, rate=0.4, method=method, given=given
+            problem, "adamw", learn=learn, steps=120, every=5, rate=0.4, method=method, values=given
         )
         assert found.trained.measures["valid"]["loss"] < plain / 2
         assert float(found.values["lr"][-1]) > 1e-4
 
     def test_hypers_of_the_loss_by_warm_started_implicit_differentiation(self):
-        problem = hd.problem("breast-cancer-logistic")
+        problem = hd.load_problem("breast-cancer-logistic")
         found = train_online(
             problem,
             "sgd",
@@ -137,22 +138,22 @@ class TestLoop:
             every=10,
             rate=0.3,
             method=Implicit(warm_start=True),
-            given={"lr": 0.5, "l2": 1.0},
+            values={"lr": 0.5, "l2": 1.0},
         )
-        plain = hd.train(problem, "sgd", steps=300, given={"lr": 0.5, "l2": 1.0})
+        plain = hd.train(problem, "sgd", steps=300, values={"lr": 0.5, "l2": 1.0})
         assert found.trained.measures["valid"]["loss"] < plain.measures["valid"]["loss"] - 0.02
         assert float(found.values["l2"][-1]) < 0.1
 
     def test_a_move_not_to_be_trusted_is_left_out_and_training_goes_on(self):
         never = Implicit(warm_start=True, tolerance=0.0)
         found = train_online(
-            hd.problem("breast-cancer-logistic"),
+            hd.load_problem("breast-cancer-logistic"),
             "sgd",
             learn="l2",
             steps=20,
             every=10,
             method=never,
-            given={"lr": 0.5},
+            values={"lr": 0.5},
         )
         assert found.trained is not None and list(found.skipped) == [10, 20]
         assert "residual" in found.skipped[10]
@@ -164,13 +165,13 @@ class TestLoop:
             return Estimate.diverged(training.steps, "the metagradient is not finite"), carry
 
         given = {"lr": 0.1, "x": X}
-        found = train_online(quadratic(), "sgd", steps=20, method=overflowing, given=given)
-        plain = descent(quadratic(), 20, 0.1, given={"x": X})
+        found = train_online(quadratic(), "sgd", steps=20, method=overflowing, values=given)
+        plain = descent(quadratic(), 20, 0.1, values={"x": X})
         assert found.outcome is Outcome.OK and list(found.skipped) == [10, 20]
         assert torch.equal(found.trained.params["w"], plain.run(plain.resolve({}), 0).p)
 
     def test_divergence_keeps_what_there_is(self):
-        found = train_online(quadratic(), "sgd", steps=800, every=400, given={"lr": 1e3, "x": X})
+        found = train_online(quadratic(), "sgd", steps=800, every=400, values={"lr": 1e3, "x": X})
         assert found.trained is None and found.outcome is Outcome.DIVERGED
         assert found.values["lr"].shape == (1,) and "finite" in found.reason
 
@@ -180,7 +181,7 @@ class TestLoop:
             following(torch.ones_like(aim)), lambda w, h: ((w - aim) ** 2).sum(), 0 * aim, x=(1500,)
         )
         given = {"lr": 0.5}
-        found = train_online(toy, "sgd", learn="x", steps=40, every=10, rate=0.1, given=given)
+        found = train_online(toy, "sgd", learn="x", steps=40, every=10, rate=0.1, values=given)
         assert found.values["x"].shape == (1, 1500) and len(found.losses) == 4
         assert found.values["x"].any() and found.losses[-1] < found.losses[0]
 

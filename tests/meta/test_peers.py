@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hyperdescent.inner.registry import find_rule
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.training import Training
 
@@ -33,7 +33,7 @@ def problem():
 @pytest.mark.parametrize("name", ["lr", "momentum"])
 def test_torchopt_agrees_on_sgd(problem, name):
     values = {"lr": 0.3, "momentum": 0.8}
-    training = Training(problem, find_rule("sgd"), STEPS, given=values)
+    training = Training(problem, find_rule("sgd"), STEPS, values=values)
     estimate, _ = Replay()(training, training.start([name]), seed=0)
 
     params, _ = problem.start(0)

@@ -20,7 +20,7 @@ SCRIPT = [sys.executable, "-P", *COMMAND[1:]]
 
 # A problem of a user's own; it fails for seed 1, and one that cannot even be made.
 MINE = """
-from hyperdescent.studies.problems import find_problem
+from hyperdescent.studies.problems import load_problem
 
 class Mine:
     def __init__(self, problem):
@@ -33,7 +33,7 @@ class Mine:
         return self.problem.batch(step, seed)
 
 def make():
-    return Mine(find_problem("wine-mlp"))
+    return Mine(load_problem("wine-mlp"))
 
 def broken():
     return 1 + "1"
@@ -84,9 +84,9 @@ class TestTune:
     def test_flags_reach_the_run(self, call, tmp_path):
         code, told, _ = call(
             *("tune", "--problem", "wine-mlp", "--rule", "sgd", "--steps", "4", "--budget", "1s"),
-            *("--learn", "lr,momentum", "--schedule", "lr=piecewise:3", "--start", "lr=0.05"),
+            *("--learn", "lr,momentum", "--schedule", "lr=piecewise:3", "--values", "lr=0.05"),
             *("--option", "nesterov=true", "--option", "width=8", "--option", "activation=tanh"),
-            *("--start", "momentum=0.5", "--seed", "3", "--out", str(tmp_path)),
+            *("--values", "momentum=0.5", "--seed", "3", "--out", str(tmp_path)),
         )
         assert code == 0
         settings = json.loads((tmp_path / "settings.json").read_text())
@@ -100,7 +100,7 @@ class TestTune:
     def test_grains_and_discrete_options_are_learned(self, call):
         code, told, _ = call(
             *("tune", "--problem", "wine-mlp", "--rule", "alphagrad", "--steps", "3"),
-            *("--learn", "alpha,width", "--grain", "alpha=tensor", "--budget", "2s"),
+            *("--learn", "alpha,width", "--granularity", "alpha=tensor", "--budget", "2s"),
         )
         assert code == 0
         assert "route: search" in told
@@ -112,14 +112,14 @@ class TestTune:
             (["--problem", "wine-mpl"], "'wine-mpl'; did you mean 'wine-mlp'"),
             (["--rule", "adamm"], "'adamm'; did you mean 'adam'"),
             (["--learn", "leraning_rate"], "'leraning_rate'"),
-            (["--start", "lr"], "--start 'lr' is not NAME=VALUE"),
-            (["--start", "lr=fast"], "--start lr='fast' is not a number"),
-            (["--start", "=1"], "--start '=1' is not NAME=VALUE"),
-            (["--start", "lr=0"], "lr=0 has no place on its log scale"),
+            (["--values", "lr"], "--values 'lr' is not NAME=VALUE"),
+            (["--values", "lr=fast"], "--values lr='fast' is not a number"),
+            (["--values", "=1"], "--values '=1' is not NAME=VALUE"),
+            (["--values", "lr=0"], "lr=0 has no place on its log scale"),
             (["--schedule", "lr"], "--schedule 'lr' is not NAME=VALUE"),
             (["--schedule", "lr=cosin"], "'cosin'; did you mean 'cosine'"),
-            (["--grain", "lr="], "--grain 'lr=' is not NAME=VALUE"),
-            (["--grain", "lr=tensors"], "'tensors'; did you mean 'tensor'"),
+            (["--granularity", "lr="], "--granularity 'lr=' is not NAME=VALUE"),
+            (["--granularity", "lr=tensors"], "'tensors'; did you mean 'tensor'"),
             (["--option", "widht=8"], "'widht'; did you mean 'width'"),
             (["--option", "width=wide"], "width='wide' is not a whole number"),
             (["--budget", "soon"], "budget='soon' is not a time"),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from hyperdescent.inner.core.hyper import Choice, Integer
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.search import budget
 
 

@@ -93,7 +93,7 @@ def test_one_hyper_after_the_other_from_the_best_so_far(make_space):
     ("more", "name", "count"),
     [
         ({"schedules": {"lr": find_schedule("piecewise:3")}}, "lr.knots", 3),
-        ({"grains": {"lr": "tensor"}}, "lr", 4),
+        ({"granularity": {"lr": "tensor"}}, "lr", 4),
     ],
 )
 def test_what_is_one_hyper_moves_as_one(make_space, more, name, count):
@@ -113,7 +113,7 @@ def test_of_a_schedule_only_what_is_a_rate_moves(make_space):
 
 
 def test_a_start_that_diverges_is_left_downwards(make_space):
-    space = make_space(["lr"], given={"lr": 1.0})
+    space = make_space(["lr"], values={"lr": 1.0})
     losses = Losses(lambda at: math.inf if at["lr"] > 0.02 else valley(lr=0.01)(at))
     best = scan(space, space.start(), losses, forever)
     asked = [point["lr"] for point in losses.asked]

@@ -8,7 +8,8 @@ import optuna
 import pytest
 from optuna.storages.journal import JournalFileSymlinkLock
 
-from hyperdescent.search.optuna_journal import open_journal, repair, sole_writer
+from hyperdescent.search.folder_lock import sole_writer
+from hyperdescent.search.optuna_journal import open_journal, repair
 
 
 def study_on(path):

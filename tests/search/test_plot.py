@@ -33,7 +33,7 @@ def drawn(path):
     [
         ("adamw", {}),
         ("adamw", {"learn": "lr,beta1", "schedules": {"lr": "piecewise:3", "beta1": "cosine"}}),
-        ("alphagrad", {"grains": {"alpha": "tensor"}, "schedules": {"alpha": "piecewise:2"}}),
+        ("alphagrad", {"granularity": {"alpha": "tensor"}, "schedules": {"alpha": "piecewise:2"}}),
         ("sgd", {"learn": "nesterov,momentum"}),
     ],
 )
@@ -66,7 +66,7 @@ def test_a_run_that_only_diverged_is_drawn(tuned, tmp_path):
     def exploding(output, target):
         return (1e9 * output - target[:, None]).square().mean()
 
-    result = tuned("sgd", loss_fn=exploding, given={"lr": 1.0}, steps=20, out=tmp_path / "run")
+    result = tuned("sgd", loss_fn=exploding, values={"lr": 1.0}, steps=20, out=tmp_path / "run")
     assert result.loss == math.inf
     drawn(tmp_path / "run" / "schedule.png")
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.inner.torch_form import optimizer as optim
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 from hyperdescent.search.result import Result
@@ -64,7 +64,7 @@ def made(training, point):
     )
 
 
-def both_ways(rule, point, *, schedules=None, grains=None, given=None, dtype=torch.float64):
+def both_ways(rule, point, *, schedules=None, granularity=None, values=None, dtype=torch.float64):
     """(weights by training.run, weights by a plain torch loop with the result's optimizer)."""
     data = Recorder(dtype)
 
@@ -74,7 +74,7 @@ def both_ways(rule, point, *, schedules=None, grains=None, given=None, dtype=tor
     problem = problem_from_module(model, functional.cross_entropy, data, data, batch_size=20)
     found = {name: find_schedule(spec) for name, spec in (schedules or {}).items()}
     rule = find_rule(rule) if isinstance(rule, str) else rule
-    training = Training(problem, rule, STEPS, found, grains or {}, given or {})
+    training = Training(problem, rule, STEPS, found, granularity or {}, values or {})
     point = {name: torch.tensor(value, dtype=torch.float64) for name, value in point.items()}
     end = training.run(training.resolve(point), SEED)
     batches = [data.asked[20 * i : 20 * i + 20] for i in range(STEPS)]
@@ -122,7 +122,7 @@ class TestTorchForm:
         one, two = both_ways(
             "alphagrad",
             {"alpha": [0.5, 3.0, 10.0, 100.0], "lr": 0.05, "momentum": 0.6},
-            grains={"alpha": "tensor"},
+            granularity={"alpha": "tensor"},
             dtype=dtype,
         )
         torch.testing.assert_close(one, two, rtol=0, atol=TOLERANCE[dtype])
@@ -134,7 +134,7 @@ class TestTorchForm:
             "alphagrad",
             {"lr.knots": knots, "alpha": [0.5, 3.0, 10.0, 100.0], "momentum.steps": [0.5] * STEPS},
             schedules={"lr": "piecewise:2", "momentum": "free"},
-            grains={"alpha": "tensor", "lr": "tensor"},
+            granularity={"alpha": "tensor", "lr": "tensor"},
             dtype=dtype,
         )
         torch.testing.assert_close(one, two, rtol=0, atol=TOLERANCE[dtype])
@@ -147,11 +147,11 @@ class TestTorchForm:
         assert not torch.allclose(one, plain)
 
     def test_given_values_count_as_learned_ones(self):
-        one, two = both_ways("sgd", {"momentum": 0.8}, given={"lr": 0.2})
+        one, two = both_ways("sgd", {"momentum": 0.8}, values={"lr": 0.2})
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
     def test_tuned_results_make_an_optimizer_and_a_scheduler(self, tuned):
-        result = tuned(learn="lr,beta1", schedules={"lr": "piecewise:3"}, given={"beta2": 0.95})
+        result = tuned(learn="lr,beta1", schedules={"lr": "piecewise:3"}, values={"beta2": 0.95})
         optimizer = result.optimizer(nn.Linear(2, 2))
         (group,) = optimizer.param_groups
         assert type(optimizer).__name__ == "AdamW"
@@ -176,7 +176,7 @@ class TestTorchForm:
             result.scheduler(result.optimizer(nn.Linear(2, 2)))
 
     def test_another_model_is_refused_where_values_are_per_tensor(self, tuned):
-        result = tuned("alphagrad", learn="alpha", grains={"alpha": "tensor"})
+        result = tuned("alphagrad", learn="alpha", granularity={"alpha": "tensor"})
         with pytest.raises(
             ValueError, match="alpha holds 4 values for 6 parameter tensors"
         ) as told:
@@ -184,7 +184,7 @@ class TestTorchForm:
         assert "the model it was learned on" in str(told.value)
 
     def test_a_value_per_weight_has_no_torch_form(self, tuned):
-        result = tuned("sgd", learn="weight_decay", grains={"weight_decay": "element"})
+        result = tuned("sgd", learn="weight_decay", granularity={"weight_decay": "element"})
         with pytest.raises(ValueError, match="weight_decay has a value for each of"):
             result.optimizer(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)))
 
@@ -197,7 +197,7 @@ class TestTorchForm:
             return net
 
         problem = problem_from_module(model, functional.cross_entropy, data, data, batch_size=20)
-        training = Training(problem, find_rule("sgd"), 2, grains={"lr": "tensor"})
+        training = Training(problem, find_rule("sgd"), 2, granularity={"lr": "tensor"})
         point = {"lr": torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)}
         groups = made(training, point).optimizer(model()).param_groups
         assert [group["lr"].item() for group in groups] == pytest.approx([0.1, 0.2, 0.3])
@@ -210,7 +210,7 @@ class TestFile:
         [
             ("adamw", {"learn": "lr,beta1", "schedules": {"lr": "piecewise:3"}}),
             ("sgd", {"learn": "momentum,nesterov,width,activation"}),
-            ("alphagrad", {"learn": "alpha", "grains": {"alpha": "tensor"}}),
+            ("alphagrad", {"learn": "alpha", "granularity": {"alpha": "tensor"}}),
         ],
     )
     def test_what_is_read_back_is_equal(self, tuned, tmp_path, rule, more):

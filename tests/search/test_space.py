@@ -87,14 +87,14 @@ class TestStart:
 
     def test_given_values_and_chosen_options_are_where_it_begins(self, space):
         found = space(
-            "lr", "nesterov", options={"nesterov": True}, given={"lr": 0.05, "momentum": 0.5}
+            "lr", "nesterov", options={"nesterov": True}, values={"lr": 0.05, "momentum": 0.5}
         )
         start = found.start()
         assert start.smooth["lr"].item() == 0.05
         assert start.discrete == {"nesterov": True}
 
     def test_a_start_outside_the_search_range_widens_it(self, space):
-        found = space("lr", given={"lr": 50.0})
+        found = space("lr", values={"lr": 50.0})
         assert found.numbers(found.start()) == {"lr": 50.0}
         assert found.distributions()["lr"].high == 50.0
         assert found.smooth["lr"].box()[1] == pytest.approx(math.log(50.0))
@@ -122,7 +122,7 @@ class TestNumbers:
         assert found.numbers(point) == {"lr.knots[0]": 0.1, "lr.knots[1]": 0.2, "lr.knots[2]": 0.3}
 
     def test_a_matrix_keeps_its_shape(self, space):
-        found = space("lr", grains={"lr": "tensor"}, schedules={"lr": "piecewise:2"})
+        found = space("lr", granularity={"lr": "tensor"}, schedules={"lr": "piecewise:2"})
         knots = torch.linspace(0.1, 0.8, 8, dtype=torch.float64).reshape(2, 4)
         back = found.suggest(trial(found, found.numbers(Point({"lr.knots": knots}))))
         torch.testing.assert_close(back.smooth["lr.knots"], knots)
@@ -164,12 +164,12 @@ class TestDistributions:
         found = space("lr", schedules={"lr": "piecewise:1001"})
         with pytest.raises(ValueError, match="1001 numbers are too many") as told:
             found.distributions()
-        assert "coarser grain or fewer knots" in str(told.value)
+        assert "coarser granularity or fewer knots" in str(told.value)
 
 
 class TestConditions:
     def test_dampening_is_asked_for_only_where_it_acts(self, space):
-        found = space("momentum", "dampening", "nesterov", given={"dampening": 0.3})
+        found = space("momentum", "dampening", "nesterov", values={"dampening": 0.3})
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         seen = set()
         for _ in range(20):
@@ -186,7 +186,7 @@ class TestConditions:
     @pytest.mark.parametrize(("nesterov", "asked_for"), [(False, True), (True, False)])
     def test_a_condition_on_an_option_that_is_not_learned(self, space, nesterov, asked_for):
         found = space(
-            "momentum", "dampening", options={"nesterov": nesterov}, given={"dampening": 0.0}
+            "momentum", "dampening", options={"nesterov": nesterov}, values={"dampening": 0.0}
         )
         assert ("dampening" in found.numbers(found.start())) == asked_for
 
@@ -222,4 +222,4 @@ def test_an_option_that_contradicts_the_values_in_force_is_told(space):
 
 def test_a_given_value_of_the_wrong_shape_is_told(space):
     with pytest.raises(ValueError, match=r"lr is given \(3,\) values and has one"):
-        space("lr", given={"lr": torch.tensor([0.1, 0.2, 0.3])})
+        space("lr", values={"lr": torch.tensor([0.1, 0.2, 0.3])})

@@ -18,7 +18,7 @@ from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.estimate import Estimate
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.search import tune as module
-from hyperdescent.search.optuna_journal import sole_writer
+from hyperdescent.search.folder_lock import sole_writer
 from hyperdescent.search.result import Result
 from hyperdescent.search.tune import tune
 
@@ -74,7 +74,7 @@ def error_rate(output, target):
 class TestRoutes:
     @pytest.mark.parametrize("route", ["auto", "gradient", "search"])
     def test_it_lowers_the_loss(self, problem, route):
-        result = run(problem, learn="lr,beta1", steps=10, route=route, budget="2s", given=RATE)
+        result = run(problem, learn="lr,beta1", steps=10, route=route, budget="2s", values=RATE)
         assert result.outcome is Outcome.OK
         assert result.route == ("search" if route == "search" else "gradient")
         assert result.loss < 0.9 * losses(result)[0]
@@ -108,7 +108,7 @@ class TestRoutes:
             problem,
             learn="lr,beta1",
             schedules={"lr": "piecewise:3"},
-            given={"beta2": 0.95},
+            values={"beta2": 0.95},
             seed=5,
         )
         assert set(result.hypers) == {"lr.knots", "beta1"}
@@ -183,7 +183,7 @@ class TestFallback:
         problem = make_problem(
             lambda output, target: (output - target[:, None]).square().mean(), spread=10
         )
-        result = run(problem, "sgd", given={"lr": 10.0}, steps=40)
+        result = run(problem, "sgd", values={"lr": 10.0}, steps=40)
         first, *_ = result.history
         assert (first["route"], first["outcome"], first["loss"]) == ("scan", "diverged", None)
         descended = [row for row in result.history if row["route"] == "gradient"]
@@ -193,7 +193,7 @@ class TestFallback:
         assert result.hypers["lr"] < 1
 
     def test_an_end_before_anything_was_trusted_is_searched_from_the_best_seen(self, make_problem):
-        result = run(make_problem(), meta=giving_up_after(0), given=RATE)
+        result = run(make_problem(), meta=giving_up_after(0), values=RATE)
         assert result.route == "search"
         assert Outcome.DIVERGED.sentence in result.reason
         tried = [row for row in result.history if row["route"] != "search"]
@@ -224,7 +224,7 @@ class TestFallback:
         problem = make_problem(
             lambda output, target: (1e3 * output - target[:, None]).square().mean(), spread=1e3
         )
-        result = run(problem, "sgd", given={"lr": 1.0}, steps=40, budget="0.5s")
+        result = run(problem, "sgd", values={"lr": 1.0}, steps=40, budget="0.5s")
         assert result.outcome is Outcome.DIVERGED
         assert result.loss == math.inf
         assert result.hypers["lr"] == 1
@@ -238,7 +238,7 @@ class TestFallback:
             return original(space, start, **more)
 
         monkeypatch.setattr(module, "OptunaSearcher", searcher)
-        result = run(make_problem(), meta=giving_up_after(6), given=RATE)
+        result = run(make_problem(), meta=giving_up_after(6), values=RATE)
         assert result.route == "search" and routes(result).count("gradient") == 7
         before = [row for row in result.history if row["route"] != "search"]
         ended = [row for row in before if row["loss"] is not None]
@@ -251,7 +251,7 @@ class TestFallback:
             make_problem(),
             schedules={"lr": "piecewise:1001"},
             meta=giving_up_after(6),
-            given=RATE,
+            values=RATE,
         )
         assert (result.route, result.outcome) == ("gradient", Outcome.DIVERGED)
         assert "1001 numbers are too many to search" in result.reason
@@ -284,11 +284,11 @@ class TestMessages:
 
     def test_a_start_without_a_logarithm_is_refused(self, problem):
         with pytest.raises(ValueError, match="lr=0 has no place on its log scale") as told:
-            run(problem, given={"lr": 0.0})
+            run(problem, values={"lr": 0.0})
         assert "leave lr out of learn" in str(told.value)
 
     def test_and_is_fine_where_it_is_not_learned(self, problem):
-        result = run(problem, learn="beta1", given={"weight_decay": 0.0}, budget="0.2s")
+        result = run(problem, learn="beta1", values={"weight_decay": 0.0}, budget="0.2s")
         assert result.in_force["weight_decay"] == 0
 
     @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ class TestMessages:
     )
     def test_a_value_out_of_bounds(self, problem, given, told):
         with pytest.raises(ValueError, match=told):
-            run(problem, given=given)
+            run(problem, values=given)
 
     @pytest.mark.parametrize(
         ("wrong", "told", "known"),
@@ -316,8 +316,8 @@ class TestMessages:
             ({"schedules": {"lrr": "cosine"}}, "'lrr'; did you mean 'lr'", "beta1"),
             ({"schedules": {"lr": "cosine:3"}}, "cosine cannot take '3'", ""),
             ({"schedules": {"lr": "piecewise:1"}}, "at least 2 knots, not 1", "constant"),
-            ({"grains": {"lr": "tensors"}}, "'tensors'; did you mean 'tensor'", "element"),
-            ({"grains": {"lrr": "tensor"}}, "'lrr'; did you mean 'lr'", "beta1"),
+            ({"granularity": {"lr": "tensors"}}, "'tensors'; did you mean 'tensor'", "element"),
+            ({"granularity": {"lrr": "tensor"}}, "'lrr'; did you mean 'lr'", "beta1"),
             ({"route": "serach"}, "'serach'; did you mean 'search'", "auto"),
             ({"steps": 0}, "steps=0 trains nothing", ""),
             ({"budget": "soon"}, "budget='soon' is not a time", "1.5h"),
@@ -394,15 +394,15 @@ class TestFolder:
     def test_other_settings_are_refused_by_name(self, problem, tmp_path):
         run(problem, out=tmp_path, budget="0.3s")
         with pytest.raises(ValueError, match="seed was 0, now 1") as told:
-            run(problem, out=tmp_path, seed=1, steps=5, given={"beta1": 0.8})
+            run(problem, out=tmp_path, seed=1, steps=5, values={"beta1": 0.8})
         for named in ("steps was 4, now 5", "given was {}, now {'beta1': 0.8}", str(tmp_path)):
             assert named in str(told.value)
         assert "budget" not in str(told.value)
 
     def test_a_mistake_corrected_may_use_the_same_folder(self, problem, tmp_path):
         with pytest.raises(ValueError, match="no place on its log scale"):
-            run(problem, given={"lr": 0.0}, out=tmp_path)
-        assert run(problem, given={"lr": 0.01}, out=tmp_path).outcome is Outcome.OK
+            run(problem, values={"lr": 0.0}, out=tmp_path)
+        assert run(problem, values={"lr": 0.01}, out=tmp_path).outcome is Outcome.OK
 
     def test_a_folder_in_use_is_named(self, problem, tmp_path):
         with sole_writer(tmp_path), pytest.raises(BlockingIOError, match=str(tmp_path)):
@@ -424,7 +424,7 @@ class TestFolder:
         problem = make_problem(
             lambda output, target: (output - target[:, None]).square().mean(), spread=10
         )
-        result = run(problem, "sgd", given={"lr": 10.0}, steps=40, out=tmp_path)
+        result = run(problem, "sgd", values={"lr": 10.0}, steps=40, out=tmp_path)
         assert None in losses(result)
 
         def never(constant):

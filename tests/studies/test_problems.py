@@ -12,17 +12,17 @@ from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
-from hyperdescent.studies.problems import PROBLEMS, find_problem
+from hyperdescent.studies.problems import PROBLEMS, load_problem
 
 
 def short(problem):
-    return Training(problem, find_rule("adam"), 5, given={"lr": 0.01})
+    return Training(problem, find_rule("adam"), 5, values={"lr": 0.01})
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 class TestProblem:
     def test_five_steps_have_a_finite_gradient_in_every_hyper(self, name):
-        problem = find_problem(name)
+        problem = load_problem(name)
         training = short(problem)
         learn = ["lr", "beta1", "beta2", *problem.hypers]
         estimate, _ = Replay()(training, training.start(learn), seed=0)
@@ -31,7 +31,7 @@ class TestProblem:
         assert all(grad.isfinite().all() and grad.any() for grad in estimate.grad.values())
 
     def test_training_lowers_the_loss_on_every_split(self, name):
-        training = short(find_problem(name))
+        training = short(load_problem(name))
         states = []
         resolved = training.resolve({})
         values = resolved.at(0)
@@ -41,7 +41,7 @@ class TestProblem:
             assert last < first
 
     def test_parts_are_disjoint_float32_and_all_of_the_data(self, name):
-        parts = find_problem(name).splits
+        parts = load_problem(name).splits
         inputs = [part.whole()[0] for part in parts.values()]
         rows = torch.cat(inputs)
         assert all(x.dtype == torch.float32 for x in inputs)
@@ -51,17 +51,17 @@ class TestProblem:
         assert len(inputs[1]) == len(inputs[2]) == -(-len(rows) // 4)
 
     def test_another_split_is_another_division_of_the_same_data(self, name):
-        one, two = (find_problem(name, split=split).splits["train"].whole()[0] for split in (0, 1))
+        one, two = (load_problem(name, split=split).splits["train"].whole()[0] for split in (0, 1))
         assert one.shape == two.shape and not torch.equal(one, two)
 
     def test_a_pickled_copy_trains_alike(self, name):
-        problem = find_problem(name)
+        problem = load_problem(name)
         copy = cloudpickle.loads(cloudpickle.dumps(problem))
         ends = [short(each).run(short(each).resolve({}), 3).p for each in (problem, copy)]
         assert torch.equal(*ends)
 
     def test_every_choice_is_taken(self, name):
-        problem = find_problem(name)
+        problem = load_problem(name)
         for option, choice in problem.choices.items():
             for value in getattr(choice, "options", None) or (choice.low, choice.high):
                 chosen = problem.choose(**{option: value})
@@ -70,15 +70,15 @@ class TestProblem:
 
 
 def test_inputs_are_standardized_by_the_train_part_alone():
-    train = find_problem("wine-mlp").splits["train"].whole()[0]
+    train = load_problem("wine-mlp").splits["train"].whole()[0]
     torch.testing.assert_close(train.mean(0), torch.zeros(13), atol=1e-6, rtol=0)
     torch.testing.assert_close(train.std(0), torch.ones(13))
-    valid = find_problem("wine-mlp").splits["valid"].whole()[0]
+    valid = load_problem("wine-mlp").splits["valid"].whole()[0]
     assert valid.mean(0).abs().max() > 0.05
 
 
 def test_options_reach_the_model():
-    params, _ = find_problem("digits-mlp", width=32, depth=3).start(0)
+    params, _ = load_problem("digits-mlp", width=32, depth=3).start(0)
     assert [tuple(p.shape) for p in params.values() if p.ndim == 2] == [
         (32, 64),
         (32, 32),
@@ -89,15 +89,15 @@ def test_options_reach_the_model():
 
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(ValueError, match=r"did you mean 'digits-mlp'.*wine-mlp"):
-        find_problem("digit-mlp")
+        load_problem("digit-mlp")
     with pytest.raises(TypeError, match="did you mean 'width'"):
-        find_problem("digits-mlp", widht=3)
+        load_problem("digits-mlp", widht=3)
     with pytest.raises(ValueError, match="'nowhere:make' cannot be imported"):
-        find_problem("nowhere:make")
+        load_problem("nowhere:make")
     with pytest.raises(TypeError, match="returned dict, not a Problem"):
-        find_problem("builtins:dict", width=3)
+        load_problem("builtins:dict", width=3)
     with pytest.raises(TypeError, match="is float, not a function"):
-        find_problem("math:pi")
+        load_problem("math:pi")
 
 
 def test_importing_problems_loads_nothing_heavy():

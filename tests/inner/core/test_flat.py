@@ -12,7 +12,7 @@ from hyperdescent.inner.core.rule import rule
 from hyperdescent.inner.core.slots import Slot, zeros
 from hyperdescent.inner.kernels import execute as running
 from hyperdescent.inner.registry import RULES
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.training.training import Training
 
 SIZE = 200  # Three blocks, and a part of one.
@@ -45,13 +45,13 @@ def trained(step, found, values, clone, steps=5):
     return p, slots, before[0]
 
 
-@pytest.mark.parametrize("grain", ["shared", "element"])
+@pytest.mark.parametrize("granularity", ["shared", "element"])
 @pytest.mark.parametrize("found", [*EVERY_RULE.values(), swap], ids=lambda rule: rule.name)
-def test_it_has_the_bits_of_the_other(found, grain):
+def test_it_has_the_bits_of_the_other(found, granularity):
     sizes = {"shared": (), "tensor": (1,), "element": (SIZE,)}
     values = found.values(
         {
-            name: torch.full(sizes[allowed(found.hypers[name], grain)], value).double()
+            name: torch.full(sizes[allowed(found.hypers[name], granularity)], value).double()
             for name, value in values_in_nets(found).items()
         }
     )

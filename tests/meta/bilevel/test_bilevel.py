@@ -13,10 +13,10 @@ from hyperdescent.meta.bilevel.bamm import BAMM
 from hyperdescent.meta.bilevel.bda import BDA
 from hyperdescent.meta.bilevel.meha import MEHA
 from hyperdescent.meta.bilevel.penalty import Penalty
+from hyperdescent.meta.estimators import METHODS
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.implicit.inner_solution import step_along
-from hyperdescent.meta.methods import METHODS
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
@@ -205,7 +205,7 @@ class TestAnyRule:
 
     def test_bda_is_the_metagradient_of_what_it_says_it_trains(self):
         method = BDA(0.3, decay=0.9, scale=2.0)
-        run = Training(flat(0.2), find_rule("adam"), 12, given={"lr": 0.05})
+        run = Training(flat(0.2), find_rule("adam"), 12, values={"lr": 0.05})
         point = at(0.7) | {"lr": vector(0.05).squeeze()}
         estimate, _ = method(run, point, seed=0)
 
@@ -239,7 +239,7 @@ class TestAnyRule:
         """w = x / (1 + decay), and F = (w - 3)^2 / 2."""
         toy = Toy(following(vector(1.0)), lambda w, h: (w[0] - 3) ** 2 / 2, vector(0.0), x=())
         given = {"lr": 0.1, "momentum": momentum, "weight_decay": decay}
-        run = Training(toy, find_rule("sgd"), 250, given=given)
+        run = Training(toy, find_rule("sgd"), 250, values=given)
         estimate, _ = method(run, at(1.0), seed=0)
         expected = (1 / (1 + decay) - 3) / (1 + decay)
         assert float(estimate.grad["x"]) == pytest.approx(expected, rel=error)

@@ -25,7 +25,7 @@ def toy():
 @pytest.mark.parametrize("rule", ["sgd", "adam", "adamw", "rmsprop"])
 def test_is_the_formula(rule):
     """dF/dx - d2 inner / dx dw' D dF/dw, D from the change of a step by that of its gradient."""
-    run = Training(toy(), find_rule(rule), 7, given={"lr": 0.05})
+    run = Training(toy(), find_rule(rule), 7, values={"lr": 0.05})
     estimate, carry = SAMA(radius=1e-4, warm_start=True)(run, {"x": X}, seed=0)
     w, values = carry.state.p, run.resolve({"x": X}).constant
     g = torch.sinh(w) - X * torch.cosh(w)
@@ -42,7 +42,7 @@ def test_is_the_formula(rule):
 
 
 def test_a_difference_of_second_order():
-    run = Training(toy(), find_rule("sgd"), 7, given={"lr": 0.05})
+    run = Training(toy(), find_rule("sgd"), 7, values={"lr": 0.05})
     fine, coarse, half = (
         SAMA(radius=r)(run, {"x": X}, seed=0)[0].grad["x"] for r in (1e-4, 0.4, 0.2)
     )
@@ -57,7 +57,7 @@ def test_by_name_and_only_for_hypers_of_the_loss():
 
 
 def test_divergence_is_an_outcome():
-    run = Training(toy(), find_rule("sgd"), 500, given={"lr": 1e3})
+    run = Training(toy(), find_rule("sgd"), 500, values={"lr": 1e3})
     assert SAMA()(run, {"x": X}, seed=0)[0].note.outcome is Outcome.DIVERGED
 
 

@@ -17,7 +17,7 @@ from hyperdescent.meta.forward import forward as forward_module
 from hyperdescent.meta.forward import tangent_step as tangents
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.hypergradient import hypergradient
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
@@ -38,7 +38,7 @@ def problem(make=mlp):
 
 def training(rule="adamw", of=None, **options):
     rule = find_rule(rule)
-    return Training(of or problem(), rule, STEPS, given=values_in_nets(rule), **options)
+    return Training(of or problem(), rule, STEPS, values=values_in_nets(rule), **options)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_compiled_steps_that_are_wrong_are_not_used(monkeypatch, part):
 
 
 def test_schedules_and_grains(forward):
-    run = training(schedules={"lr": find_schedule("piecewise:4")}, grains={"lr": "tensor"})
+    run = training(schedules={"lr": find_schedule("piecewise:4")}, granularity={"lr": "tensor"})
     assert_same(forward, run, ["lr", "beta2"])
 
 
@@ -203,7 +203,7 @@ def test_a_model_that_refuses_what_is_not_finite_has_diverged(forward):
         return F.cross_entropy(output, target) * 1e300
 
     of = problem_from_module(Refusing, far, examples(40, 5), examples(30, 5), batch_size=10)
-    run = Training(of, find_rule("sgd"), STEPS, given={"lr": 1e30})
+    run = Training(of, find_rule("sgd"), STEPS, values={"lr": 1e30})
     found, _ = Forward(compile=False)(run, run.start(["lr"]), seed=0)
     assert found.note.outcome is Outcome.DIVERGED and found.grad == {}
 
@@ -263,7 +263,7 @@ def test_a_diverging_training_has_diverged():
         return (output - F.one_hot(target, 3)).square().mean()
 
     of = problem_from_module(mlp, squares, examples(40, 5), examples(30, 5, seed=1), batch_size=10)
-    run = Training(of, find_rule("sgd"), 200, given={"lr": 1e3})
+    run = Training(of, find_rule("sgd"), 200, values={"lr": 1e3})
     estimate, carry = Forward(compile=False)(run, run.start(["lr"]), seed=0)
     assert estimate.note.outcome is Outcome.DIVERGED and carry is None
     assert "finite" in estimate.note.reason
@@ -288,7 +288,7 @@ class TestAuto:
         assert isinstance(method, Forward) and "less than" in why and "1 states fit" in why
 
     def test_is_replay_for_many_numbers_and_no_room(self):
-        run = training(schedules={"lr": find_schedule("free")}, grains={"lr": "tensor"})
+        run = training(schedules={"lr": find_schedule("free")}, granularity={"lr": "tensor"})
         method, why = choose_method(run, run.start(["lr"]), memory=1)
         assert isinstance(method, Replay) and "cost more than" in why
 

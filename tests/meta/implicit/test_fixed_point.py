@@ -22,7 +22,7 @@ def quadratic():
 
 
 def decayed(rule, steps, **given):
-    return Training(quadratic(), find_rule(rule), steps, given={"lr": RATE} | given)
+    return Training(quadratic(), find_rule(rule), steps, values={"lr": RATE} | given)
 
 
 class TestGradientDescent:
@@ -103,7 +103,7 @@ class TestOnePass:
     def test_is_the_series_of_one_step_in_every_hyper_of_it(self):
         """Clarke et al. 2022: - d <u, p> / d hypers, u the update at the last weights."""
         rate, momentum, terms = 0.1, 0.8, 5
-        run = descent(quadratic(), 10, rate, given={"momentum": momentum})
+        run = descent(quadratic(), 10, rate, values={"momentum": momentum})
         point = {
             "x": X,
             "lr": vector(rate).squeeze(),
@@ -162,6 +162,6 @@ class TestRefusals:
 @pytest.mark.parametrize("method", ["fixed-point", "one-pass"])
 def test_by_name(method):
     estimate = hypergradient(
-        quadratic(), "sgd", learn="x", steps=300, given={"lr": 0.5}, method=method
+        quadratic(), "sgd", learn="x", steps=300, values={"lr": 0.5}, method=method
     )
     assert estimate.ok and estimate.note.residual < 0.1

@@ -15,7 +15,7 @@ from hyperdescent.meta.implicit import implicit as module
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.implicit.inner_solution import Reached
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.tracing import cost_model as price
 from hyperdescent.meta.training.training import Training
 
@@ -58,7 +58,7 @@ def training(model=net, loss_fn=penalized, steps=5, **options):
         name="small",
         **own,
     )
-    return Training(problem, find_rule("sgd"), steps, given={"lr": 0.1})
+    return Training(problem, find_rule("sgd"), steps, values={"lr": 0.1})
 
 
 def estimate(run, compile, learn="l2", batches=1, **options):
@@ -180,7 +180,7 @@ class TestRefused:
             hypers={"l2": L2},
             outer_loss_fn=F.cross_entropy,
         )
-        run = Training(problem, find_rule("sgd"), 5, given={"lr": 0.1})
+        run = Training(problem, find_rule("sgd"), 5, values={"lr": 0.1})
         with pytest.raises(ValueError, match=r"have shapes \[.*\(4, 16\).*give compile=False"):
             estimate(run, "trace")
         price.spend_on_products(problem, 1e3)

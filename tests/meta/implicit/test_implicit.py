@@ -18,7 +18,8 @@ from hyperdescent.meta.implicit import linear_solvers as linear
 from hyperdescent.meta.implicit.fixed_point import FixedPoint, OnePass
 from hyperdescent.meta.implicit.implicit import Implicit, Unconverged
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient, neumann
-from hyperdescent.meta.problems.problem import loss_at, problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
+from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.training.finite_differences import directional_difference
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
@@ -118,7 +119,7 @@ class TestRidge:
             def outer_loss(self, params, buffers, hypers):
                 return self.problem.outer_loss(params, buffers, hypers) + hypers["l2"] ** 2
 
-        run = Training(Both(ridge().problem), find_rule("sgd"), 150, given={"lr": 0.6})
+        run = Training(Both(ridge().problem), find_rule("sgd"), 150, values={"lr": 0.6})
         estimate, _ = Implicit(solve=TIGHT)(run, {"l2": torch.tensor(0.1, dtype=DOUBLE)}, seed=0)
         expected = ridge_closed_form(0.1)[1] + 2 * 0.1
         assert float(estimate.grad["l2"]) == pytest.approx(expected, rel=1e-8)
@@ -152,7 +153,12 @@ def logistic(steps=400, batch_size=80, **options):
         outer_loss_fn=F.binary_cross_entropy_with_logits,
     )
     return Training(
-        problem, find_rule("sgd"), steps, grains={"l2": "element"}, given={"lr": 2.0}, **options
+        problem,
+        find_rule("sgd"),
+        steps,
+        granularity={"l2": "element"},
+        values={"lr": 2.0},
+        **options,
     )
 
 
@@ -223,7 +229,7 @@ class TestWarmStart:
     def test_two_short_calls_are_one_long_training(self, rule):
         """Slots, step counter and batches go on, so that nothing tells the two apart."""
         short, long = (
-            Training(logistic(batch_size=30).problem, find_rule(rule), steps, given={"l2": 0.1})
+            Training(logistic(batch_size=30).problem, find_rule(rule), steps, values={"l2": 0.1})
             for steps in (7, 14)
         )
         point = {"l2": torch.tensor(0.1, dtype=DOUBLE)}
@@ -278,7 +284,7 @@ class TestOutcomes:
         assert estimate.note.inner_gradient is not None
 
     def test_an_indefinite_hessian_is_noisy(self):
-        run = ridge(steps=1, loss_fn=double_well, given={"lr": 0.01})
+        run = ridge(steps=1, loss_fn=double_well, values={"lr": 0.01})
         estimate, _ = Implicit()(run, {"l2": torch.tensor(5.0, dtype=DOUBLE)}, seed=0)
         assert estimate.note.outcome is Outcome.NOISY
         assert estimate.grad == {} and estimate.note.residual == float("inf")
@@ -287,7 +293,7 @@ class TestOutcomes:
 
     @pytest.mark.parametrize("solve", [linear.nystrom(rank=6), linear.dense()])
     def test_an_answer_that_means_nothing_is_noisy_whatever_is_tolerated(self, solve):
-        run = ridge(steps=1, loss_fn=double_well, given={"lr": 0.01})
+        run = ridge(steps=1, loss_fn=double_well, values={"lr": 0.01})
         method = Implicit(solve=solve, tolerance=float("inf"))
         estimate, _ = method(run, {"l2": torch.tensor(5.0, dtype=DOUBLE)}, seed=0)
         assert estimate.note.outcome is Outcome.NOISY and estimate.grad == {}
@@ -305,7 +311,7 @@ class TestOutcomes:
         assert estimate.note.outcome is Outcome.NOISY
 
     def test_a_diverging_training_has_diverged(self):
-        run = ridge(steps=600, given={"lr": 100.0})
+        run = ridge(steps=600, values={"lr": 100.0})
         estimate, carry = Implicit(warm_start=True)(run, self.point, seed=0)
         assert estimate.note.outcome is Outcome.DIVERGED
         assert estimate.grad == {} and carry is None
@@ -336,7 +342,7 @@ def test_an_operation_without_a_second_derivative_is_named(method):
         hypers={"l2": L2},
         outer_loss_fn=F.cross_entropy,
     )
-    run = Training(problem, find_rule("sgd"), 5, given={"lr": 0.1})
+    run = Training(problem, find_rule("sgd"), 5, values={"lr": 0.1})
     estimate, carry = method(run, run.start(["l2"]), seed=0)
     assert estimate.note.outcome is Outcome.NOT_DIFFERENTIABLE and carry is None
     assert "no derivative for aten::_scaled_dot_product_flash" in estimate.note.reason
@@ -385,7 +391,7 @@ class TestGaussNewton:
             outer_loss_fn=F.cross_entropy,
             **options,
         )
-        return Training(problem, find_rule("sgd"), steps, given={"lr": 0.5})
+        return Training(problem, find_rule("sgd"), steps, values={"lr": 0.5})
 
     @pytest.mark.parametrize("batch_size", [20, 7])
     @pytest.mark.filterwarnings("ignore:.*has not converged")
@@ -512,7 +518,7 @@ def test_a_scheduled_hyper_of_the_loss_counts_at_its_last_value():
         loss_fn=both,
         hypers={"l2": L2, "extra": L2},
         schedules={"extra": schedule},
-        given={"lr": 0.6, "extra.knots": knots},
+        values={"lr": 0.6, "extra.knots": knots},
     )
     state = run.run(run.resolve({}), 0)
     estimate, _ = Implicit(solve=TIGHT)(run, {"l2": torch.tensor(0.1, dtype=DOUBLE)}, seed=0)

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 
 from hyperdescent.inner.core.hyper import Choice
 from hyperdescent.inner.registry import find_rule
-from hyperdescent.meta.problems.problem import loss_at, problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
+from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.training import Training
 
@@ -208,7 +209,7 @@ class TestStream:
         """On one batch an epoch, within which the order does not matter."""
         estimates = []
         for made in (build(data(), batch_size=20), build(loader(batch_size=20))):
-            run = Training(made, find_rule("sgd"), 3, given={"lr": 0.5})
+            run = Training(made, find_rule("sgd"), 3, values={"lr": 0.5})
             estimates.append(Replay(compile=False)(run, run.start(["lr"]), seed=0)[0])
         by_tensors, by_stream = estimates
         assert by_stream.loss == pytest.approx(by_tensors.loss, rel=1e-13)

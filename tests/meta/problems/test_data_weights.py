@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hyperdescent.inner.registry import find_rule
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.training import Training
 
@@ -30,16 +30,16 @@ def net():
 def training(rule="adam", steps=7, **options):
     options = {"batch_size": BATCH, "data_weights": True} | options
     of = problem_from_module(net, losses, data(EXAMPLES), data(9, seed=1), **options)
-    return Training(of, find_rule(rule), steps, given={"lr": 0.05})
+    return Training(of, find_rule(rule), steps, values={"lr": 0.05})
 
 
 @pytest.mark.parametrize("compile", [False, "trace"])
-@pytest.mark.parametrize("gait", ["fast", "lean"])
+@pytest.mark.parametrize("graphs", ["keep", "recompute"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_every_weight_against_finite_differences(compile, gait, accumulate):
+def test_every_weight_against_finite_differences(compile, graphs, accumulate):
     run = training(accumulate=accumulate)
     point = {"data_weights": torch.linspace(0.2, 1.7, EXAMPLES, dtype=torch.float64)}
-    found, _ = Replay(compile=compile, gait=gait)(run, point, seed=0)
+    found, _ = Replay(compile=compile, graphs=graphs)(run, point, seed=0)
     assert found.note.how.endswith("traced" if compile else "by autograd")
 
     def loss(weights):
@@ -88,7 +88,7 @@ def test_all_ones_are_the_plain_mean():
         ),
         find_rule("adam"),
         7,
-        given={"lr": 0.05},
+        values={"lr": 0.05},
     )
     one, other = (Replay(compile=False)(x, x.start(["lr"]), seed=0)[0] for x in (weighted, plain))
     assert one.loss == pytest.approx(other.loss, rel=1e-13)

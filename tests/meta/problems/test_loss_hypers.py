@@ -10,7 +10,7 @@ from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.finite_differences import directional_difference
 from hyperdescent.meta.training.training import Training
@@ -54,7 +54,7 @@ CASES = {
 
 
 def run_of(case, steps=12, **options):
-    hypers, given, grain, _ = CASES[case]
+    hypers, given, granularity, _ = CASES[case]
     (name,) = hypers
     problem = problem_from_module(
         mlp,
@@ -67,8 +67,10 @@ def run_of(case, steps=12, **options):
         augment=given.get("augment"),
         name=case,
     )
-    grains = {name: grain} if grain else {}
-    return Training(problem, find_rule("adam"), steps, grains=grains, given={"lr": 0.03}), name
+    granularity = {name: granularity} if granularity else {}
+    return Training(
+        problem, find_rule("adam"), steps, granularity=granularity, values={"lr": 0.03}
+    ), name
 
 
 def point_of(run, name):
@@ -123,7 +125,7 @@ def test_a_module_as_loss_is_not_asked_to_take_hypers():
         augment=noised,
     )
     run, (expected, _) = (
-        Training(problem, find_rule("adam"), 12, given={"lr": 0.03}),
+        Training(problem, find_rule("adam"), 12, values={"lr": 0.03}),
         run_of("noise"),
     )
     one, two = (Replay()(r, r.start(["noise"]), seed=0)[0].grad["noise"] for r in (run, expected))
@@ -157,7 +159,9 @@ def test_a_penalty_per_weight_by_implicit_differentiation():
         hypers=hypers,
         outer_loss_fn=F.cross_entropy,
     )
-    run = Training(problem, find_rule("sgd"), 400, grains={"l2": "element"}, given={"lr": 0.5})
+    run = Training(
+        problem, find_rule("sgd"), 400, granularity={"l2": "element"}, values={"lr": 0.5}
+    )
     point = run.start(["l2"])
     solve = conjugate_gradient(steps=60, tol=1e-14)
     estimate, _ = Implicit(solve=solve)(run, point, seed=0)
@@ -185,7 +189,7 @@ def test_curvature_sees_the_augmented_inputs():
         outer_loss_fn=F.cross_entropy,
         augment=noised,
     )
-    run = Training(problem, find_rule("sgd"), 30, given={"lr": 0.5})
+    run = Training(problem, find_rule("sgd"), 30, values={"lr": 0.5})
     solve = conjugate_gradient(steps=60, tol=1e-14)
     found = [
         Implicit(solve=solve, curvature=c, tolerance=9.0, warm_start=True)(

@@ -12,8 +12,9 @@ from hyperdescent.inner.core.hyper import Choice, positive
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.hypergradient import hypergradient
-from hyperdescent.meta.problems.data import mix
-from hyperdescent.meta.problems.problem import Problem, loss_at, problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
+from hyperdescent.meta.problems.problem import Problem, loss_at
+from hyperdescent.meta.problems.seeding import mix
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
@@ -164,17 +165,17 @@ class TestTrainingRefusals:
         with pytest.raises(ValueError, match="no hyper 'momentun'; did you mean 'momentum'"):
             Training(made, rule, 3).start(["momentun"])
         with pytest.raises(ValueError, match="no hyper 'beta1'"):
-            Training(made, rule, 3, given={"beta1": 0.9})
+            Training(made, rule, 3, values={"beta1": 0.9})
         with pytest.raises(ValueError, match="no hyper 'beta1'"):
             Training(made, rule, 3, schedules={"beta1": find_schedule("cosine")})
-        with pytest.raises(ValueError, match="lr has no grain 'layer'"):
-            Training(made, rule, 3, grains={"lr": "layer"}).start(["lr"])
+        with pytest.raises(ValueError, match="lr has no granularity 'layer'"):
+            Training(made, rule, 3, granularity={"lr": "layer"}).start(["lr"])
 
     def test_values_that_are_illegal(self):
         with pytest.raises(ValueError, match=r"lr=-1 is outside \[0, inf\)"):
-            Training(build(), find_rule("sgd"), 3, given={"lr": -1.0})
+            Training(build(), find_rule("sgd"), 3, values={"lr": -1.0})
         with pytest.raises(ValueError, match="momentum=0 has no place on its logit scale"):
-            Training(build(), find_rule("sgd"), 3, given={"momentum": 0.0}).start(["momentum"])
+            Training(build(), find_rule("sgd"), 3, values={"momentum": 0.0}).start(["momentum"])
 
 
 class TestPurity:
@@ -421,7 +422,7 @@ class TestAccumulation:
                 outer_loss_fn=F.cross_entropy,
                 accumulate=accumulate,
             )
-            run = Training(made, find_rule("sgd"), 3, given={"lr": 0.5})
+            run = Training(made, find_rule("sgd"), 3, values={"lr": 0.5})
             estimate, _ = Replay(compile=False)(run, run.start(["l2", "lr"]), seed=0)
             grads.append({name: float(x) for name, x in estimate.grad.items()})
         assert grads[0] == pytest.approx(grads[1], rel=1e-4)
@@ -481,7 +482,7 @@ class TestDivergence:
         def far(output, target):  # Steps of infinite length.
             return loss_fn(output, target) * 1e30
 
-        run = Training(build(make, far), find_rule("sgd"), 20, given={"lr": 1e30})
+        run = Training(build(make, far), find_rule("sgd"), 20, values={"lr": 1e30})
         assert run.run(run.resolve({}), 0) is None
         assert run.curve(run.start(["lr"]), 0)
         estimate, _ = Replay()(run, run.start(["lr"]), seed=0)

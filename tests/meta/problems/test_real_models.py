@@ -17,12 +17,12 @@ from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.implicit.implicit import Implicit
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.finite_differences import directional_difference, held_out_loss
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
-from hyperdescent.studies.problems import find_problem
+from hyperdescent.studies.problems import load_problem
 
 DOUBLE = torch.float64
 STEPS = 10
@@ -72,7 +72,7 @@ def problem(make, examples=vectors, loss_fn=mean_loss, **options):
 
 
 def training(made, rule="adamw", **options):
-    return Training(made, find_rule(rule), STEPS, given=VALUES[rule], **options)
+    return Training(made, find_rule(rule), STEPS, values=VALUES[rule], **options)
 
 
 def assert_exact(run, names, *, h=5e-4):
@@ -237,7 +237,7 @@ def test_tied_weights_are_one_parameter():
 def test_a_row_that_is_never_used_has_no_share():
     """At eps = 1e-8 as well, where its second moment is 0."""
     made = problem(Words, tokens)
-    run = Training(made, find_rule("adamw"), STEPS, given={"weight_decay": 0.0})
+    run = Training(made, find_rule("adamw"), STEPS, values={"weight_decay": 0.0})
     state = run.run(run.resolve({}), 0)
     rows, start = run.layout.unflatten(state.p)["rows.weight"], made.start(0)[0]["rows.weight"]
     assert torch.equal(rows[7], start[7]) and not (rows[:7] == start[:7]).any()
@@ -300,14 +300,15 @@ class TestAccumulation:
         assert_exact(training(made), ["l2", "lr"])
 
     @pytest.mark.parametrize(
-        ("model", "gait"), [("LayerNorm", "fast"), ("LayerNorm", "lean"), ("GPT", "lean")]
+        ("model", "graphs"),
+        [("LayerNorm", "keep"), ("LayerNorm", "recompute"), ("GPT", "recompute")],
     )
-    def test_is_the_whole_batch_where_examples_do_not_meet(self, model, gait):
+    def test_is_the_whole_batch_where_examples_do_not_meet(self, model, graphs):
         names = ["lr", "beta1", "beta2", "weight_decay"]
         found = []
         for accumulate in (1, 2, 8):
             run = training(problem(*MODELS[model], accumulate=accumulate))
-            estimate, _ = Replay(compile=False, gait=gait)(run, run.start(names), seed=0)
+            estimate, _ = Replay(compile=False, graphs=graphs)(run, run.start(names), seed=0)
             found.append([estimate.loss, *(float(estimate.grad[n]) for n in names)])
         assert found[1] == pytest.approx(found[0], rel=1e-12)
         assert found[2] == pytest.approx(found[0], rel=1e-12)
@@ -323,7 +324,7 @@ class TestAccumulation:
                 batch_size=32,
                 accumulate=accumulate,
             )
-            run = Training(made, find_rule("sgd"), 100, given={"lr": 1.0})
+            run = Training(made, find_rule("sgd"), 100, values={"lr": 1.0})
             estimate, _ = Implicit()(run, run.start(["l2"]), seed=0)
             assert estimate.ok, estimate.note.reason
             found.append(float(estimate.grad["l2"]))
@@ -386,7 +387,7 @@ class TestMixedPrecision:
 
     @pytest.mark.parametrize(("name", "cosine"), [("digits-mlp", 0.99), ("digits-cnn", 0.95)])
     def test_the_direction_of_a_schedule(self, name, cosine):
-        single = find_problem(name)
+        single = load_problem(name)
         found = []
         for made in (single, dataclasses.replace(single, autocast=torch.bfloat16)):
             run = Training(
@@ -394,7 +395,7 @@ class TestMixedPrecision:
                 find_rule("adamw"),
                 50,
                 schedules={"lr": find_schedule("piecewise:5")},
-                given={"lr": 0.01},
+                values={"lr": 0.01},
             )
             point = run.start(["lr"])
             estimate, _ = BY_AUTOGRAD(run, point, seed=0)

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse import compiled_steps as compiled
 from hyperdescent.meta.reverse.compiled_steps import Machine, machine_of
 from hyperdescent.meta.reverse.replay import Replay
@@ -34,7 +34,7 @@ DOUBLE, SINGLE = torch.float64, torch.float32
 STEPS = 6
 NAMES = ["lr", "beta1", "beta2", "eps"]
 GIVEN = {"lr": 0.03, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3}
-FAST, LEAN = {"gait": "fast"}, {"checkpoints": "all"}
+FAST, LEAN = {"graphs": "keep"}, {"checkpoints": "all"}
 
 
 def examples(count, *shape, seed=0, dtype=DOUBLE):
@@ -96,15 +96,15 @@ class Strided(Around):
 
 @pytest.fixture(scope="module")
 def of():
-    """A problem whose step is compiled in both gaits, dropout and all."""
+    """A problem whose step is compiled in both ways, dropout and all."""
 
     def net():
         layers = nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)
         return nn.Sequential(*layers).double()
 
     made, before = Strided(problem(net, 5)), compilations()
-    for gait in (LEAN, FAST):
-        assert_agrees(training(made), 1e-9, **gait)
+    for graphs in (LEAN, FAST):
+        assert_agrees(training(made), 1e-9, **graphs)
     # advance, pull; record, rewind. Were nothing counted, the tests below would say nothing.
     assert compilations() == before + 4
     return made
@@ -117,19 +117,19 @@ class TestDoublePrecision:
         yield
         assert compilations() == before
 
-    @pytest.mark.parametrize("gait", [FAST, LEAN], ids=["fast", "lean"])
-    def test_other_seeds_and_points(self, of, gait):
+    @pytest.mark.parametrize("graphs", [FAST, LEAN], ids=["fast", "lean"])
+    def test_other_seeds_and_points(self, of, graphs):
         """Masks are those that autograd draws, or no two runs would agree."""
         run = training(of)
-        first = assert_agrees(run, 1e-9, **gait)
+        first = assert_agrees(run, 1e-9, **graphs)
         point = {n: v * 0.9 for n, v in run.start(NAMES).items()}
-        other = assert_agrees(run, 1e-9, point=point, seed=1, **gait)
+        other = assert_agrees(run, 1e-9, point=point, seed=1, **graphs)
         assert other.loss != first.loss
 
-    @pytest.mark.parametrize("gait", [FAST, LEAN], ids=["fast", "lean"])
+    @pytest.mark.parametrize("graphs", [FAST, LEAN], ids=["fast", "lean"])
     @pytest.mark.parametrize("steps", [1, 4, 13])
-    def test_other_numbers_of_steps(self, of, steps, gait):
-        assert_agrees(training(of, steps), 1e-9, **gait)
+    def test_other_numbers_of_steps(self, of, steps, graphs):
+        assert_agrees(training(of, steps), 1e-9, **graphs)
 
     def test_the_machine_is_one_for_every_number_of_steps(self, of):
         def machine(steps):
@@ -262,7 +262,7 @@ def batch_norm_net(bias=False):
     return nn.Sequential(*layers).double()
 
 
-GRAINS = {"eps": "tensor"}
+GRANULARITY = {"eps": "tensor"}
 GAIT_OF = {"advance": LEAN, "pull": LEAN, "record": FAST, "rewind": FAST}
 # adam's p, m, v, then the running mean and variance.
 MEAN = 3
@@ -285,7 +285,7 @@ WRONG = {
 def traced():
     """(a problem, the traced step of its training)"""
     of = problem(batch_norm_net, 5)
-    run = training(of, grains=GRAINS)
+    run = training(of, granularity=GRANULARITY)
     values = run.resolve(run.start(NAMES)).detach().at(0)
     return of, trace(run, run.begin(values, 0), values, NAMES, 0)
 
@@ -301,7 +301,7 @@ class TestDistrust:
         monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
         monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-        return training(Around(of), grains=GRAINS)
+        return training(Around(of), granularity=GRANULARITY)
 
     def assert_by_autograd(self, found, run, why):
         expected, _ = Replay(compile=False)(run, run.start(NAMES), seed=0)
@@ -330,8 +330,8 @@ class TestDistrust:
         monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
         run = training(problem(lambda: batch_norm_net(bias=True), 5))
         spoil(monkeypatch, "advance", off(0, 1 + 1e-15))
-        for gait in (LEAN, FAST):
-            found, _ = Replay(compile=True, **gait)(run, run.start(NAMES), seed=0)
+        for graphs in (LEAN, FAST):
+            found, _ = Replay(compile=True, **graphs)(run, run.start(NAMES), seed=0)
             assert found.note.how.endswith("compiled")
 
     @pytest.mark.parametrize("part", GAIT_OF)
@@ -407,7 +407,7 @@ class TestDistrust:
                 params, buffers = self.problem.start(seed)
                 return {n: self.factor * x for n, x in params.items()}, buffers
 
-        run = training(Infinite(run.problem), grains=GRAINS)
+        run = training(Infinite(run.problem), granularity=GRANULARITY)
         spoil(monkeypatch, "pull", off(0, 1.5))
         replay, point = Replay(compile=True, **LEAN), run.start(NAMES)
         assert replay(run, point, seed=0)[0].note.outcome is Outcome.DIVERGED
@@ -424,8 +424,8 @@ class TestDistrust:
             return off(0)(out)
 
         spoil(monkeypatch, "pull", change)
-        for gait in (LEAN, LEAN, FAST):
-            found, _ = Replay(compile="auto", expect=1e9, **gait)(run, run.start(NAMES), seed=0)
+        for graphs in (LEAN, LEAN, FAST):
+            found, _ = Replay(compile="auto", expect=1e9, **graphs)(run, run.start(NAMES), seed=0)
             assert len(calls) == 1
             self.assert_by_autograd(found, run, "differs from autograd's")
 
@@ -478,7 +478,7 @@ class TestDistrust:
             return out
 
         spoil(monkeypatch, "advance", seen)
-        run = training(Uneven(run.problem), grains=GRAINS)
+        run = training(Uneven(run.problem), granularity=GRANULARITY)
         found, _ = Replay(compile="auto", expect=1e9, **LEAN)(run, run.start(NAMES), seed=0)
         assert "by autograd: a batch has shapes" in found.note.how
         assert max(alive) == STEPS - 1  # All that the traced steps made, before the last of them.
@@ -498,7 +498,7 @@ class TestDistrust:
             return off(0)(out)
 
         spoil(monkeypatch, part, seen)
-        run = training(Watched(run.problem), 20, grains=GRAINS)
+        run = training(Watched(run.problem), 20, granularity=GRANULARITY)
         with pytest.warns(UserWarning, match="differs"):
             Replay(compile=True, **GAIT_OF[part])(run, run.start(NAMES), seed=0)
         assert 0 < max(before) < 5 and max(asked) == 19

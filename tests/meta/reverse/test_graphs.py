@@ -16,7 +16,7 @@ from torch import nn
 
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.checkpointing import revolve_steps
 from hyperdescent.meta.reverse.compiled_steps import Machine
 from hyperdescent.meta.reverse.memory_budget import state_bytes
@@ -72,7 +72,7 @@ def run_of(make=dropout_net, rule="adamw", **given):
     of = problem_from_module(make, F.cross_entropy, train, valid, batch_size=10)
     schedules = {"lr": find_schedule("piecewise:3")}
     values = {"lr": 0.03, "weight_decay": 0.1, **({"eps": 1e-3} if rule == "adamw" else {})}
-    return Training(of, find_rule(rule), STEPS, schedules, given=values | given)
+    return Training(of, find_rule(rule), STEPS, schedules, values=values | given)
 
 
 def estimate_of(run, names=NAMES, *, seed=1, **options):
@@ -109,7 +109,7 @@ class TestEveryBitIsTheSame:
     @pytest.mark.parametrize("store", STORES)
     def test_from_every_plan_and_store(self, make, how, store, places):
         run = run_of(make)
-        expected = estimate_of(run, compile=how, gait="fast")
+        expected = estimate_of(run, compile=how, graphs="keep")
         for plan in PLANS:
             options = {"checkpoints": plan, "store": store_of(store, places)}
             found = estimate_of(run, compile=how, **options)
@@ -119,7 +119,7 @@ class TestEveryBitIsTheSame:
 
     def test_in_every_size_of_memory(self, make, how):
         run = run_of(make)
-        expected = estimate_of(run, compile=how, gait="fast")
+        expected = estimate_of(run, compile=how, graphs="keep")
         kept = set()
         for memory in (0, "5KiB", "10KiB", "20KiB", "50KiB", "100KiB", "200KiB", "1MiB", "1GB"):
             found = estimate_of(run, compile=how, memory=memory)
@@ -131,7 +131,7 @@ class TestEveryBitIsTheSame:
 
     def test_with_graphs_of_the_last_steps_and_states_elsewhere(self, make, how, places):
         run = run_of(make)
-        expected = estimate_of(run, compile=how, gait="fast")
+        expected = estimate_of(run, compile=how, graphs="keep")
         sizes = ("20KiB", "40KiB", "80KiB", "160KiB")
         notes = {memory: estimate_of(run, compile=how, memory=memory).note for memory in sizes}
         memory = next(m for m, note in notes.items() if note.graphs and note.states)
@@ -142,7 +142,7 @@ class TestEveryBitIsTheSame:
 
     def test_through_a_window(self, make, how):
         run = run_of(make)
-        expected = estimate_of(run, compile=how, gait="fast", window=5)
+        expected = estimate_of(run, compile=how, graphs="keep", window=5)
         for plan in PLANS:
             found = estimate_of(run, compile=how, checkpoints=plan, window=5)
             assert_same(found, expected, plan)
@@ -153,7 +153,7 @@ class TestEveryBitIsTheSame:
         run = run_of(make)
         free = estimate_of(run, compile=how)
         clip = float(free.note.adjoint.median())
-        expected = estimate_of(run, compile=how, gait="fast", clip=clip)
+        expected = estimate_of(run, compile=how, graphs="keep", clip=clip)
         assert not torch.equal(expected.grad["beta1"], free.grad["beta1"])
         for plan in PLANS:
             found = estimate_of(run, compile=how, checkpoints=plan, clip=clip)
@@ -215,37 +215,37 @@ class TestTheNote:
         run = run_of()
         state = state_bytes(run.begin(run.resolve({}).at(0), 1))
         for memory in (state, int(2.5 * state), 4 * state, STEPS * state - 1, 3 * STEPS * state):
-            note = estimate_of(run, compile=how, memory=memory, gait="lean").note
+            note = estimate_of(run, compile=how, memory=memory, graphs="recompute").note
             assert note.graphs == 0 and note.states == min(STEPS, memory // state)
 
     def test_how_says_what_was_kept(self, how):
         run, by = run_of(), "compiled" if how else "by autograd"
         said = [
             estimate_of(run, compile=how, **options).note.how
-            for options in ({"gait": "fast"}, {"checkpoints": "every:3"}, {"memory": 0})
+            for options in ({"graphs": "keep"}, {"checkpoints": "every:3"}, {"memory": 0})
         ]
         assert said == [
             f"fast: all 11 graphs kept, {by}",
-            f"lean: checkpoints every:3, {by}",
-            f"lean: 1 of 11 states kept by revolve, {by}",
+            f"checkpoints every:3, {by}",
+            f"1 of 11 states kept by revolve, {by}",
         ]
 
 
 class TestFilesAreGone:
     """Wherever a metagradient ends before it is through."""
 
-    def ends(self, places, of=F.cross_entropy, outer=None, *, given=(), compile=False):
+    def ends(self, places, of=F.cross_entropy, outer=None, *, values=(), compile=False):
         train, valid = examples(40, 5), examples(30, 5, seed=1)
         make = lambda: nn.Linear(5, 3).double()  # noqa: E731  # one use
         problem = problem_from_module(make, of, train, valid, batch_size=10, outer_loss_fn=outer)
-        run = Training(problem, find_rule("sgd"), 120, given=dict(given))
+        run = Training(problem, find_rule("sgd"), 120, values=dict(values))
         options = {"checkpoints": "all", "store": places["folder"], "compile": compile}
         estimate, _ = Replay(**options)(run, run.start(["lr"]), seed=0)
         return estimate, [*places["folder"].iterdir()]
 
     def test_at_a_training_that_diverges(self, places):
         squares = lambda output, target: output.square().mean()  # noqa: E731  # one use
-        estimate, left = self.ends(places, squares, given={"lr": 1e9})
+        estimate, left = self.ends(places, squares, values={"lr": 1e9})
         assert estimate.note.outcome is Outcome.DIVERGED and not left
 
     def test_at_a_held_out_loss_without_a_graph(self, places):
@@ -383,7 +383,7 @@ def heavy_ball(steps, lr, momentum, clip=float("inf"), window=None):
 
 
 def parabola(steps, lr, momentum):
-    return Training(Parabola(), find_rule("sgd"), steps, given={"lr": lr, "momentum": momentum})
+    return Training(Parabola(), find_rule("sgd"), steps, values={"lr": lr, "momentum": momentum})
 
 
 class TestClip:
@@ -394,7 +394,7 @@ class TestClip:
         self, how, lr, momentum, clip, window
     ):
         run = parabola(12, lr, momentum)
-        for options in ({"gait": "fast"}, {"checkpoints": "revolve:2"}):
+        for options in ({"graphs": "keep"}, {"checkpoints": "revolve:2"}):
             options |= {"clip": clip, "window": window, "compile": how}
             names = ["lr", "momentum"] if momentum else ["lr"]
             found = estimate_of(run, names, **options)
@@ -409,8 +409,10 @@ class TestClip:
     def test_a_large_one_changes_no_bit(self, make, how, clip):
         run = run_of(make)
         free = estimate_of(run, compile=how)
-        for gait in ("fast", "lean"):
-            assert_same(estimate_of(run, compile=how, clip=clip, gait=gait), free, (clip, gait))
+        for graphs in ("keep", "recompute"):
+            assert_same(
+                estimate_of(run, compile=how, clip=clip, graphs=graphs), free, (clip, graphs)
+            )
 
     def test_an_adjoint_of_nothing_is_left_as_it_is(self, how):
         """Where the held-out loss is at its least there is no direction to keep."""
@@ -441,7 +443,9 @@ class TestBlowsUp:
 
     @pytest.mark.parametrize("rule", ["agnes", "stochasticnesterov", "schedulefreesgd", "ldog"])
     def test_beside_the_weights_to_use_where_gradients_are_taken_at_others(self, rule, how):
-        run = replace(run_of(), rule=find_rule(rule), given={"lr": 0.1}, schedules={}, grains={})
+        run = replace(
+            run_of(), rule=find_rule(rule), values={"lr": 0.1}, schedules={}, granularity={}
+        )
         resolved = run.resolve({})
         state, values = run.run(resolved, 1), resolved.at(run.steps - 1)
         used = run.layout.flatten(run.params(state, values)).requires_grad_()
@@ -464,8 +468,8 @@ class TestBlowsUp:
 
 FOLDER = Path("/no/such/folder")
 BAD = {
-    "gait": ("quick", r"gait='quick' is none of 'auto', 'fast' and 'lean'"),
-    "no gait": (None, r"gait=None is none of 'auto', 'fast' and 'lean'"),
+    "graphs": ("quick", r"graphs='quick' is none of 'auto', 'keep' and 'recompute'"),
+    "no graphs": (None, r"graphs=None is none of 'auto', 'keep' and 'recompute'"),
     "memory": ("lots", r"memory='lots' is not a size; .* such as '2GiB'"),
     "negative memory": (-1, r"memory=-1 is below 0 bytes; give a size such as '2GiB'"),
     "checkpoints": ("evry:3", r"no plan 'evry:3'; did you mean 'every:N'\?.* number of states"),
@@ -481,7 +485,7 @@ BAD = {
     "clip": (-1.0, r"clip=-1.0 must be a number, at least 0, or None for none"),
     "clip of nothing": (float("nan"), r"clip=nan must be a number, at least 0, or None for none"),
 }
-ARGUMENTS = ("gait", "memory", "checkpoint", "store", "compile", "window", "clip", "expect")
+ARGUMENTS = ("graphs", "memory", "checkpoint", "store", "compile", "window", "clip", "expect")
 
 
 def argument_of(label):

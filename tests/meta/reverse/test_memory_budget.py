@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hyperdescent.inner.registry import find_rule
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse import memory_budget as memory
 from hyperdescent.meta.reverse.checkpointing import revolve_steps
 from hyperdescent.meta.reverse.memory_budget import bytes_of, comfortable, state_bytes
@@ -158,9 +158,9 @@ class TestWhatReplayTakes:
         # But for the sweep there, the last step of which is left to the way back.
         assert note.recomputed == revolve_steps(self.STEPS, note.states) - (self.STEPS - 1)
 
-    @pytest.mark.parametrize("gait", ["auto", "lean"])
-    def test_all_states_where_they_just_fit(self, run, gait):
-        note = self.note(run, memory=self.STEPS * self.state_bytes(run), gait=gait)
+    @pytest.mark.parametrize("graphs", ["auto", "recompute"])
+    def test_all_states_where_they_just_fit(self, run, graphs):
+        note = self.note(run, memory=self.STEPS * self.state_bytes(run), graphs=graphs)
         assert (note.graphs, note.states, note.recomputed) == (0, self.STEPS, 0)
 
     def test_graphs_in_what_is_left_over(self, run):
@@ -169,18 +169,18 @@ class TestWhatReplayTakes:
         assert len({*kept}) > 5
 
     def test_the_lean_gait_keeps_no_graph_in_any_memory(self, run):
-        note = self.note(run, memory="1GiB", gait="lean")
+        note = self.note(run, memory="1GiB", graphs="recompute")
         assert (note.graphs, note.states, note.recomputed) == (0, self.STEPS, 0)
 
     def test_the_fast_gait_keeps_all_graphs_in_any_memory(self, run, monkeypatch):
         monkeypatch.setattr(memory, "available", lambda: 0)
-        note = self.note(run, gait="fast")
+        note = self.note(run, graphs="keep")
         assert (note.graphs, note.states, note.recomputed) == (self.STEPS, 0, 0)
 
     @pytest.mark.parametrize("other", [{"memory": "1GiB"}, {"checkpoints": 3}])
     def test_the_fast_gait_beside_a_budget_is_refused(self, other):
-        with pytest.raises(ValueError, match="gait='fast' keeps every graph, whatever memory="):
-            Replay(gait="fast", **other)
+        with pytest.raises(ValueError, match="graphs='keep' keeps every graph, whatever memory="):
+            Replay(graphs="keep", **other)
 
     @pytest.mark.parametrize("store", ["disk", "folder"])
     def test_unasked_as_many_states_as_the_disk_takes(self, run, monkeypatch, tmp_path, store):

@@ -21,7 +21,8 @@ from torch import nn
 from hyperdescent.inner.core.hyper import fraction, positive
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import SCHEDULES, find_schedule
-from hyperdescent.meta.problems.problem import _draw, loss_at, problem_from_module
+from hyperdescent.meta.problems.module_problem import _draw, problem_from_module
+from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.finite_differences import directional_difference, held_out_loss
 from hyperdescent.meta.training.outcome import Outcome
@@ -127,7 +128,7 @@ class TestEveryRule:
 
     def test_dead_inputs_stay_finite(self, rule):
         # At the default eps and wd, where a weight without a gradient has second moment 0.
-        run = Training(problem(dead=2), rule, STEPS, given={"lr": 0.01})
+        run = Training(problem(dead=2), rule, STEPS, values={"lr": 0.01})
         point = {name: v for name, v in run.defaults().items() if name in rule.hypers}
         estimate, _ = Replay()(run, point, seed=0)
         assert estimate.ok, estimate.note.reason
@@ -181,7 +182,7 @@ class HeldOutToo:
 @pytest.mark.parametrize("spec", ["constant", "cosine"])
 def test_exact_where_a_hyper_also_enters_the_held_out_loss(spec):
     of = HeldOutToo(penalized())
-    assert_exact(training(of=of, given={"l2": 0.3}), ["l2", "lr"])
+    assert_exact(training(of=of, values={"l2": 0.3}), ["l2", "lr"])
     assert_exact(scheduled("l2", spec, of=of), ["l2"])
 
 
@@ -209,7 +210,7 @@ def scheduled(name, spec, rule="adamw", of=None, **options):
     options["schedules"] = {name: find_schedule(spec)}
     run = training(rule, of, **options)
     own = {f"{name}.{knob}": KNOBS[knob] for knob in KNOBS if f"{name}.{knob}" in run.hypers}
-    return training(rule, of, given=own, **options)
+    return training(rule, of, values=own, **options)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -252,29 +253,31 @@ class TestMemory:
 
 class TestGrains:
     @pytest.mark.parametrize("rule", ["adamw", "alphagrad", "adagrad"])
-    @pytest.mark.parametrize("grain", ["tensor", "element"])
-    def test_exact(self, rule, grain):
+    @pytest.mark.parametrize("granularity", ["tensor", "element"])
+    def test_exact(self, rule, granularity):
         names = [
             n
             for n in ("lr", "beta2", "alpha", "initial_accumulator_value")
             if n in find_rule(rule).hypers
         ]
-        assert_exact(training(rule, grains=dict.fromkeys(names, grain)), names)
+        assert_exact(training(rule, granularity=dict.fromkeys(names, granularity)), names)
 
     def test_a_per_tensor_schedule_is_exact(self):
-        run = training("adamw", schedules={"lr": find_schedule("cosine")}, grains={"lr": "tensor"})
+        run = training(
+            "adamw", schedules={"lr": find_schedule("cosine")}, granularity={"lr": "tensor"}
+        )
         assert_exact(run, ["lr.peak"])
 
-    @pytest.mark.parametrize("grain", ["shared", "tensor", "element"])
+    @pytest.mark.parametrize("granularity", ["shared", "tensor", "element"])
     @pytest.mark.parametrize("spec", SPECS)
     @pytest.mark.parametrize("name", ["lr", "alpha"])
-    def test_starts_with_every_schedule(self, name, spec, grain):
+    def test_starts_with_every_schedule(self, name, spec, granularity):
         run = Training(
             problem(),
             find_rule("alphagrad"),
             STEPS,
             schedules={name: find_schedule(spec)},
-            grains={name: grain},
+            granularity={name: granularity},
         )
         point = run.start([name])
         assert {n: v.shape for n, v in point.items()} == {n: run.hypers[n].shape for n in point}
@@ -283,7 +286,7 @@ class TestGrains:
         assert estimate.ok, estimate.note.reason
 
     def test_exact_in_all_knobs_of_a_per_tensor_schedule(self):
-        run = scheduled("lr", "cosine", grains={"lr": "tensor"})
+        run = scheduled("lr", "cosine", granularity={"lr": "tensor"})
         assert_exact(run, ["lr"])
 
     def test_a_given_value_is_for_the_knobs_in_its_unit(self):
@@ -291,7 +294,7 @@ class TestGrains:
         run = training(
             of=penalized(),
             schedules={"smoothing": find_schedule("linear_warmup")},
-            given={"smoothing": 0.4},
+            values={"smoothing": 0.4},
         )
         start = run.start(["smoothing"])
         assert float(start["smoothing.peak"]) == 0.4
@@ -299,13 +302,15 @@ class TestGrains:
 
     @pytest.mark.parametrize("spec", ["constant", "piecewise:3", "free"])
     def test_a_given_value_is_for_all_knots(self, spec):
-        run = training(schedules={"lr": find_schedule(spec)}, given={"lr": 0.4})
+        run = training(schedules={"lr": find_schedule(spec)}, values={"lr": 0.4})
         assert all(bool((knob == 0.4).all()) for knob in run.start(["lr"]).values())
 
-    @pytest.mark.parametrize("grain", ["tensor", "element"])
-    def test_equal_values_give_the_shared_gradient(self, grain):
+    @pytest.mark.parametrize("granularity", ["tensor", "element"])
+    def test_equal_values_give_the_shared_gradient(self, granularity):
         shared, _ = Replay()(run := training(), run.start(["lr"]), seed=0)
-        split, _ = Replay()(run := training(grains={"lr": grain}), run.start(["lr"]), seed=0)
+        split, _ = Replay()(
+            run := training(granularity={"lr": granularity}), run.start(["lr"]), seed=0
+        )
         assert split.loss == pytest.approx(shared.loss, rel=1e-13)
         assert split.grad["lr"].shape == run.hypers["lr"].shape
         assert float(split.grad["lr"].sum()) == pytest.approx(float(shared.grad["lr"]), rel=1e-11)
@@ -380,7 +385,7 @@ class TestOutcomes:
         def squares(output, target):
             return (output - F.one_hot(target, 3)).square().mean()
 
-        run = Training(problem(loss_fn=squares), find_rule("sgd"), 200, given={"lr": 1e3})
+        run = Training(problem(loss_fn=squares), find_rule("sgd"), 200, values={"lr": 1e3})
         estimate, _ = Replay()(run, run.start(["lr"]), seed=0)
         assert estimate.note.outcome is Outcome.DIVERGED
         assert estimate.loss == float("inf") and estimate.grad == {}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from toys import Toy, descent, following, vector
 
+from hyperdescent.meta.estimators import METHODS
 from hyperdescent.meta.hypergradient import hypergradient
-from hyperdescent.meta.methods import METHODS
 from hyperdescent.meta.reverse.replay import Replay
 
 SCALE, RATE, STEPS = vector(1.0, 0.5), 0.1, 100
@@ -33,7 +33,7 @@ def test_the_error_is_the_part_of_the_steps_left_out(window):
 
 def test_only_the_states_of_the_window_are_kept():
     run, point = descent(quadratic(), STEPS, RATE), {"x": vector(1.0, 2.0)}
-    cut, _ = Replay(window=7, gait="lean")(run, point, seed=0)
+    cut, _ = Replay(window=7, graphs="recompute")(run, point, seed=0)
     assert cut.note.states == 7 and cut.note.recomputed == 0
 
 

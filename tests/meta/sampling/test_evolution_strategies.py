@@ -13,7 +13,7 @@ from toys import DOUBLE, Toy, descent, following, vector
 from hyperdescent.inner.core.hyper import Hyper
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.hypergradient import hypergradient
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.sampling.evolution_strategies import ES, PES
 from hyperdescent.meta.training.outcome import Outcome
@@ -119,7 +119,7 @@ def errors(output, target):
 
 
 def net_run(**options):
-    return Training(classifier(**options), find_rule("adam"), 12, given={"lr": 0.05})
+    return Training(classifier(**options), find_rule("adam"), 12, values={"lr": 0.05})
 
 
 class TestDirectDependence:

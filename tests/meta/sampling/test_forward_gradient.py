@@ -11,7 +11,7 @@ from toys import DOUBLE, Toy, descent, following
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.forward.forward import Forward
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.sampling.control_variate import Guess, Past
 from hyperdescent.meta.sampling.evolution_strategies import ES
@@ -30,7 +30,7 @@ def run():
     problem = problem_from_module(mlp, F.cross_entropy, train, valid, batch_size=8)
     given = {name: VALUES[name] for name in ("beta1", "beta2", "eps")}
     schedules = {"lr": find_schedule(f"piecewise:{SIZE - 1}")}
-    return Training(problem, find_rule("adam"), STEPS, schedules, given=given | {"lr": 0.03})
+    return Training(problem, find_rule("adam"), STEPS, schedules, values=given | {"lr": 0.03})
 
 
 def exact(run, point):

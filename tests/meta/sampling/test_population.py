@@ -11,15 +11,15 @@ from torch._dynamo.utils import counters
 
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
-from hyperdescent.meta.problems.data import mix
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
+from hyperdescent.meta.problems.seeding import mix
 from hyperdescent.meta.reverse.compiled_steps import Machine
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.sampling.population import Many, Population, losses, metagradients
 from hyperdescent.meta.training.finite_differences import held_out_loss
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
-from hyperdescent.studies.problems import find_problem
+from hyperdescent.studies.problems import load_problem
 
 STEPS, SEEDS = 8, (3, 4, 3)
 
@@ -39,7 +39,7 @@ def problem(make=mlp, loss_fn=F.cross_entropy):
 
 def training(rule="adamw", of=None, **options):
     given = {"lr": 0.03, "eps": 1e-3}
-    return Training(of or problem(), find_rule(rule), STEPS, given=given, **options)
+    return Training(of or problem(), find_rule(rule), STEPS, values=given, **options)
 
 
 def points_of(run, learn):
@@ -54,10 +54,10 @@ RUNS = {
     "alphagrad": (lambda: training("alphagrad"), ["lr", "alpha"]),
     "readout": (lambda: training("ldog"), ["lr", "reps_rel"]),
     "slots": (lambda: training("adagrad"), ["lr", "initial_accumulator_value"]),
-    "grains": (
+    "granularity": (
         lambda: training(
             schedules={"lr": find_schedule("piecewise:3")},
-            grains={"lr": "tensor", "beta1": "element"},
+            granularity={"lr": "tensor", "beta1": "element"},
         ),
         ["lr", "beta1"],
     ),
@@ -238,7 +238,7 @@ def test_counts_that_do_not_match_are_named(seeds):
 def test_vmap_knows_every_operation_of_a_step():
     """One that it does not, it does for each training in turn, and tells of it on stderr."""
     # Its penalty of one tensor leaves a fill in the graph.
-    run = Training(find_problem("breast-cancer-logistic"), find_rule("sgd"), 3)
+    run = Training(load_problem("breast-cancer-logistic"), find_rule("sgd"), 3)
     many = Many(run, [run.start(["l2"])] * 2, [0, 1], compile=False)
     operations = {str(n.target) for n in many.machine.graph.joint.graph.nodes}
     assert "aten.full_like.default" in operations

@@ -21,7 +21,7 @@ from hyperdescent.inner.core.hyper import Choice, fraction, learning_rate, posit
 from hyperdescent.inner.core.rule import rule
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse import compiled_steps as compiled
 from hyperdescent.meta.reverse.compiled_steps import Machine
 from hyperdescent.meta.reverse.replay import Replay
@@ -33,7 +33,7 @@ DOUBLE = torch.float64
 aten = torch.ops.aten
 STEPS = 5
 CLOSE = 1e-12
-GAITS = ("fast", "lean")
+GRAPHS = ("keep", "recompute")
 
 
 @pytest.fixture(autouse=True)
@@ -72,20 +72,20 @@ def assert_close(found, expected, what):
 
 
 def assert_traced(run, names, *, seed=0):
-    """Both gaits of the traced step give what autograd gives."""
+    """Both ways of the traced step give what autograd gives."""
     point = run.start(names)
     expected, _ = Replay(compile=False)(run, point, seed=seed)
     assert expected.ok, expected.note.reason
-    for gait in GAITS:
-        estimate, _ = Replay(compile=True, gait=gait)(run, point, seed=seed)
+    for graphs in GRAPHS:
+        estimate, _ = Replay(compile=True, graphs=graphs)(run, point, seed=seed)
         assert "autograd" not in estimate.note.how and "compiled" in estimate.note.how
         assert estimate.loss == pytest.approx(expected.loss, rel=CLOSE)
         assert [*estimate.grad] == [*expected.grad]
         for name, value in expected.grad.items():
             assert estimate.grad[name].shape == value.shape
-            assert_close(estimate.grad[name], value, f"{gait}, {name}")
+            assert_close(estimate.grad[name], value, f"{graphs}, {name}")
         assert estimate.note.adjoint.shape == (run.steps + 1,)
-        assert_close(estimate.note.adjoint, expected.note.adjoint, f"{gait}, adjoint")
+        assert_close(estimate.note.adjoint, expected.note.adjoint, f"{graphs}, adjoint")
 
 
 @pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=lambda rule: rule.name)
@@ -261,7 +261,7 @@ class HeldOutToo(Around):
 
 class TestHypers:
     @pytest.mark.parametrize(
-        ("rule", "grain", "names"),
+        ("rule", "granularity", "names"),
         [
             ("adamw", "tensor", ["lr", "beta2", "eps"]),
             ("nadam", "element", ["lr", "momentum_decay"]),
@@ -269,19 +269,21 @@ class TestHypers:
             ("adagrad", "element", ["initial_accumulator_value", "lr"]),
         ],
     )
-    def test_every_grain(self, rule, grain, names):
+    def test_every_grain(self, rule, granularity, names):
         # weight_decay beside them is one number.
-        run = training(rule, grains=dict.fromkeys(names, grain))
+        run = training(rule, granularity=dict.fromkeys(names, granularity))
         assert_traced(run, [*names, "weight_decay"])
 
     @pytest.mark.parametrize(
-        ("spec", "grains"),
+        ("spec", "granularity"),
         [("cosine", {}), ("cosine", {"lr": "tensor"}), ("piecewise:3", {"lr": "element"})],
         ids=["shared", "tensor", "element"],
     )
-    def test_schedules(self, spec, grains):
+    def test_schedules(self, spec, granularity):
         schedules = {"lr": find_schedule(spec), "beta1": find_schedule("piecewise:2")}
-        assert_traced(training(schedules=schedules, grains=grains), ["lr", "beta1", "beta2"])
+        assert_traced(
+            training(schedules=schedules, granularity=granularity), ["lr", "beta1", "beta2"]
+        )
 
     @pytest.mark.parametrize("schedules", [{}, {"smoothing": find_schedule("linear_warmup")}])
     def test_of_the_loss(self, schedules):
@@ -289,7 +291,7 @@ class TestHypers:
         assert_traced(run, ["smoothing", "l2", "lr"])
 
     def test_that_also_enter_the_held_out_loss(self):
-        assert_traced(training(of=HeldOutToo(penalized()), given={"l2": 0.3}), ["l2", "lr"])
+        assert_traced(training(of=HeldOutToo(penalized()), values={"l2": 0.3}), ["l2", "lr"])
 
     def test_that_move_nothing(self):
         run = training(of=penalized(loss_fn=shifted))
@@ -584,9 +586,9 @@ class TestOutcomes:
         def squares(output, target):
             return (output - F.one_hot(target, 3)).square().mean()
 
-        run = training("sgd", problem(loss_fn=squares), steps=200, given={"lr": 1e3})
-        for gait in GAITS:
-            estimate, _ = Replay(compile=True, gait=gait)(run, run.start(["lr"]), seed=0)
+        run = training("sgd", problem(loss_fn=squares), steps=200, values={"lr": 1e3})
+        for graphs in GRAPHS:
+            estimate, _ = Replay(compile=True, graphs=graphs)(run, run.start(["lr"]), seed=0)
             assert estimate.note.outcome is Outcome.DIVERGED and estimate.grad == {}
             assert estimate.loss == float("inf")
 
@@ -598,8 +600,8 @@ class TestOutcomes:
         run = training("sgd", problem(loss_fn=kinked, outer_loss_fn=F.cross_entropy))
         expected, _ = Replay(compile=False)(run, run.start(["lr"]), seed=0)
         assert expected.note.outcome is Outcome.DIVERGED and "not finite" in expected.note.reason
-        for gait in GAITS:
-            estimate, _ = Replay(compile=True, gait=gait)(run, run.start(["lr"]), seed=0)
+        for graphs in GRAPHS:
+            estimate, _ = Replay(compile=True, graphs=graphs)(run, run.start(["lr"]), seed=0)
             assert estimate.note.outcome is Outcome.DIVERGED and estimate.grad == {}
 
     def test_an_adjoint_beyond_single_precision_has_diverged(self):
@@ -611,10 +613,10 @@ class TestOutcomes:
 
         of = problem(lambda: mlp().float(), data=single)
         given = {"lr": 30.0, "momentum": 0.0, "weight_decay": 0.0}
-        run = training("sgd", of, steps=600, given=given)
+        run = training("sgd", of, steps=600, values=given)
         expected, _ = Replay(compile=False)(run, run.start(["lr"]), seed=0)
         assert expected.note.outcome is Outcome.DIVERGED and expected.loss < 1e3
-        estimate, _ = Replay(compile=True, gait="lean")(run, run.start(["lr"]), seed=0)
+        estimate, _ = Replay(compile=True, graphs="recompute")(run, run.start(["lr"]), seed=0)
         assert estimate.note.outcome is Outcome.DIVERGED
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hyperdescent.inner.registry import find_rule
-from hyperdescent.meta.problems.problem import problem_from_module
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.tracing import cost_model as price
 from hyperdescent.meta.tracing.fx_graph import aten, retraced
@@ -161,7 +161,7 @@ class TestPrice:
         monkeypatch.setattr(price, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
         values = run.resolve({}).at(0)
         assert price._step(run, state, values, 0) == price._step(run, state, values, 0) == 1.0
-        nesterov = replace(run, rule=run.rule.choose(nesterov=True), given={"momentum": 0.9})
+        nesterov = replace(run, rule=run.rule.choose(nesterov=True), values={"momentum": 0.9})
         values = nesterov.resolve({}).at(0)
         assert price._step(nesterov, state, values, 0) == 2.0
 

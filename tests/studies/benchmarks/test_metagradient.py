@@ -99,14 +99,14 @@ class TestResult:
 
 
 def test_a_large_workload_is_run_once_and_says_what_it_kept(quick, monkeypatch):
-    lean = {"lean": partial(Replay, compile=False, gait="lean", checkpoints=2)}
+    lean = {"lean": partial(Replay, compile=False, graphs="recompute", checkpoints=2)}
     monkeypatch.setattr(bench, "LARGE", lean)
     monkeypatch.setattr(bench_report, "LARGE", lean)
     (result,) = bench_metagradient([replace(TINY, large=True, judged=0)], repeats=3)
     (row,) = result.rows
     assert len(result.seconds) == len(row.ratios) == 1 and min(row.ratios) > 0
     assert not result.truth and not row.slopes and row.mib >= 0
-    assert bench_report.remarks(result) == ["tiny, lean: lean: checkpoints 2, by autograd"]
+    assert bench_report.remarks(result) == ["tiny, lean: checkpoints 2, by autograd"]
     text = bench_report.section(result, "the command")
     assert "finite differences" not in text and "Errors" not in text
 
@@ -140,7 +140,7 @@ def test_gpt2_has_its_weights():
 def test_finite_differences_are_as_good_as_they_say():
     found = bench.finite_differences(TINY)
     problem = TINY.problem(torch.float64)
-    training = Training(problem, find_rule("sgd"), TINY.steps, given=TINY.values)
+    training = Training(problem, find_rule("sgd"), TINY.steps, values=TINY.values)
     estimate, _ = Replay()(training, training.start(TINY.values), None, seed=SEED)
     for name, (slope, doubt) in found.items():
         assert abs(slope / float(estimate.grad[name]) - 1) < doubt < 1e-6
@@ -215,7 +215,7 @@ RESULT = Result(
         Row("fast", [2.0, 3.0, 2.5], 100.4, {"lr": 2.0, "beta1": -4.0004}),
         Row("one", [1.0, 1.0, 1.0], 9.96, {"lr": math.nan}),
         Row("two", left_out="it would take 99 GiB"),
-        Row("three", [1.5], how="lean: 3 states kept, by autograd: it is wrong"),
+        Row("three", [1.5], how="3 states kept, by autograd: it is wrong"),
     ],
 )
 

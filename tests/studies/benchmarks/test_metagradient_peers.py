@@ -45,7 +45,7 @@ CNN = small("w3", partial(convolutions, 4))
 
 
 def exact(workload, problem):
-    training = Training(problem, find_rule(workload.rule), STEPS, given=workload.values)
+    training = Training(problem, find_rule(workload.rule), STEPS, values=workload.values)
     estimate, _ = Replay()(training, training.start(workload.values), None, seed=SEED)
     return estimate
 

@@ -10,14 +10,14 @@ import torch
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.studies.engine.executors import Failure, OnRay, Serial
 from hyperdescent.studies.engine.record import read
-from hyperdescent.studies.engine.run import cells_of, run, train_cell
+from hyperdescent.studies.engine.run import cells_of, run_study, train_cell
 from hyperdescent.studies.engine.study import Study
 
 # A problem of a user's own module; its training raises for seed 1 and ends the process for seed 2.
 FRAGILE = textwrap.dedent(
     """
     import os
-    from hyperdescent.studies.problems import find_problem
+    from hyperdescent.studies.problems import load_problem
 
     class Fragile:
         def __init__(self, problem):
@@ -32,7 +32,7 @@ FRAGILE = textwrap.dedent(
             return self.problem.batch(step, seed)
 
     def make():
-        return Fragile(find_problem("wine-mlp"))
+        return Fragile(load_problem("wine-mlp"))
     """
 )
 
@@ -80,7 +80,7 @@ def on_ray(tmp_path_factory):
 
 class TestOnRay:
     def test_records_are_those_of_serial(self, on_ray):
-        serial, parallel = run(study(), Serial()), run(study(), on_ray)
+        serial, parallel = run_study(study(), Serial()), run_study(study(), on_ray)
         assert numbers(serial) == numbers(parallel)
         assert len(serial) == 2 * 3 * 2 and serial.missing == 0
         outcomes = {r.inputs["arm"]["name"]: r.outcome for r in serial}
@@ -88,15 +88,15 @@ class TestOnRay:
         assert all(r.provenance["threads"] == 1 for r in (*serial, *parallel))
 
     def test_a_cell_that_raises_leaves_its_error_and_the_others(self, on_ray, tmp_path):
-        serial = run(fragile(0, 1, 3), Serial(), out=tmp_path / "serial.jsonl")
-        parallel = run(fragile(0, 1, 3), on_ray, out=tmp_path / "ray.jsonl")
+        serial = run_study(fragile(0, 1, 3), Serial(), out=tmp_path / "serial.jsonl")
+        parallel = run_study(fragile(0, 1, 3), on_ray, out=tmp_path / "ray.jsonl")
         assert numbers(serial) == numbers(parallel)
         assert [r.outcome for r in serial] == ["ok", None, "ok"]
         assert "RuntimeError: seed 1 is fragile (fragile.py:" in serial.records[1].error
         assert len(read(tmp_path / "ray.jsonl")) == 3
 
     def test_a_process_that_dies_is_a_failed_cell(self, on_ray):
-        records = run(fragile(2, 3), on_ray).records
+        records = run_study(fragile(2, 3), on_ray).records
         assert [r.outcome for r in records] == [None, "ok"]
         assert "WorkerCrashedError" in records[0].error
 

@@ -8,7 +8,7 @@ import pytest
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.studies.engine.executors import Serial
 from hyperdescent.studies.engine.record import Record, read
-from hyperdescent.studies.engine.run import cells_of, run
+from hyperdescent.studies.engine.run import cells_of, run_study
 from hyperdescent.studies.engine.study import Arm, Study, read_study, study_from_yaml
 
 TEXT = """
@@ -97,11 +97,11 @@ class TestRun:
     def test_cells_are_problems_then_arms_then_seeds(self):
         order = [(c.problem.label, c.arm.name, c.seed) for c in cells_of(STUDY)]
         assert order[:4] == [("wine-mlp", arm, s) for arm in ("adam", "knots") for s in (0, 1)]
-        records = run(STUDY)
+        records = run_study(STUDY)
         assert [r.inputs for r in records] == [c.inputs for c in cells_of(STUDY)]
 
     def test_a_record_holds_numbers_for_valid_and_test(self, tmp_path):
-        (record, *_) = run(STUDY, out=tmp_path / "new" / "out.jsonl")
+        (record, *_) = run_study(STUDY, out=tmp_path / "new" / "out.jsonl")
         assert set(record.measures) == {"valid", "test"}
         assert set(record.measures["test"]) == {"loss", "accuracy"}
         assert record.outcome is Outcome.OK and record.seconds > 0 and record.tuned is None
@@ -109,7 +109,7 @@ class TestRun:
 
     def test_divergence_is_an_outcome_and_null_in_json(self, tmp_path):
         wild = {"rule": "sgd", "values": {"lr": 1e30}}
-        run(
+        run_study(
             STUDY.model_copy(update={"arms": (STUDY.arms[0].model_validate(wild),)}),
             out=tmp_path / "o",
         )
@@ -120,24 +120,24 @@ class TestRun:
 
     def test_a_second_run_does_only_what_is_not_on_record(self, tmp_path):
         out, seen = tmp_path / "out.jsonl", []
-        first = run(STUDY, out=out)
+        first = run_study(STUDY, out=out)
         lines = out.read_bytes().splitlines(keepends=True)
         out.write_bytes(b"".join(lines[:5]) + lines[5][:40])
-        second = run(STUDY, out=out, progress=seen.append)
+        second = run_study(STUDY, out=out, progress=seen.append)
         assert len(seen) == 3 and second.records[:5] == first.records[:5]
-        assert run(STUDY, out=out, progress=lambda record: pytest.fail("ran again")) == second
+        assert run_study(STUDY, out=out, progress=lambda record: pytest.fail("ran again")) == second
         more = STUDY.model_copy(update={"seeds": (0, 1, 2)})
         seen.clear()
-        run(more, out=out, progress=seen.append)
+        run_study(more, out=out, progress=seen.append)
         assert {r.inputs["seed"] for r in seen} == {2}
 
     def test_a_failed_cell_is_tried_again(self, tmp_path, monkeypatch):
         out = tmp_path / "out.jsonl"
         monkeypatch.setattr("hyperdescent.studies.engine.run.train_cell", lambda cell: 1 / 0)
-        broken = run(STUDY, out=out)
+        broken = run_study(STUDY, out=out)
         assert all(r.outcome is None and r.error.startswith("ZeroDivisionError") for r in broken)
         monkeypatch.undo()
-        assert all(r.outcome is Outcome.OK for r in run(STUDY, out=out))
+        assert all(r.outcome is Outcome.OK for r in run_study(STUDY, out=out))
 
     def test_an_interrupt_keeps_what_finished(self, tmp_path):
         seen = []
@@ -147,7 +147,7 @@ class TestRun:
             if len(seen) == 3:
                 raise KeyboardInterrupt
 
-        records = run(STUDY, out=tmp_path / "out.jsonl", progress=interrupt)
+        records = run_study(STUDY, out=tmp_path / "out.jsonl", progress=interrupt)
         assert len(records) == 3 and records.missing == 5
         assert read(tmp_path / "out.jsonl") == list(records)
 
@@ -171,27 +171,27 @@ class TestRun:
         arm = STUDY.arms[1].model_copy(update={**plain, **changes})
         study = STUDY.model_copy(update={"arms": (STUDY.arms[0], arm)})
         with pytest.raises(ValueError, match=message):
-            run(study, progress=lambda record: pytest.fail("something ran"))
+            run_study(study, progress=lambda record: pytest.fail("something ran"))
 
     def test_a_second_run_on_a_folder_in_use_is_refused(self, tmp_path):
         out, refused = tmp_path / "out.jsonl", []
 
         def again(record):
             with pytest.raises(BlockingIOError, match="in use by another run"):
-                run(STUDY, out=out)
+                run_study(STUDY, out=out)
             refused.append(record)
 
-        assert list(run(STUDY, out=out, progress=again)) == refused == read(out)
+        assert list(run_study(STUDY, out=out, progress=again)) == refused == read(out)
 
     def test_two_places_to_run_are_one_too_many(self):
         with pytest.raises(ValueError, match="not both"):
-            run(STUDY, Serial(), address="local")
+            run_study(STUDY, Serial(), address="local")
 
     @pytest.mark.parametrize("learn", [["lr", "l2"], ["lr", "nesterov"]])
     def test_a_tuned_arm_trains_with_what_tune_found(self, learn):
         arm = {"rule": "sgd", "learn": learn, "budget": "1s", "values": {"momentum": 0.9}}
         study = Study(name="t", problems=["breast-cancer-logistic"], arms=[arm], steps=5)
-        (found,) = run(study)
+        (found,) = run_study(study)
         assert found.tuned.outcome is Outcome.OK
         assert {*found.tuned.hypers, *found.tuned.options} == set(learn)
         assert Record.from_line(found.line()) == found
@@ -200,24 +200,24 @@ class TestRun:
             "values": {"momentum": 0.9, **found.tuned.hypers},
             "options": found.tuned.options,
         }
-        (again,) = run(study.model_copy(update={"arms": (Arm.model_validate(given),)}))
+        (again,) = run_study(study.model_copy(update={"arms": (Arm.model_validate(given),)}))
         assert again.measures == found.measures
 
     def test_values_of_a_tuned_grain_and_schedule_are_an_arm(self, tmp_path):
         shaped = {
             "rule": "alphagrad",
             "schedules": {"alpha": "piecewise:2"},
-            "grains": {"alpha": "tensor"},
+            "granularity": {"alpha": "tensor"},
         }
         arm = {**shaped, "learn": ["alpha"], "budget": "1s", "route": "gradient"}
         study = Study(name="t", problems=["wine-mlp"], arms=[arm], steps=4)
-        (found,) = run(study)
+        (found,) = run_study(study)
         knots = found.tuned.hypers["alpha.knots"]
         assert len({len(row) for row in knots}) == 1 and len(knots[0]) > 1
         plain = Arm.model_validate({**shaped, "values": found.tuned.hypers})
         study = study.model_copy(update={"arms": (plain,)})
         assert study_from_yaml(study.to_yaml()) == study
-        (again,) = run(study, out=tmp_path / "out.jsonl")
+        (again,) = run_study(study, out=tmp_path / "out.jsonl")
         assert again.measures == found.measures
         assert read(tmp_path / "out.jsonl") == [again]
 
@@ -226,6 +226,6 @@ class TestRun:
         monkeypatch.setattr("hyperdescent.search.tune.tune", lambda *given, **named: stopped)
         arm = {"rule": "sgd", "learn": ["lr"]}
         study = Study(name="t", problems=["wine-mlp"], arms=[arm], steps=5)
-        records = run(study, out=tmp_path / "out.jsonl")
+        records = run_study(study, out=tmp_path / "out.jsonl")
         assert len(records) == 0 and records.missing == 1
         assert read(tmp_path / "out.jsonl") == []

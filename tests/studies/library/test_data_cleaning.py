@@ -11,7 +11,7 @@ from hyperdescent.meta.bilevel.bamm import BAMM
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
-from hyperdescent.scripts.show import run_study
+from hyperdescent.scripts.show import show_study
 from hyperdescent.studies.engine.record import Record, read
 from hyperdescent.studies.library import data_cleaning as cleaning
 from hyperdescent.studies.library.data_cleaning import (
@@ -59,10 +59,10 @@ def test_a_weight_that_is_never_drawn_has_no_gradient_and_equal_examples_equal_o
     x[1], y[1] = x[0], y[0]
     problem = cleaning.cleaning_problem((x.double(), y), (data.valid[0].double(), data.valid[1]))
     problem = replace(problem, make_model=lambda: cleaning._Softmax(64).double(), batch_size=20)
-    run = Training(problem, find_rule("sgd"), 10, given={"lr": 1.0})
+    run = Training(problem, find_rule("sgd"), 10, values={"lr": 1.0})
     estimate, _ = Replay()(run, run.start(["weight"]), seed=0)
     assert float(estimate.grad["weight"][0]) == float(estimate.grad["weight"][1]) != 0
-    once = Training(replace(problem, batch_size=5), find_rule("sgd"), 1, given={"lr": 1.0})
+    once = Training(replace(problem, batch_size=5), find_rule("sgd"), 1, values={"lr": 1.0})
     estimate, _ = Replay()(once, once.start(["weight"]), seed=0)
     assert int((estimate.grad["weight"] == 0).sum()) == 15
 
@@ -115,13 +115,13 @@ def test_the_study_by_name(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cleaning, "METHODS", few)
     arguments = cleaning.NAME, tmp_path, None, True
 
-    assert run_study(Path(arguments[0]), *arguments[1:]) == 0
+    assert show_study(Path(arguments[0]), *arguments[1:]) == 0
     told = capsys.readouterr().out
     for part in ("validation only", "oracle", "labels F1", "test weighted", "BAMM on digits"):
         assert part in told
     count = len(read(tmp_path / "records.jsonl"))
     assert count == len(few) + len(BASELINES)
-    assert run_study(Path(arguments[0]), *arguments[1:]) == 0
+    assert show_study(Path(arguments[0]), *arguments[1:]) == 0
     assert len(read(tmp_path / "records.jsonl")) == count
 
 
@@ -129,7 +129,7 @@ def test_a_folder_of_its_name_is_not_taken_for_a_file(small, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     Path(cleaning.NAME).mkdir()
     monkeypatch.setattr(cleaning, "METHODS", {})
-    assert run_study(Path(cleaning.NAME), Path(cleaning.NAME), None, True) == 0
+    assert show_study(Path(cleaning.NAME), Path(cleaning.NAME), None, True) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -148,4 +148,4 @@ def test_what_decides_the_numbers_is_in_the_key(monkeypatch):
 
 def test_an_unknown_name_is_told(tmp_path):
     with pytest.raises(ValueError, match="neither a file nor a study 'data-cleanin'; did you mean"):
-        run_study(Path("data-cleanin"), tmp_path, None, True)
+        show_study(Path("data-cleanin"), tmp_path, None, True)

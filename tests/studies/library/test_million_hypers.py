@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.training.outcome import Outcome
-from hyperdescent.scripts.show import run_study
+from hyperdescent.scripts.show import show_study
 from hyperdescent.studies.engine.record import Record, read
 from hyperdescent.studies.library import million_hypers as million
 from hyperdescent.studies.library.million_hypers import (
@@ -59,7 +59,7 @@ def test_the_penalty_is_half_the_weighted_square_of_every_weight():
 def test_plain_training_is_the_same_by_torch_and_here(small):
     problem = million_problem(SMALL, 0)
     ours = million.train(
-        problem, "adam", steps=30, given={"lr": SMALL.lr, "l2": torch.zeros(WEIGHTS)}
+        problem, "adam", steps=30, values={"lr": SMALL.lr, "l2": torch.zeros(WEIGHTS)}
     )
     theirs = million._by_torch(problem, 30)
     assert ours.measures["test"]["loss"] == pytest.approx(theirs.measures["test"]["loss"], rel=1e-3)
@@ -85,7 +85,7 @@ def test_divergence_is_an_outcome(small, monkeypatch):
 
 def test_the_study_by_name(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(million, "METHODS", {})
-    assert run_study(Path(million.NAME), tmp_path, None, True) == 0
+    assert show_study(Path(million.NAME), tmp_path, None, True) == 0
     told = capsys.readouterr().out
     for part in (PLAIN, GRID, "memory", "accuracy"):
         assert part in told

@@ -9,7 +9,7 @@ import torch
 
 from hyperdescent.meta.hypergradient import train
 from hyperdescent.meta.training.outcome import Outcome
-from hyperdescent.scripts.show import run_study
+from hyperdescent.scripts.show import show_study
 from hyperdescent.studies.engine.record import Record, read
 from hyperdescent.studies.library import one_pass
 from hyperdescent.studies.library.one_pass import (
@@ -19,7 +19,7 @@ from hyperdescent.studies.library.one_pass import (
     start_of,
     train_from_start,
 )
-from hyperdescent.studies.problems import find_problem
+from hyperdescent.studies.problems import load_problem
 
 SMALL = replace(SETTING, steps=100)
 
@@ -47,8 +47,8 @@ def test_each_method_trains_from_the_start(small, method):
     record = train_from_start(OnePassCell("diabetes-mlp", method, 0))
     assert record.outcome is Outcome.OK and set(record.measures) >= {"valid", "test"}
     assert Record.from_line(record.line()) == record
-    problem, start = find_problem("diabetes-mlp"), start_of(0)
-    plain = train(problem, "adamw", steps=SMALL.steps, given=start, seed=0)
+    problem, start = load_problem("diabetes-mlp"), start_of(0)
+    plain = train(problem, "adamw", steps=SMALL.steps, values=start, seed=0)
     loss = plain.measures["valid"]["loss"]
     if method == "random":
         assert record.measures["valid"]["loss"] == loss
@@ -95,7 +95,7 @@ def test_divergence_is_an_outcome(small, monkeypatch):
 def test_the_study_by_name(small, monkeypatch, tmp_path, capsys):
     few = {name: METHODS[name] for name in ("random", "one-pass")}
     monkeypatch.setattr(one_pass, "METHODS", few)
-    assert run_study(Path(one_pass.NAME), tmp_path, None, True) == 0
+    assert show_study(Path(one_pass.NAME), tmp_path, None, True) == 0
     told = capsys.readouterr().out
     assert "median" in told and "one-pass" in told
     assert len(read(tmp_path / "records.jsonl")) == 2

@@ -17,7 +17,7 @@ from hyperdescent.inner.torch_form import optimizer as optim
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 from hyperdescent.scripts.command import app
-from hyperdescent.scripts.show import run_study
+from hyperdescent.scripts.show import show_study
 from hyperdescent.search import budget
 from hyperdescent.studies.engine.record import Record, Records, read
 from hyperdescent.studies.engine.summary import spelled, spread
@@ -35,7 +35,7 @@ from hyperdescent.studies.library.optimizers import (
     train_plainly,
     tune_and_train,
 )
-from hyperdescent.studies.problems import find_problem
+from hyperdescent.studies.problems import load_problem
 
 SMALL = replace(SETTING, steps=8, seeds=2)
 
@@ -74,8 +74,8 @@ def trained_by_sgd(tuned, data, seed):
     ],
 )
 def test_the_plain_loop_trains_as_the_package_does(name, given):
-    rule, problem, seed, steps = find_rule(name), find_problem("digits-mlp"), 3, 20
-    training = Training(problem, rule, steps, given=given)
+    rule, problem, seed, steps = find_rule(name), load_problem("digits-mlp"), 3, 20
+    training = Training(problem, rule, steps, values=given)
     resolved = training.resolve({})
     expected = training.params(training.run(resolved, seed), resolved.at(steps - 1))
 
@@ -89,7 +89,7 @@ def test_the_plain_loop_trains_as_the_package_does(name, given):
 
 
 def test_the_net_and_what_is_measured_are_those_of_the_problem():
-    problem, model = find_problem("digits-mlp"), make_model(5)
+    problem, model = load_problem("digits-mlp"), make_model(5)
     params = dict(model.named_parameters())
     assert list(params) == list(problem.start(0)[0])
     for split in ("valid", "test"):
@@ -261,18 +261,18 @@ class TestCommand:
     def test_it_resumes_and_replaces_its_section(self, small, tmp_path, capsys):
         out, into = tmp_path / "run", tmp_path / "B.md"
         given = {"options": {"rules": "sgd", "budget": "0.3s"}, "into": into}
-        assert run_study(Path("optimizers"), out, None, True, **given) == 0
+        assert show_study(Path("optimizers"), out, None, True, **given) == 0
         told = capsys.readouterr().out
         for part in ("at defaults", "reached", "sgd", "gradient", "validation loss"):
             assert part in told
         (line,) = (out / "records.jsonl").read_text().splitlines()
         assert json.loads(line)["inputs"]["arm"]["name"] == "sgd"
         first = into.read_text()
-        assert run_study(Path("optimizers"), out, None, True, **given) == 0
+        assert show_study(Path("optimizers"), out, None, True, **given) == 0
         assert len(read(out / "records.jsonl")) == 1 and into.read_text() == first
 
         given["options"]["rules"] = "sgd,schedulefreesgd"
-        assert run_study(Path("optimizers"), out, None, True, **given) == 0
+        assert show_study(Path("optimizers"), out, None, True, **given) == 0
         assert [r.inputs["arm"]["name"] for r in read(out / "records.jsonl")] == [
             "sgd",
             "schedulefreesgd",
@@ -284,7 +284,7 @@ class TestCommand:
     def test_a_cell_that_raises_is_told_in_table_and_section(self, small, tmp_path, monkeypatch):
         monkeypatch.setattr(drop_in, "_data", lambda: 1 / 0)
         given = {"options": {"rules": "sgd", "budget": "0.3s"}, "into": tmp_path / "B.md"}
-        assert run_study(Path("optimizers"), tmp_path, None, True, **given) == 1
+        assert show_study(Path("optimizers"), tmp_path, None, True, **given) == 1
         text = (tmp_path / "B.md").read_text()
         assert "| sgd | failed |" in text and "sgd: failed, ZeroDivisionError" in text
 

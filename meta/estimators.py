@@ -1,4 +1,4 @@
-"""Every way to a hypergradient by name."""
+"""Every way to a hypergradient: its class, with options, and its name, for `method=`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from .bilevel.penalty import Penalty
 from .bilevel.sama import SAMA
 from .forward.forward import Forward
 from .implicit.fixed_point import FixedPoint, OnePass
-from .implicit.implicit import Implicit
+from .implicit.hypergradient_descent import HypergradientDescent
+from .implicit.implicit import Implicit, Unconverged
 from .implicit.linear_solvers import dense, neumann, normal_conjugate_gradient, nystrom
 from .reverse.replay import Replay
+from .sampling.control_variate import Guess
 from .sampling.evolution_strategies import ES, PES
 from .sampling.forward_gradient import ForwardGradient
 from .sampling.population import Population
-from .training.estimate import Estimator
+from .training.estimate import Estimate, Estimator, Note
 
 METHODS: dict[str, Callable[[], Estimator]] = {
     "auto": Auto,
@@ -52,11 +54,37 @@ METHODS: dict[str, Callable[[], Estimator]] = {
 }
 
 
-def find_method(name: str) -> Estimator:
-    """An estimator by name; ValueError if there is none."""
-    if name not in METHODS:
-        raise ValueError(unknown("there is no method", name, METHODS))
-    return METHODS[name]()
+def find_estimator(method: str | Estimator) -> Estimator:
+    """The estimator of this name, or the one given; ValueError if there is none of it."""
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        raise ValueError(unknown("there is no method", method, METHODS))
+    return METHODS[method]()
 
 
-__all__ = ["METHODS", "find_method"]
+__all__ = [
+    "BAMM",
+    "BDA",
+    "ES",
+    "MEHA",
+    "METHODS",
+    "PES",
+    "SAMA",
+    "Auto",
+    "Estimate",
+    "Estimator",
+    "FixedPoint",
+    "Forward",
+    "ForwardGradient",
+    "Guess",
+    "HypergradientDescent",
+    "Implicit",
+    "Note",
+    "OnePass",
+    "Penalty",
+    "Population",
+    "Replay",
+    "Unconverged",
+    "find_estimator",
+]
