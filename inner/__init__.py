@@ -1,6 +1,8 @@
 """Update rules as pure functions, differentiable in every hyperparameter, and their torch form.
 
-May import nothing of ours. Importing it fills the registry.
+May import: nothing.
+
+Importing it fills the registry.
 """
 
 from . import rules, wrappers

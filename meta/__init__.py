@@ -1,0 +1,4 @@
+"""Problems, trainings and every way to a hypergradient.
+
+May import: inner.
+"""

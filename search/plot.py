@@ -5,18 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from ..inner.core.hyper import Tensors
+from ..inner.core.rule import Rule
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .result import Result
-
 _DEFAULT = "#8a8a8a"
 _OTHERS = ("#0b63b0", "#c2571a", "#2f7d32", "#7b3f9e")
+
+
+class Tuned(Protocol):
+    """What of a Result is drawn."""
+
+    @property
+    def rule(self) -> Rule: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def route(self) -> str: ...
+    @property
+    def in_force(self) -> Tensors: ...
+    @property
+    def scheduled(self) -> list[str]: ...
+    @property
+    def defaults(self) -> Tensors: ...
+    @property
+    def history(self) -> list[dict[str, Any]]: ...
+    @property
+    def curves(self) -> dict[str, list[tuple[int, float]]]: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -62,14 +86,14 @@ class Drawing:
         figure.savefig(path, dpi=120)
 
 
-def drawing_of(result: Result) -> Drawing:
+def drawing_of(result: Tuned) -> Drawing:
     """The picture of one result against where it started, its evaluations by route."""
     drawing = compare({"default": result, "learned": result}, title=_title(result))
     routes = {route: _marks(result, route) for route in ("scan", "gradient", "search")}
     return replace(drawing, evaluations={route: m for route, m in routes.items() if m})
 
 
-def compare(results: Mapping[str, Result], title: str) -> Drawing:
+def compare(results: Mapping[str, Tuned], title: str) -> Drawing:
     """Several results of the same problem side by side; the one called "default" untuned."""
     one = next(iter(results.values()))
     names = [name for name in one.scheduled if name in one.rule.hypers] or ["lr"]
@@ -94,14 +118,14 @@ def compare(results: Mapping[str, Result], title: str) -> Drawing:
     )
 
 
-def _title(result: Result) -> str:
+def _title(result: Tuned) -> str:
     return (
         f"{result.rule.title} on {result.settings['problem']}: "
         f"held-out loss {result.loss:.4f} by {result.route}"
     )
 
 
-def _over_time(result: Result, values: Mapping[str, Tensor], name: str) -> Tensor:
+def _over_time(result: Tuned, values: Mapping[str, Tensor], name: str) -> Tensor:
     """(steps, number of values), a constant as a level line."""
     steps, value = result.settings["steps"], values[name]
     if name in result.scheduled:
@@ -109,7 +133,7 @@ def _over_time(result: Result, values: Mapping[str, Tensor], name: str) -> Tenso
     return value.reshape(1, -1).expand(steps, -1)
 
 
-def _marks(result: Result, route: str | None = None) -> list[tuple[float, float]]:
+def _marks(result: Tuned, route: str | None = None) -> list[tuple[float, float]]:
     return [
         (row["seconds"], row["loss"])
         for row in result.history

@@ -1,0 +1,4 @@
+"""Studies and benchmarks, and the problems they are made on.
+
+May import: inner, meta, search.
+"""

@@ -48,7 +48,7 @@ class Toy:
 
 def descent(toy, steps, lr, **options):
     """Plain gradient descent on a toy."""
-    return Training(toy, find_rule("sgd"), steps, values={"lr": lr} | options.pop("given", {}))
+    return Training(toy, find_rule("sgd"), steps, values={"lr": lr} | options.pop("values", {}))
 
 
 def following(scale):

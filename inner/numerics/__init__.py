@@ -1,6 +1,6 @@
 """Numbers and matrices, for rules: functions of tensors, differentiable, without state.
 
-May import nothing of ours.
+May import: nothing.
 """
 
 from .counter_rng import normal, uniform

@@ -1,6 +1,6 @@
 """Every rule of the catalogue, one file each or one per family; what they define is registered.
 
-May import: core, numerics, compose, registry, wrappers.
+May import: core, numerics, registry, compose.
 """
 
 import pkgutil

@@ -1,0 +1,4 @@
+"""Schedules: functions of time with hypers of their own.
+
+May import: core.
+"""

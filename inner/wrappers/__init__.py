@@ -1,6 +1,6 @@
 """Every wrapper, a rule around a rule, one file each; what they define is registered.
 
-May import: core, numerics, compose, registry.
+May import: core, numerics, registry, compose.
 """
 
 import pkgutil

@@ -1,0 +1,4 @@
+"""Forward mode: tangents of the training state carried along.
+
+May import: inner, problems, training, tracing.
+"""

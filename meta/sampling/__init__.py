@@ -1,0 +1,4 @@
+"""Hypergradients by sampling: evolution strategies, random directions, populations.
+
+May import: inner, problems, training, tracing, reverse, forward.
+"""

@@ -1,0 +1,4 @@
+"""A training step as a graph: traced, split, compiled, and checked against autograd.
+
+May import: inner, problems, training.
+"""

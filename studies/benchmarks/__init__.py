@@ -1,0 +1,4 @@
+"""Benchmarks beside other libraries, each a command.
+
+May import: inner, meta, search, studies, measure.
+"""

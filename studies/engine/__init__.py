@@ -1,0 +1,4 @@
+"""A study as cells: declared, run anywhere, recorded, summed up.
+
+May import: inner, meta, search, studies.
+"""

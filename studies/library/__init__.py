@@ -1,0 +1,4 @@
+"""Studies that come with the project.
+
+May import: inner, meta, search, studies, measure, engine, benchmarks.
+"""

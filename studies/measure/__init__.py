@@ -1,0 +1,4 @@
+"""Seconds and bytes of anything, and tables of them.
+
+May import: search.
+"""

@@ -62,7 +62,7 @@ class TestRows:
     def test_coordinates_are_those_of_tuning(self):
         """On a log scale an error counts times the value, d value / d log value."""
         learn, given = ["l2", "lr"], {"lr": 0.5, "l2": 0.02}
-        settings = {"learn": learn, "steps": 20, "given": given}
+        settings = {"learn": learn, "steps": 20, "values": given}
         found = hd.hypergradient(classifier(), "sgd", method=["truncated"], **settings)
         cut, exact = (
             hd.hypergradient(classifier(), "sgd", method=m, **settings).grad

@@ -197,7 +197,7 @@ def test_what_waits_for_the_gpu_is_called_as_it_is():
 
 def test_hypergradient_agrees(references):
     made = training("mlp", "cuda").problem
-    options = {"learn": [*GIVEN], "steps": STEPS, "given": GIVEN, "seed": 3}
+    options = {"learn": [*GIVEN], "steps": STEPS, "values": GIVEN, "seed": 3}
     found = hd.hypergradient(made, "adam", **options)
     assert_agree(found, references["mlp"])
 

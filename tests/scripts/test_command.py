@@ -93,7 +93,7 @@ class TestTune:
         assert settings["problem_options"] == {"width": 8, "activation": "tanh"}
         assert settings["rule_options"]["nesterov"] is True
         assert settings["schedules"] == {"lr": "piecewise:3"}
-        assert settings["given"] == {"lr": 0.05, "momentum": 0.5}
+        assert settings["values"] == {"lr": 0.05, "momentum": 0.5}
         assert (settings["seed"], settings["steps"], settings["rule"]) == (3, 4, "sgd")
         assert "sgd on wine-mlp" in told
 

@@ -45,7 +45,7 @@ def test_interrupted_cells_leave_no_result_and_say_how_to_go_on(out, tmp_path, c
     for name in ("result.json", "schedule.png"):
         (folder / name).unlink()
     some = Records("demo", tuple(read(folder / "records.jsonl")[:4]), missing=11)
-    monkeypatch.setattr(demo, "run", lambda *given, **named: some)
+    monkeypatch.setattr(demo, "run_study", lambda *given, **named: some)
     assert run_demo(folder, "2s", seed=0, address=None) == 130
     told = capsys.readouterr().out
     assert "11 more cells have not run" in told and "the same command goes on" in told

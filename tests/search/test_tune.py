@@ -311,7 +311,7 @@ class TestMessages:
             ({"learn": "lr,leraning_rate"}, "'leraning_rate'", "weight_decay"),
             ({"learn": ""}, "nothing to learn", "weight_decay"),
             ({"learn": ()}, "nothing to learn", "weight_decay"),
-            ({"given": {"beta3": 1.0}}, "'beta3'; did you mean 'beta", "weight_decay"),
+            ({"values": {"beta3": 1.0}}, "'beta3'; did you mean 'beta", "weight_decay"),
             ({"schedules": {"lr": "cosin"}}, "'cosin'; did you mean 'cosine'", "piecewise"),
             ({"schedules": {"lrr": "cosine"}}, "'lrr'; did you mean 'lr'", "beta1"),
             ({"schedules": {"lr": "cosine:3"}}, "cosine cannot take '3'", ""),
@@ -379,7 +379,7 @@ class TestFolder:
         assert second.rule.name == "mine"
 
     def test_points_too_large_for_rows_go_on_too(self, problem, tmp_path):
-        call = {"schedules": {"lr": "piecewise:1001"}, "given": RATE, "out": tmp_path}
+        call = {"schedules": {"lr": "piecewise:1001"}, "values": RATE, "out": tmp_path}
 
         def watch(event):
             if event.route == "confirm":
@@ -395,7 +395,7 @@ class TestFolder:
         run(problem, out=tmp_path, budget="0.3s")
         with pytest.raises(ValueError, match="seed was 0, now 1") as told:
             run(problem, out=tmp_path, seed=1, steps=5, values={"beta1": 0.8})
-        for named in ("steps was 4, now 5", "given was {}, now {'beta1': 0.8}", str(tmp_path)):
+        for named in ("steps was 4, now 5", "values was {}, now {'beta1': 0.8}", str(tmp_path)):
             assert named in str(told.value)
         assert "budget" not in str(told.value)
 

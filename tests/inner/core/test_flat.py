@@ -99,7 +99,7 @@ def test_a_state_that_shares_memory_is_not_overwritten(make, of, monkeypatch):
         (x, x[:, 1]),
         batch_size=8,
     )
-    run = Training(problem, of, 6, given={"lr": 1e-3})
+    run = Training(problem, of, 6, values={"lr": 1e-3})
     resolved = run.resolve({})
     here = run.run(resolved, 0, start=run.begin(resolved.at(0), 0), overwrite=True)
     monkeypatch.setattr(running, "LONG", 2**30)

@@ -55,7 +55,7 @@ def ridge(steps=150, batch_size=60, loss_fn=ridge_loss, outer_loss_fn=F.mse_loss
         outer_loss_fn=outer_loss_fn,
         name="ridge",
     )
-    return Training(problem, find_rule("sgd"), steps, **{"given": {"lr": 0.6}} | options)
+    return Training(problem, find_rule("sgd"), steps, **{"values": {"lr": 0.6}} | options)
 
 
 def ridge_closed_form(l2):

@@ -51,7 +51,7 @@ def problem(make, *shape, dtype=DOUBLE, **options):
 
 def training(of, steps=STEPS, *, rule="adam", **options):
     given = {n: v for n, v in GIVEN.items() if n in find_rule(rule).hypers}
-    return Training(of, find_rule(rule), steps, **{"given": given, **options})
+    return Training(of, find_rule(rule), steps, **{"values": given, **options})
 
 
 def compilations():

@@ -87,7 +87,7 @@ def penalized(make=mlp):
 
 def training(rule="adamw", of=None, **options):
     rule = find_rule(rule)
-    options["given"] = {**values_in_nets(rule), **options.get("given", {})}
+    options["values"] = {**values_in_nets(rule), **options.get("values", {})}
     return Training(of or problem(), rule, STEPS, **options)
 
 

@@ -57,7 +57,7 @@ def problem(make=mlp, loss_fn=F.cross_entropy, *, shape=(5,), data=examples, **o
 
 def training(rule="adamw", of=None, *, steps=STEPS, **options):
     rule = find_rule(rule)
-    options["given"] = {**values_in_nets(rule), **options.get("given", {})}
+    options["values"] = {**values_in_nets(rule), **options.get("values", {})}
     return Training(of or problem(), rule, steps, **options)
 
 

@@ -149,7 +149,7 @@ class TestSerial:
         (failure, one) = Serial().map(cell, [0, 1])
         assert isinstance(failure, Failure) and one == 1.0
         assert failure.error == "ZeroDivisionError: division by zero"
-        assert failure.where.startswith("test_execute.py:") and failure.where.endswith(" in cell")
+        assert failure.where.startswith("test_executors.py:") and failure.where.endswith(" in cell")
 
     def test_one_cell_is_the_same_in_any_order(self):
         cells = cells_of(study())
