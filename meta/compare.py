@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..inner.core.hyper import Tensors
 from ..inner.core.messages import unknown
-from .problems.seeding import mix
+from .problems.seeding import fold_in
 from .reverse.replay import Replay
 from .training.coordinates import Coordinates
 from .training.estimate import Estimate, Estimator
@@ -33,7 +33,7 @@ _EXACT, _COLOR = 1e-9, "#0b63b0"
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One method. estimate: what it returned, None if it raised. refused: what it raised. cosine,
     error: with the reference, in unconstrained coordinates; error relative to its norm; NaN where
     there is no gradient. seconds: of the call; what had to be traced or compiled is in that of the
@@ -65,15 +65,15 @@ class Comparison:
     title: str
     against: str
     gradient_seconds: float
-    rows: list[Row] = field(default_factory=list)
+    rows: list[MethodRow] = field(default_factory=list)
 
-    def __getitem__(self, method: str) -> Row:
+    def __getitem__(self, method: str) -> MethodRow:
         rows = {row.method: row for row in self.rows}
         if method not in rows:
             raise KeyError(unknown("there is no row", method, rows))
         return rows[method]
 
-    def gradients(self, row: Row) -> float:
+    def gradients(self, row: MethodRow) -> float:
         """What a row cost, in gradients of the training loss."""
         return row.seconds / self.gradient_seconds
 
@@ -143,7 +143,7 @@ def compare(
     *,
     reference: Reference | Estimator = "replay",
     seed: int = 0,
-    watch: Callable[[Row], object] = lambda row: None,
+    watch: Callable[[MethodRow], object] = lambda row: None,
 ) -> Comparison:
     """Every method once at the same point and seed, against a reference.
 
@@ -171,7 +171,7 @@ def compare(
         cosine = error_ = math.nan
         if estimate is not None and estimate.ok:
             cosine, error_ = judge(space.pull(z, estimate.grad))
-        rows.append(Row(name, estimate, refused, cosine, error_, seconds))
+        rows.append(MethodRow(name, estimate, refused, cosine, error_, seconds))
         watch(rows[-1])
     title = f"{training.label}, {training.steps} steps, d loss / d {', '.join(point)}"
     return Comparison(title, against, median(units), rows)
@@ -196,7 +196,7 @@ def _judge(
             told = "replay, exact for this training" if reference == "replay" else repr(method)
             return _against(space.pull(z, exact.grad)), told
         because = f", as the reference failed: {exact.note.reason}"
-    draw = torch.Generator().manual_seed(mix(seed, 0, 9))
+    draw = torch.Generator().manual_seed(fold_in(seed, 0, 9))
     directions = torch.randn(_DIRECTIONS, len(z), dtype=torch.float64, generator=draw)
     directions /= directions.norm(dim=1, keepdim=True)
     through = space.pull(z, {name: torch.ones_like(v) for name, v in point.items()})
@@ -243,4 +243,4 @@ def _gradient(training: Training, state: State, values: Tensors, i: int, seed: i
     g[0].item()  # A GPU has done it only now.
 
 
-__all__ = ["Comparison", "Row", "compare"]
+__all__ = ["Comparison", "MethodRow", "compare"]

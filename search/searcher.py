@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..meta.problems.seeding import mix
+from ..meta.problems.seeding import fold_in
 from ..meta.training.outcome import Outcome
 from .optuna_journal import open_journal
 from .space import Point, Space
@@ -54,7 +54,7 @@ class OptunaSearcher:
         self._trial: Trial | None = None
         before = len(self._study.get_trials(deepcopy=False))
         # A sampler resumed with its first seed would repeat the draws of its first session.
-        self._study.sampler = optuna.samplers.TPESampler(seed=mix(seed, before) % 2**32)
+        self._study.sampler = optuna.samplers.TPESampler(seed=fold_in(seed, before) % 2**32)
         if before:
             self._ask_again()
             return

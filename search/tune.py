@@ -20,7 +20,7 @@ from ..meta.estimators import find_estimator
 from ..meta.forward.forward import Forward
 from ..meta.meta_optimizer import MetaOptimizer
 from ..meta.problems.problem import Problem
-from ..meta.problems.seeding import mix
+from ..meta.problems.seeding import fold_in
 from ..meta.reverse.replay import Replay
 from ..meta.training.coordinates import Coordinates
 from ..meta.training.estimate import Estimator
@@ -168,7 +168,7 @@ def _descend(
             space.training,
             coordinates,
             descent,
-            seed=mix(settings["seed"], k),
+            seed=fold_in(settings["seed"], k),
             progress=log.clock.progress / (1 - _CONFIRMING),
         )
         log.note("gradient", estimate.loss, Point(here), outcome=str(estimate.note.outcome), seed=k)
@@ -187,7 +187,7 @@ def _scan(space: Space, start: Point, log: Log, seed: int) -> Point:
         if known:
             loss = known.pop()["loss"]
             return math.inf if loss is None else loss
-        loss, outcome = _plain(space, point, mix(seed, k))
+        loss, outcome = _plain(space, point, fold_in(seed, k))
         log.note("scan", loss, point, outcome=str(outcome), seed=k)
         return loss
 
@@ -218,7 +218,7 @@ def _search(space: Space, start: Point, log: Log, seed: int) -> None:
     )
     while _searching(log):
         point, k = searcher.ask(), len(log.rows)
-        loss, outcome = _plain(space, point, mix(seed, k))
+        loss, outcome = _plain(space, point, fold_in(seed, k))
         # Told before it is noted: who watches may interrupt, and no trial is to be done again.
         searcher.tell(loss)
         log.note("search", loss, point, outcome=str(outcome), seed=k)
@@ -244,7 +244,7 @@ def _confirm(space: Space, start: Point, log: Log, seed: int) -> tuple[list[floa
 
     def train(point: Point, k: int) -> float:
         training = space.at(point.discrete)
-        loss = float(held_out_loss(training, point.smooth, mix(seed, k, 1)))
+        loss = float(held_out_loss(training, point.smooth, fold_in(seed, k, 1)))
         log.watch(Event("confirm", loss, log.best_loss, log.clock.progress))
         return loss
 

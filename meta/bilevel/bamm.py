@@ -13,12 +13,17 @@ from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from ..implicit.curvature import vjp
-from ..implicit.inner_solution import check_moves_optimum, moved_by, no_graph, only_once
+from ..implicit.inner_solution import (
+    apply_gradient,
+    check_moves_optimum,
+    no_graph,
+    no_second_derivative,
+)
 from ..training.estimate import Estimate, Note, finished
 from ..training.training import State, Training
 
 
-class Multiplied(NamedTuple):
+class BAMMState(NamedTuple):
     """Where the loop is: the weights, the multiplier v, and the steps done."""
 
     state: State
@@ -53,14 +58,14 @@ class BAMM:
             raise ValueError(f"tau={self.tau:g} must not be negative")
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Multiplied | None = None, *, seed: int
-    ) -> tuple[Estimate, Multiplied | None]:
+        self, training: Training, point: Tensors, carry: BAMMState | None = None, *, seed: int
+    ) -> tuple[Estimate, BAMMState | None]:
         check_moves_optimum(training, point)
         resolved = training.resolve({name: value.detach() for name, value in point.items()})
         if carry is None:
             with torch.no_grad():
                 start = training.begin(resolved.at(0), seed)
-            carry = Multiplied(start, torch.zeros_like(start.p), 0)
+            carry = BAMMState(start, torch.zeros_like(start.p), 0)
         v, done = carry.v, carry.steps
         answer: Estimate | None = None
 
@@ -86,18 +91,18 @@ class BAMM:
                 grad = {n: d - m for n, d, m in zip(point, direct, mixed, strict=True)}
                 note = Note(steps=training.steps, how=f"mu {mu:.3g}")
                 answer = finished(outer.detach(), grad, note)
-            return moved_by(training, state, values, step, g, buffers, loss=both.detach())
+            return apply_gradient(training, state, values, step, g, buffers, loss=both.detach())
 
         try:
             state = training.run(resolved, seed, start=carry.state, advance=advance)
         except RuntimeError as error:
-            return only_once(training, error), None
+            return no_second_derivative(training, error), None
         done += training.steps
         if state is None or not bool(v.isfinite().all()):
             reason = f"the weights or the multiplier stopped being finite within {done} steps"
             return Estimate.diverged(training.steps, reason), None
         assert answer is not None
-        return answer, Multiplied(state, v, done)
+        return answer, BAMMState(state, v, done)
 
     def mu(self, step: int) -> float:
         """F's share in the loss of a step."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...inner.core.hyper import Tensors
 from ..problems.problem import Problem
 from ..reverse.replay import Replay
-from ..training.cache import kept_for
+from ..training.cache import cache_of
 from ..training.estimate import Estimate
 from ..training.training import Training
 
@@ -83,7 +83,7 @@ class BDA:
 
     def blended(self, training: Training) -> Training:
         """The training that is differentiated."""
-        kept, key = kept_for(training.problem), ("bda", self.weight, self.decay, self.scale)
+        kept, key = cache_of(training.problem), ("bda", self.weight, self.decay, self.scale)
         if key not in kept:  # What is compiled for it is kept with it.
             kept[key] = Blend(training.problem, self._weigh)
         return replace(training, problem=cast(Problem, kept[key]))

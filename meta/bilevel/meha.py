@@ -15,8 +15,8 @@ from ...inner.core.hyper import Tensors
 from ..implicit.inner_solution import (
     check_moves_optimum,
     held_out,
-    in_hypers,
     no_graph,
+    partial_in_hypers,
     step_along,
     total,
 )
@@ -24,7 +24,7 @@ from ..training.estimate import Estimate, Note, finished
 from ..training.training import State, Training
 
 
-class Near(NamedTuple):
+class MEHAState(NamedTuple):
     """Where MEHA's loop is: y, the point theta that it is held near, and the steps done."""
 
     y: State
@@ -58,14 +58,14 @@ class MEHA:
             raise ValueError(f"power={self.power:g} must be at least 0 and below 1/2")
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Near | None = None, *, seed: int
-    ) -> tuple[Estimate, Near | None]:
+        self, training: Training, point: Tensors, carry: MEHAState | None = None, *, seed: int
+    ) -> tuple[Estimate, MEHAState | None]:
         check_moves_optimum(training, point)
         resolved = training.resolve({name: value.detach() for name, value in point.items()})
         if carry is None:
             with torch.no_grad():
                 start = training.begin(resolved.at(0), seed)
-            carry = Near(start, start, 0)
+            carry = MEHAState(start, start, 0)
         theta, done = carry.theta, carry.steps
 
         def advance(i: int, y: State) -> State:
@@ -90,11 +90,12 @@ class MEHA:
         if slope is None:
             return no_graph(training, loss), None
         at_y, at_theta = (
-            in_hypers(training, state, values, names, done - 1, seed) for state in (y, theta)
+            partial_in_hypers(training, state, values, names, done - 1, seed)
+            for state in (y, theta)
         )
         shares = {name: c * (at_y[name] - at_theta[name]) for name in names}
         note = Note(steps=2 * training.steps, how=f"penalty {c:.3g}")
-        return finished(loss, total(direct, shares), note), Near(y, theta, done)
+        return finished(loss, total(direct, shares), note), MEHAState(y, theta, done)
 
     def _c(self, step: int) -> float:
         return float(self.c0 * max(step, 1) ** self.power)

@@ -13,23 +13,23 @@ import torch
 
 from ...inner.core.hyper import Tensors
 from ..implicit.inner_solution import (
-    Reached,
+    InnerSolution,
     check_moves_optimum,
-    go_on,
+    continue_training,
     held_out,
-    in_hypers,
     no_graph,
+    partial_in_hypers,
     total,
 )
 from ..training.estimate import Estimate, Note, finished
 from ..training.training import Training
 
 
-class Pair(NamedTuple):
+class PenaltyState(NamedTuple):
     """Where the trainings of a penalty method ended. calls: how many there were."""
 
-    above: Reached
-    below: Reached
+    above: InnerSolution
+    below: InnerSolution
     calls: int
 
 
@@ -75,20 +75,20 @@ class Penalty:
             raise ValueError(f"batches={self.batches} leaves no loss to differentiate; give >= 1")
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Pair | None = None, *, seed: int
-    ) -> tuple[Estimate, Pair | None]:
+        self, training: Training, point: Tensors, carry: PenaltyState | None = None, *, seed: int
+    ) -> tuple[Estimate, PenaltyState | None]:
         check_moves_optimum(training, point)
         calls = carry.calls if carry else 0
         penalty = min(self.limit, self.penalty + calls * self.growth)
         resolved = training.resolve({name: value.detach() for name, value in point.items()})
         # Divided by the sum, or steps would have to shrink as the penalty grows.
         share = {"inner": penalty / (1 + penalty), "outer": 1 / (1 + penalty)}
-        above = go_on(training, resolved, carry and carry.above, seed, **share)
+        above = continue_training(training, resolved, carry and carry.above, seed, **share)
         if self.symmetric:
             share["outer"] = -share["outer"]
-            below = go_on(training, resolved, carry and carry.below, seed, **share)
+            below = continue_training(training, resolved, carry and carry.below, seed, **share)
         else:
-            below = go_on(training, resolved, carry and carry.below, seed)
+            below = continue_training(training, resolved, carry and carry.below, seed)
         if isinstance(above, Estimate):
             return above, None
         if isinstance(below, Estimate):
@@ -101,11 +101,14 @@ class Penalty:
         factor = penalty / 2 if self.symmetric else penalty
         shares = {name: torch.zeros_like(values[name]) for name in names}
         for i in range(above.steps, above.steps + self.batches):
-            x, y = (in_hypers(training, at.state, values, names, i, seed) for at in (above, below))
+            x, y = (
+                partial_in_hypers(training, at.state, values, names, i, seed)
+                for at in (above, below)
+            )
             for name in names:
                 shares[name] += factor / self.batches * (x[name] - y[name])
         note = Note(steps=2 * training.steps, how=f"penalty {penalty:.3g}")
-        carry = Pair(above, below, calls + 1) if self.warm_start else None
+        carry = PenaltyState(above, below, calls + 1) if self.warm_start else None
         return finished(loss, total(direct, shares), note), carry
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from ...inner.core.hyper import Tensors
 from ..implicit.curvature import vjp
 from ..implicit.inner_solution import (
-    Reached,
+    InnerSolution,
     check_moves_optimum,
-    go_on,
+    continue_training,
     held_out,
-    in_hypers,
     no_graph,
+    partial_in_hypers,
     total,
 )
 from ..training.estimate import Estimate, Note, finished
@@ -47,11 +47,11 @@ class SAMA:
             )
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
-    ) -> tuple[Estimate, Reached | None]:
+        self, training: Training, point: Tensors, carry: InnerSolution | None = None, *, seed: int
+    ) -> tuple[Estimate, InnerSolution | None]:
         check_moves_optimum(training, point)
         resolved = training.resolve({name: value.detach() for name, value in point.items()})
-        reached = go_on(training, resolved, carry, seed)
+        reached = continue_training(training, resolved, carry, seed)
         if isinstance(reached, Estimate):
             return reached, None
         values = resolved.at(training.steps - 1)
@@ -63,7 +63,7 @@ class SAMA:
         v = _preconditioned(training, reached, values, slope, seed)
         h = self.radius / float(v.norm().clamp(min=torch.finfo(v.dtype).tiny))
         above, below = (
-            in_hypers(training, state._replace(p=p), values, names, reached.steps, seed)
+            partial_in_hypers(training, state._replace(p=p), values, names, reached.steps, seed)
             for p in (state.p + h * v, state.p - h * v)
         )
         shares = {name: (below[name] - above[name]) / (2 * h) for name in names}
@@ -72,7 +72,7 @@ class SAMA:
 
 
 def _preconditioned(
-    training: Training, reached: Reached, values: Tensors, slope: Tensor, seed: int
+    training: Training, reached: InnerSolution, values: Tensors, slope: Tensor, seed: int
 ) -> Tensor:
     """How far a step goes against a slope: for an elementwise rule, its derivative in the gradient
     times the slope.

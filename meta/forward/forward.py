@@ -19,20 +19,32 @@ from torch import Tensor
 from ...inner.core.hyper import Tensors
 from ...inner.core.messages import check_at_least
 from ..problems.problem import draws_of
-from ..reverse.compiled_steps import made_once
-from ..tracing.cost_model import FORWARD, not_worth, remember, spend
+from ..tracing.cost_model import FORWARD, remember, spend, why_not_compile
 from ..tracing.fx_graph import contiguous, first_line
-from ..tracing.step_graph import Form
-from ..tracing.verify import Distrusted, agrees, directions, early, or_by_autograd
+from ..tracing.machine import build_once
+from ..tracing.step_graph import StateLayout
+from ..tracing.verify import (
+    Refused,
+    check_against_autograd,
+    directions,
+    early_state,
+    with_autograd_fallback,
+)
 from ..training.adjoint import Cotangents, seed_adjoint
-from ..training.cache import kept_for
+from ..training.cache import cache_of
 from ..training.estimate import Estimate, Note, finished
 from ..training.outcome import Outcome
 from ..training.training import State, Training
-from .tangent_step import Machine, slopes_of, step_columns, trace, units
+from .tangent_step import (
+    TangentMachine,
+    slopes_of,
+    step_columns,
+    trace_tangent_step,
+    unit_directions,
+)
 
 
-class Carried(NamedTuple):
+class ForwardState(NamedTuple):
     """Where a run stands: its state, the tangents of what moves in it, one row per learned number,
     steps done, its seed, and the buffers it began with.
     """
@@ -70,9 +82,9 @@ class Forward:
             raise ValueError(f"compile={self.compile!r} is none of True, False and 'auto'")
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Carried | None = None, *, seed: int
-    ) -> tuple[Estimate, Carried | None]:
-        return self._columns(training, point, units(point), carry, seed, None)
+        self, training: Training, point: Tensors, carry: ForwardState | None = None, *, seed: int
+    ) -> tuple[Estimate, ForwardState | None]:
+        return self._columns(training, point, unit_directions(point), carry, seed, None)
 
     def along(
         self, training: Training, point: Tensors, directions: Sequence[Tensors], *, seed: int
@@ -89,15 +101,17 @@ class Forward:
         training: Training,
         point: Tensors,
         columns: Sequence[Tensors],
-        carry: Carried | None,
+        carry: ForwardState | None,
         seed: int,
         along: Sequence[Tensors] | None,
-    ) -> tuple[Estimate, Carried | None]:
-        def attempt(refused: str) -> tuple[Estimate, Carried | None]:
-            return _Run(self, training, point, columns, carry, seed, refused, along).estimate()
+    ) -> tuple[Estimate, ForwardState | None]:
+        def attempt(refused: str) -> tuple[Estimate, ForwardState | None]:
+            return _ForwardPass(
+                self, training, point, columns, carry, seed, refused, along
+            ).estimate()
 
         try:
-            return or_by_autograd(training.problem, self.compile, attempt)
+            return with_autograd_fallback(training.problem, self.compile, attempt)
         except RuntimeError as error:
             low = getattr(training.problem, "autocast", None)
             if low is None and re.search("forward (mode )?AD", str(error)):
@@ -112,7 +126,7 @@ class Forward:
             ) from error
 
 
-class _Run:
+class _ForwardPass:
     """One call of Forward."""
 
     def __init__(
@@ -121,7 +135,7 @@ class _Run:
         training: Training,
         point: Tensors,
         columns: Sequence[Tensors],
-        carry: Carried | None,
+        carry: ForwardState | None,
         seed: int,
         refused: str,
         along: Sequence[Tensors] | None,
@@ -141,9 +155,11 @@ class _Run:
                 "carry=None"
             )
         self.begun = carry
-        self.form = Form.of(training, carry.state, self.plain.at(0), self.sums.names, 0, carry.seed)
+        self.form = StateLayout.of(
+            training, carry.state, self.plain.at(0), self.sums.names, 0, carry.seed
+        )
 
-    def estimate(self) -> tuple[Estimate, Carried | None]:
+    def estimate(self) -> tuple[Estimate, ForwardState | None]:
         training, begun, every = self.training, self.begun, self.forward.every
         if departs := self._departs():
             note = Note(Outcome.NOT_DIFFERENTIABLE, departs, training.steps)
@@ -184,7 +200,7 @@ class _Run:
     def _departs(self) -> str:
         """Why a step in forward mode is not the training's step; empty if it is."""
         training, begun, form = self.training, self.begun, self.form
-        kept, i = kept_for(training.problem), begun.done
+        kept, i = cache_of(training.problem), begun.done
         if "forward departs" not in kept:
 
             def plain(state: State) -> list[Tensor]:
@@ -195,8 +211,8 @@ class _Run:
             low = getattr(training.problem, "autocast", None) is not None
             kept["forward departs"] = ""
             try:
-                agrees(training, form.names, found, plain, begun.state, low)
-            except Distrusted:
+                check_against_autograd(training, form.names, found, plain, begun.state, low)
+            except Refused:
                 kept["forward departs"] = (
                     f"forward mode of {training.label} is of another training: its steps draw "
                     "other numbers, as dropout of a transposed tensor, and on a GPU all dropout, "
@@ -221,10 +237,10 @@ class _Run:
             for (name, value), part in zip(self.leaves.items(), parts, strict=True)
         }
 
-    def _begin(self, seed: int) -> Carried:
+    def _begin(self, seed: int) -> ForwardState:
         with torch.no_grad():
             state = self.training.begin(self.plain.at(0), seed)
-        return Carried(state, [], 0, seed, state.buffers)
+        return ForwardState(state, [], 0, seed, state.buffers)
 
     def _first_tangents(self, state: State) -> list[Tensor]:
         """Those of the start: of slots that hypers fill, and zeros."""
@@ -254,10 +270,10 @@ class _Run:
         if want == "auto":
             at = self.begun.state, self.plain.at(0)
             expect = self.forward.expect
-            why = not_worth(training, self.sums.names, *at, self.begun.seed, expect, FORWARD)
+            why = why_not_compile(training, self.sums.names, *at, self.begun.seed, expect, FORWARD)
             if why:
                 return self._eager, f"by autograd: {why}"
-        machine = made_once(
+        machine = build_once(
             training, f"forward {self._widths()}", self.plain.at(0), self.sums.names, self._traced
         )
         form, steps = self.form, training.steps
@@ -297,7 +313,7 @@ class _Run:
         def step(i: int, state: State) -> State:
             return training.step(state, self.plain.at(i), i, begun.seed)
 
-        i, state = early(step, begun.state, training.steps, begun.done)
+        i, state = early_state(step, begun.state, training.steps, begun.done)
         columns = len(next(iter(self.slopes.values())))
         tangents = directions(form.moving(state), columns)
 
@@ -309,7 +325,9 @@ class _Run:
             return flat(self._eager, state)
 
         names = [*form.names, *(f"the tangent of {name}" for name in form.names)]
-        return agrees(training, names, flat(advance, state), by_autograd, state, low)
+        return check_against_autograd(
+            training, names, flat(advance, state), by_autograd, state, low
+        )
 
     def _eager(self, i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:
         form, seed = self.form, self.begun.seed
@@ -325,8 +343,8 @@ class _Run:
     def _widths(self) -> str:
         return " ".join(f"{name}{tuple(table.shape)[:1]}" for name, table in self.slopes.items())
 
-    def _traced(self) -> Machine:
-        return trace(
+    def _traced(self) -> TangentMachine:
+        return trace_tangent_step(
             self.training,
             self.form,
             self.begun.state,
@@ -340,4 +358,4 @@ class _Run:
 Advance = Callable[[int, State, list[Tensor]], tuple[State, list[Tensor]]]
 
 
-__all__ = ["Carried", "Forward"]
+__all__ = ["Forward", "ForwardState"]

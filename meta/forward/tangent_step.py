@@ -13,23 +13,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from ...inner.core.hyper import Tensors
-from ..reverse.compiled_steps import generate
+from ..tracing.codegen import generate
 from ..tracing.cuda_graph import Run, captured
 from ..tracing.fx_graph import (
-    Early,
     Graph,
+    ScalarPrelude,
     computes_low,
     contiguous,
-    ends,
     extract,
+    graph_io,
     is_random,
     retraced,
-    split_early,
+    split_scalars,
     traced,
 )
 from ..tracing.matmul_layout import narrow_transposed
-from ..tracing.step_graph import Form
-from ..tracing.verify import OnTrial
+from ..tracing.step_graph import StateLayout
+from ..tracing.verify import Verified
 from ..training.training import Loss, State, Training
 
 
@@ -63,7 +63,7 @@ def slopes_of(training: Training, point: Tensors, directions: Sequence[Tensors])
     return {name: table for name, table in stacked.items() if bool(table.any())}
 
 
-def units(point: Tensors) -> list[Tensors]:
+def unit_directions(point: Tensors) -> list[Tensors]:
     """One direction per learned number."""
     return [
         {n: torch.zeros_like(v) for n, v in point.items()} | {name: entry.view(value.shape)}
@@ -74,7 +74,7 @@ def units(point: Tensors) -> list[Tensors]:
 
 def step_columns(
     training: Training,
-    form: Form,
+    form: StateLayout,
     state: State,
     tangents: list[Tensor],
     values: Tensors,
@@ -117,12 +117,12 @@ def step_columns(
 
 
 @dataclass(eq=False)
-class Machine(OnTrial):
+class TangentMachine(Verified):
     """A traced step of state and columns. single, several: the learned values of one number and of
     more, whose slopes it takes.
     """
 
-    before: Early
+    before: ScalarPrelude
     graph: Graph
     single: tuple[str, ...]
     several: tuple[str, ...]
@@ -135,15 +135,15 @@ class Machine(OnTrial):
         return run if any(map(is_random, self.graph.graph.nodes)) else captured(run)
 
 
-def trace(
+def trace_tangent_step(
     training: Training,
-    form: Form,
+    form: StateLayout,
     state: State,
     seed: int,
     values: Tensors,
     slopes: Tensors,
     tangents: list[Tensor],
-) -> Machine:
+) -> TangentMachine:
     form.check()
     single = tuple(n for n in form.single if n in slopes)
     several = tuple(n for n in form.several if n in slopes)
@@ -179,11 +179,11 @@ def trace(
         return [*out, *aside, *tangent]
 
     graph = traced(whole, examples(0), examples(1))
-    inputs, outputs = ends(graph)
+    inputs, outputs = graph_io(graph)
     after = len(form.moved) * 2 + len(form.counted) + len(form.still) + len(form.several)
     after += len(several)
     numbers = inputs[after : after + len(form.single) + len(single) + 1]
-    before, _ = split_early(graph, numbers, len(tangents[0]))
+    before, _ = split_scalars(graph, numbers, len(tangents[0]))
     rest = inputs[after + len(numbers) :]
     body = extract(graph, [*inputs[:after], *(n for _, n in before.rows), *rest], outputs)
     made = dict(zip(inputs, examples(0), strict=True))
@@ -191,4 +191,4 @@ def trace(
     flat = [*(made[n] for n in inputs[:after]), *(r[0] for r in rows), *(made[n] for n in rest)]
     body = retraced(body, flat)
     narrow_transposed(body)
-    return Machine(before, body, single, several, computes_low(body))
+    return TangentMachine(before, body, single, several, computes_low(body))

@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ..training.adjoint import Cotangents, leaf_values, leaves, moved
+from ..training.adjoint import Cotangents, carrying_adjoint, leaf_values, leaves
 from ..training.estimate import Estimate, Note, finished
 from ..training.training import Resolved, Training
 from .curvature import vjp
 from .implicit import unsolved, warn_if_far
-from .inner_solution import Reached, check_moves_optimum, go_on, no_graph, only_once
+from .inner_solution import (
+    InnerSolution,
+    check_moves_optimum,
+    continue_training,
+    no_graph,
+    no_second_derivative,
+)
 
 # The one hyper of a rule that moves the point where its steps end.
 _DECAY = ("weight_decay",)
@@ -44,8 +50,8 @@ class FixedPoint:
         _check_terms(self.terms)
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
-    ) -> tuple[Estimate, Reached | None]:
+        self, training: Training, point: Tensors, carry: InnerSolution | None = None, *, seed: int
+    ) -> tuple[Estimate, InnerSolution | None]:
         check_moves_optimum(training, point, also=_DECAY)
         estimate, reached = _estimate(self.terms, training, point, carry, seed, slots=True)
         note = estimate.note
@@ -73,8 +79,8 @@ class OnePass:
         _check_terms(self.terms)
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
-    ) -> tuple[Estimate, Reached | None]:
+        self, training: Training, point: Tensors, carry: InnerSolution | None = None, *, seed: int
+    ) -> tuple[Estimate, InnerSolution | None]:
         if training.schedules:
             raise ValueError(
                 f"{', '.join(training.schedules)} has a schedule, which would begin anew at every "
@@ -87,20 +93,20 @@ def _estimate(
     terms: int,
     training: Training,
     point: Tensors,
-    carry: Reached | None,
+    carry: InnerSolution | None,
     seed: int,
     *,
     slots: bool,
-) -> tuple[Estimate, Reached | None]:
+) -> tuple[Estimate, InnerSolution | None]:
     knobs = {name: value.detach().requires_grad_() for name, value in point.items()}
     resolved = training.resolve(knobs)
-    reached = go_on(training, resolved.detach(), carry, seed)
+    reached = continue_training(training, resolved.detach(), carry, seed)
     if isinstance(reached, Estimate):
         return reached, None
     try:
         return _series(terms, training, resolved, knobs, reached, seed, slots=slots), reached
     except RuntimeError as error:
-        return only_once(training, error), None
+        return no_second_derivative(training, error), None
 
 
 def _series(
@@ -108,7 +114,7 @@ def _series(
     training: Training,
     resolved: Resolved,
     knobs: Tensors,
-    reached: Reached,
+    reached: InnerSolution,
     seed: int,
     *,
     slots: bool,
@@ -119,8 +125,8 @@ def _series(
     still = _still(training, reached, plain.at(last), seed)
     before = leaves(reached.state, still)
     after = training.step(before, values, reached.steps, seed, graph=True)
-    ends = moved(after, still) if slots else [after.p]
-    starts = moved(before, still) if slots else [before.p]
+    ends = carrying_adjoint(after, still) if slots else [after.p]
+    starts = carrying_adjoint(before, still) if slots else [before.p]
 
     loss = training.outer_loss(before, values)
     if not loss.requires_grad:
@@ -146,7 +152,7 @@ def _series(
     return finished(loss.detach(), sums.through(knobs), note)
 
 
-def _still(training: Training, reached: Reached, values: Tensors, seed: int) -> Tensors:
+def _still(training: Training, reached: InnerSolution, values: Tensors, seed: int) -> Tensors:
     """The buffers that a step does not replace."""
     buffers = reached.state.buffers
     if not buffers:

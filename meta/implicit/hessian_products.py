@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...inner.core.hyper import Tensors
 from ..problems.problem import draws_of
-from ..reverse.compiled_steps import generate, made_once
+from ..tracing.codegen import generate
 from ..tracing.cuda_graph import Run
 from ..tracing.fx_graph import (
     CannotTrace,
@@ -28,16 +28,17 @@ from ..tracing.fx_graph import (
     aten,
     computes_low,
     contiguous,
-    ends,
     extract,
+    graph_io,
     is_random,
     numbered,
     traced,
 )
+from ..tracing.machine import build_once
 from ..tracing.matmul_layout import narrow_transposed
-from ..tracing.step_graph import Uneven
+from ..tracing.step_graph import UnevenBatches
 from ..tracing.torchscript import scripted
-from ..tracing.verify import OnTrial, agrees, directions
+from ..tracing.verify import Verified, check_against_autograd, directions
 from ..training.training import State, Training
 from .curvature import Curvature, product_and_gradient, vjp
 from .linear_solvers import Matvec
@@ -57,7 +58,7 @@ _VIEWS = {
 }
 
 
-class Second(NamedTuple):
+class HessianProducts(NamedTuple):
     """What a linear system of second derivatives is made of: product(v), the curvature times v;
     gradient(), of the training loss in the weights; mixed(v), the derivatives of <gradient, v> in
     the hypers learned.
@@ -69,7 +70,7 @@ class Second(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SecondGraph:
+class ProductGraph:
     """A traced gradient and its derivatives along a vector, in three parts.
 
     once(p, *rest) -> (the gradient in p, *what the others read beside p and rest). across(*read, v)
@@ -87,15 +88,15 @@ class SecondGraph:
     low: bool
 
 
-def trace_second(
+def trace_products(
     training: Training, state: State, values: Tensors, learned: Sequence[str], seed: int
-) -> SecondGraph:
+) -> ProductGraph:
     """The graph for a training's loss; CannotTrace if that is more than tensors."""
     with numbered(seed):
         (rest, spec), (other, _) = (_rest(training, state, values, i, seed + i) for i in (0, 1))
     whole = _whole(training, state, learned, rest, other, spec)
     narrow_transposed(whole)
-    inputs, outputs = ends(whole)
+    inputs, outputs = graph_io(whole)
     fixed, v = inputs[:-1], inputs[-1]
     moves = {v}
     for n in whole.graph.nodes:
@@ -111,7 +112,7 @@ def trace_second(
     read.update(dict.fromkeys(still))
     kept = [n for n in read if n not in fixed]
     at = {n: k for k, n in enumerate([*fixed, *kept])}
-    return SecondGraph(
+    return ProductGraph(
         once=extract(whole, fixed, [outputs[0], *kept]),
         across=extract(whole, [*read, v], outputs[1:2], draws=False),
         aside=extract(whole, [*read, v], outputs[2:], draws=False),
@@ -167,13 +168,13 @@ def _whole(
 
 
 @dataclass(eq=False)
-class SecondMachine(OnTrial):
+class ProductMachine(Verified):
     """The parts of a graph as code, each made when first asked for.
 
     interpreted: run the traced operations as they are. agreed: seen to agree with autograd.
     """
 
-    graph: SecondGraph
+    graph: ProductGraph
     interpreted: bool
     agreed: bool = field(default=False, init=False)
 
@@ -192,15 +193,17 @@ class SecondMachine(OnTrial):
     def _code(self, graph: Graph) -> Run:
         return scripted(graph) if self.interpreted else generate(graph, self.spend)
 
-    def at(self, training: Training, state: State, values: Tensors, i: int, seed: int) -> At:
+    def at(
+        self, training: Training, state: State, values: Tensors, i: int, seed: int
+    ) -> Linearized:
         """At a state, for the batch of step i."""
         try:
             rest, spec = _rest(training, state, values, i, seed)
         except CannotTrace as why:  # The batches that were traced were tensors.
-            raise Uneven(f"{why}; give compile=False") from why
+            raise UnevenBatches(f"{why}; give compile=False") from why
         graph, found = self.graph, tuple((x.shape, x.dtype) for x in rest)
         if spec != graph.spec or found != graph.takes:
-            raise Uneven(
+            raise UnevenBatches(
                 f"a batch and what the loss reads beside it have shapes "
                 f"{[tuple(s) for s, _ in found]} where the compiled products take "
                 f"{[tuple(s) for s, _ in graph.takes]}; make them equal or give compile=False"
@@ -210,14 +213,14 @@ class SecondMachine(OnTrial):
         with torch.no_grad(), draws:
             gradient, *kept = self.once(*fixed)
         every = [*fixed, *kept]
-        return At(self, gradient, contiguous([every[k] for k in graph.read]))
+        return Linearized(self, gradient, contiguous([every[k] for k in graph.read]))
 
 
 @dataclass(frozen=True, eq=False)
-class At:
+class Linearized:
     """The gradient at a state, and its derivatives along vectors."""
 
-    machine: SecondMachine
+    machine: ProductMachine
     gradient: Tensor
     read: Sequence[Tensor]
 
@@ -232,14 +235,14 @@ class At:
             return list(self.machine.aside(*self.read, v))
 
 
-def machine_of_second(
+def product_machine_of(
     training: Training,
     values: Tensors,
     learned: Sequence[str],
     seed: int,
     *,
     interpreted: bool,
-) -> SecondMachine:
+) -> ProductMachine:
     """The machine for a training's loss, once it agrees with autograd; Distrusted if it does not.
 
     It is looked at where training begins: where it ends, gradients are rounding.
@@ -249,15 +252,15 @@ def machine_of_second(
         with torch.no_grad():
             return training.begin(values, seed)
 
-    def make_graph() -> tuple[SecondGraph, float]:
+    def make_graph() -> tuple[ProductGraph, float]:
         began = time.monotonic()
-        return trace_second(training, start(), values, learned, seed), time.monotonic() - began
+        return trace_products(training, start(), values, learned, seed), time.monotonic() - began
 
-    def make() -> SecondMachine:
-        graph, seconds = made_once(training, "second graph", values, learned, make_graph)
-        return SecondMachine(graph, interpreted, seconds=seconds)
+    def make() -> ProductMachine:
+        graph, seconds = build_once(training, "second graph", values, learned, make_graph)
+        return ProductMachine(graph, interpreted, seconds=seconds)
 
-    machine = made_once(training, f"second, {interpreted=}", values, learned, make)
+    machine = build_once(training, f"second, {interpreted=}", values, learned, make)
     with machine.trial():
         if not machine.agreed:
             machine.agreed = _prove(machine, training, start(), values, learned, seed)
@@ -265,7 +268,7 @@ def machine_of_second(
 
 
 def _prove(
-    machine: SecondMachine,
+    machine: ProductMachine,
     training: Training,
     state: State,
     values: Tensors,
@@ -277,27 +280,27 @@ def _prove(
     found = [second.gradient, second.product(v), *second.mixed(v)]
 
     def by_autograd(state: State) -> list[Tensor]:
-        plain = second_by_autograd(training, state, values, learned, [0], seed)
+        plain = autograd_products(training, state, values, learned, [0], seed)
         return [plain.gradient(), plain.product(v), *plain.mixed(v)]
 
     names = ["the gradient", "a product with the Hessian", *(f"the slope of {n}" for n in learned)]
-    return agrees(training, names, found, by_autograd, state, machine.graph.low)
+    return check_against_autograd(training, names, found, by_autograd, state, machine.graph.low)
 
 
-def second_traced(
-    machine: SecondMachine,
+def traced_products(
+    machine: ProductMachine,
     training: Training,
     state: State,
     values: Tensors,
     steps: Sequence[int],
     seed: int,
-) -> Second:
+) -> HessianProducts:
     """The same by a machine."""
     each = [machine.at(training, state, values, i, seed) for i in steps]
     if len(each) == 1:
         (only,) = each
-        return Second(only.product, lambda: only.gradient, only.mixed)
-    return Second(
+        return HessianProducts(only.product, lambda: only.gradient, only.mixed)
+    return HessianProducts(
         lambda v: _mean([x.product(v) for x in each]),
         lambda: _mean([x.gradient for x in each]),
         lambda v: list(map(_mean, zip(*(x.mixed(v) for x in each), strict=True))),
@@ -308,7 +311,7 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).mean(0)
 
 
-def second_by_autograd(
+def autograd_products(
     training: Training,
     state: State,
     values: Tensors,
@@ -316,7 +319,7 @@ def second_by_autograd(
     steps: Sequence[int],
     seed: int,
     curvature: Curvature = "hessian",
-) -> Second:
+) -> HessianProducts:
     """Of the mean training loss over batches of steps."""
     p = state.p.detach().requires_grad_()
     values = values | {n: values[n].detach().requires_grad_() for n in learned}
@@ -324,14 +327,16 @@ def second_by_autograd(
     product, graph = product_and_gradient(training, state, values, steps, seed, curvature)
     gradient = cache(graph)
     leaves = [values[n] for n in learned]
-    return Second(product, lambda: gradient().detach(), lambda v: vjp([gradient()], leaves, [v]))
+    return HessianProducts(
+        product, lambda: gradient().detach(), lambda v: vjp([gradient()], leaves, [v])
+    )
 
 
 __all__ = [
-    "Second",
-    "SecondMachine",
-    "machine_of_second",
-    "second_by_autograd",
-    "second_traced",
-    "trace_second",
+    "HessianProducts",
+    "ProductMachine",
+    "autograd_products",
+    "product_machine_of",
+    "trace_products",
+    "traced_products",
 ]

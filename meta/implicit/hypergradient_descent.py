@@ -11,7 +11,7 @@ from ..training.adjoint import Cotangents, leaf_values, leaves
 from ..training.estimate import Estimate, Note, finished
 from ..training.training import State, Training
 from .curvature import vjp
-from .inner_solution import Reached, go_on
+from .inner_solution import InnerSolution, continue_training
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class HypergradientDescent:
     """
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
-    ) -> tuple[Estimate, Reached | None]:
+        self, training: Training, point: Tensors, carry: InnerSolution | None = None, *, seed: int
+    ) -> tuple[Estimate, InnerSolution | None]:
         if of_loss := [name for name in training.expand(training.problem.hypers) if name in point]:
             raise ValueError(
                 f"{', '.join(of_loss)} is in the training loss, on which hypergradient descent "
@@ -39,7 +39,7 @@ class HypergradientDescent:
         plain, sums = resolved.detach(), Cotangents(resolved)
         last = training.steps - 1
         if last:
-            reached = go_on(replace(training, steps=last), plain, carry, seed)
+            reached = continue_training(replace(training, steps=last), plain, carry, seed)
             if isinstance(reached, Estimate):
                 return reached, None
         elif carry:
@@ -47,7 +47,7 @@ class HypergradientDescent:
             reached = carry
         else:
             with torch.no_grad():
-                reached = Reached(training.begin(plain.at(0), seed), 0)
+                reached = InnerSolution(training.begin(plain.at(0), seed), 0)
         values, hypers = leaf_values(plain, last, sums.names)
         before = leaves(reached.state, reached.state.buffers)
         after = training.step(before, values, reached.steps, seed, graph=True)
@@ -63,4 +63,4 @@ class HypergradientDescent:
         state = State(after.p.detach(), slots, buffers)
         held_out = training.outer_loss(state, plain.at(last)).detach()
         note = Note(steps=training.steps, how="the training loss after one step")
-        return finished(held_out, sums.through(knobs), note), Reached(state, done)
+        return finished(held_out, sums.through(knobs), note), InnerSolution(state, done)

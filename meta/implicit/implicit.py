@@ -16,19 +16,19 @@ from typing import Literal
 from ...inner.core.hyper import Tensors
 from ...inner.core.messages import unknown
 from ..tracing.cost_model import spend_on_products, worth_tracing_products
-from ..tracing.verify import or_by_autograd
+from ..tracing.verify import with_autograd_fallback
 from ..training.estimate import Estimate, Note, finished
 from ..training.outcome import Outcome
 from ..training.training import Resolved, Training
 from .curvature import Curvature, Parted
-from .hessian_products import SecondMachine, machine_of_second, second_by_autograd, second_traced
+from .hessian_products import ProductMachine, autograd_products, product_machine_of, traced_products
 from .inner_solution import (
-    Reached,
+    InnerSolution,
     check_moves_optimum,
-    go_on,
+    continue_training,
     held_out,
     no_graph,
-    only_once,
+    no_second_derivative,
     total,
 )
 from .linear_solvers import Solve, conjugate_gradient
@@ -88,11 +88,11 @@ class Implicit:
             )
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Reached | None = None, *, seed: int
-    ) -> tuple[Estimate, Reached | None]:
+        self, training: Training, point: Tensors, carry: InnerSolution | None = None, *, seed: int
+    ) -> tuple[Estimate, InnerSolution | None]:
         self._check(training, point)
         resolved = training.resolve({name: value.detach() for name, value in point.items()})
-        reached = go_on(training, resolved, carry, seed)
+        reached = continue_training(training, resolved, carry, seed)
         if isinstance(reached, Estimate):
             return reached, None
         estimate = self._at(training, resolved, reached, list(point), seed)
@@ -102,7 +102,9 @@ class Implicit:
             return estimate, None
         return estimate, reached
 
-    def at(self, training: Training, point: Tensors, reached: Reached, *, seed: int) -> Estimate:
+    def at(
+        self, training: Training, point: Tensors, reached: InnerSolution, *, seed: int
+    ) -> Estimate:
         """The same where a training by whatever means has ended; nothing is trained."""
         self._check(training, point)
         resolved = training.resolve({name: value.detach() for name, value in point.items()})
@@ -127,7 +129,7 @@ class Implicit:
         self,
         training: Training,
         resolved: Resolved,
-        reached: Reached,
+        reached: InnerSolution,
         names: list[str],
         seed: int,
     ) -> Estimate:
@@ -143,10 +145,10 @@ class Implicit:
             machine = None if refused else self._machine(training, values, names, seed)
             at = training, reached.state, values
             if machine:
-                product, gradient, mixed = second_traced(machine, *at, ahead, seed)
+                product, gradient, mixed = traced_products(machine, *at, ahead, seed)
                 how = "traced" if machine.interpreted else "compiled"
             else:
-                product, gradient, mixed = second_by_autograd(
+                product, gradient, mixed = autograd_products(
                     *at, names, ahead, seed, self.curvature
                 )
                 how = f"by autograd{f': {refused}' if refused else ''}"
@@ -170,13 +172,13 @@ class Implicit:
             return finished(loss, total(direct, shares), note)
 
         try:
-            return or_by_autograd(training.problem, self.compile, attempt)
+            return with_autograd_fallback(training.problem, self.compile, attempt)
         except RuntimeError as error:
-            return only_once(training, error)
+            return no_second_derivative(training, error)
 
     def _machine(
         self, training: Training, values: Tensors, names: list[str], seed: int
-    ) -> SecondMachine | None:
+    ) -> ProductMachine | None:
         """What does the products, if not autograd."""
         want = self.compile
         if want == "auto":
@@ -185,7 +187,7 @@ class Implicit:
             want = "trace" if parts == 1 and worth_tracing_products(training.problem) else False
         if not want or self.curvature != "hessian":
             return None
-        return machine_of_second(training, values, names, seed, interpreted=want == "trace")
+        return product_machine_of(training, values, names, seed, interpreted=want == "trace")
 
 
 def warn_if_far(training: Training, estimate: Estimate) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ..training.adjoint import why_only_once
+from ..training.adjoint import missing_derivative
 from ..training.estimate import Estimate, Note
 from ..training.outcome import Outcome
 from ..training.training import Resolved, State, Training
@@ -17,7 +17,7 @@ from .curvature import vjp
 
 
 @dataclass(frozen=True)
-class Reached:
+class InnerSolution:
     """Where a training ended, for one other to go on from, which may do so in the same memory.
     steps: done since the start.
     """
@@ -29,8 +29,11 @@ class Reached:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_version", self.state.p._version)
 
-    def __reduce__(self) -> tuple[type[Reached], tuple[State, int]]:
-        return Reached, (self.take(), self.steps)  # A copy's tensors count their versions anew.
+    def __reduce__(self) -> tuple[type[InnerSolution], tuple[State, int]]:
+        return InnerSolution, (
+            self.take(),
+            self.steps,
+        )  # A copy's tensors count their versions anew.
 
     def take(self) -> State:
         """The state, to be overwritten; ValueError if it was already."""
@@ -42,15 +45,15 @@ class Reached:
         return self.state
 
 
-def go_on(
+def continue_training(
     training: Training,
     resolved: Resolved,
-    carry: Reached | None,
+    carry: InnerSolution | None,
     seed: int,
     *,
     inner: float = 1.0,
     outer: float = 0.0,
-) -> Reached | Estimate:
+) -> InnerSolution | Estimate:
     """Where `training.steps` more steps lead from carry, or from fresh weights, on inner * f +
     outer * F, f the training loss and F the held-out one.
     """
@@ -75,7 +78,7 @@ def go_on(
         return Estimate.diverged(
             training.steps, f"the weights stopped being finite within {done} steps"
         )
-    return Reached(state, done)
+    return InnerSolution(state, done)
 
 
 def step_along(
@@ -101,10 +104,10 @@ def step_along(
     if "weight_decay" in values:
         values = values | {"weight_decay": inner * values["weight_decay"]}
     g = g if pull is None else g + pull
-    return moved_by(training, state, values, i, g, buffers, loss=total.detach())
+    return apply_gradient(training, state, values, i, g, buffers, loss=total.detach())
 
 
-def moved_by(
+def apply_gradient(
     training: Training,
     state: State,
     values: Tensors,
@@ -122,7 +125,7 @@ def moved_by(
         return training.apply(state, g.detach(), values, t, buffers, loss=loss)
 
 
-def in_hypers(
+def partial_in_hypers(
     training: Training, state: State, values: Tensors, names: Sequence[str], i: int, seed: int
 ) -> Tensors:
     """The partial derivatives of the training loss at step i in hypers of it."""
@@ -163,9 +166,9 @@ def no_graph(training: Training, loss: Tensor) -> Estimate:
     return Estimate(float(loss), {}, Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps))
 
 
-def only_once(training: Training, error: RuntimeError) -> Estimate:
+def no_second_derivative(training: Training, error: RuntimeError) -> Estimate:
     """What to answer where torch has no second derivative; any other error is raised again."""
-    note = Note(Outcome.NOT_DIFFERENTIABLE, why_only_once(error), training.steps)
+    note = Note(Outcome.NOT_DIFFERENTIABLE, missing_derivative(error), training.steps)
     return Estimate(float("nan"), {}, note)
 
 
@@ -196,14 +199,14 @@ def check_moves_optimum(training: Training, point: Tensors, also: Iterable[str] 
 
 
 __all__ = [
-    "Reached",
+    "InnerSolution",
+    "apply_gradient",
     "check_moves_optimum",
-    "go_on",
+    "continue_training",
     "held_out",
-    "in_hypers",
-    "moved_by",
     "no_graph",
-    "only_once",
+    "no_second_derivative",
+    "partial_in_hypers",
     "step_along",
     "total",
 ]

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .seeding import everything_seeded
+from .seeding import fork_all_rngs
 
 Split = Literal["train", "valid", "test"]
 Inputs = Tensor | tuple[Tensor, ...]
 Batch = tuple[Inputs, Tensor]
 
 
-class Whole(Protocol):
+class HeldOut(Protocol):
     """Data that can be read at once, as (inputs, target) with the example in the first dimension.
 
     May give the same tensors again and again.
     """
 
-    def to(self, device: torch.device) -> Whole: ...
+    def to(self, device: torch.device) -> HeldOut: ...
 
     def whole(self) -> Batch: ...
 
 
-class Data(Whole, Protocol):
+class Data(HeldOut, Protocol):
     """Data that can be read by the index of an example, too."""
 
     def __len__(self) -> int: ...
@@ -50,7 +50,7 @@ class TensorData:
         return len(self._target)
 
     def to(self, device: torch.device) -> TensorData:
-        return TensorData(*on_device((self._inputs, self._target), device))
+        return TensorData(*to_device((self._inputs, self._target), device))
 
     def batch(self, index: Tensor, seed: int) -> Batch:
         index = _sent(index, self._target.device)
@@ -76,16 +76,16 @@ class DatasetData:
         return self if device == self._device else DatasetData(self._dataset, device)
 
     def batch(self, index: Tensor, seed: int) -> Batch:
-        return sent(self._collated(index, seed), self._device)
+        return to_device_async(self._collated(index, seed), self._device)
 
     def whole(self) -> Batch:
         # Held-out data are read after every training: collated once, then kept on the device.
         if self._whole is None:
-            self._whole = on_device(self._collated(torch.arange(len(self)), 0), self._device)
+            self._whole = to_device(self._collated(torch.arange(len(self)), 0), self._device)
         return self._whole
 
     def _collated(self, index: Tensor, seed: int) -> Batch:
-        with everything_seeded(seed):
+        with fork_all_rngs(seed):
             collated = default_collate([self._dataset[i] for i in index.tolist()])
         name = type(self._dataset).__name__
         if not is_pair(collated):
@@ -143,7 +143,7 @@ def _flat(nested: Iterable[object], whose: str) -> Iterator[Tensor]:
             )
 
 
-def sent(batch: Batch, device: torch.device | None) -> Batch:
+def to_device_async(batch: Batch, device: torch.device | None) -> Batch:
     """A batch on a device, on CUDA behind what is queued there and without waiting for it."""
     return each_tensor(batch, lambda x: _sent(x, device))
 
@@ -156,7 +156,7 @@ def _sent(x: Tensor, device: torch.device | None) -> Tensor:
     return x.to(device)
 
 
-def on_device(batch: Batch, device: torch.device | None) -> Batch:
+def to_device(batch: Batch, device: torch.device | None) -> Batch:
     # Not pinned: it may be all there is, and pinned memory is never given back.
     return each_tensor(batch, lambda x: x.to(device))
 
@@ -173,14 +173,14 @@ __all__ = [
     "Batch",
     "Data",
     "DatasetData",
+    "HeldOut",
     "Inputs",
     "Split",
     "TensorData",
-    "Whole",
     "as_data",
     "as_pair",
     "each_tensor",
     "is_pair",
-    "on_device",
-    "sent",
+    "to_device",
+    "to_device_async",
 ]

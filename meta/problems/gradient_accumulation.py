@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...inner.core.hyper import Tensors
 from .data import Batch, each_tensor
-from .seeding import as_before, generators_of
+from .seeding import generators_of, preserve_rng
 
 Loss = Callable[[Tensors, Tensors, Tensors, Batch], tuple[Tensor, Tensors]]
 
@@ -102,7 +102,7 @@ class _Again:
         if not self._called:
             self._called = True
             return self._function(*tensors)
-        with as_before(g for g, _ in self._states):
+        with preserve_rng(g for g, _ in self._states):
             for generator, state in self._states:
                 generator.set_state(state)
             return self._function(*tensors)

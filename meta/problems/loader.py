@@ -14,26 +14,26 @@ from torch.utils.data import IterableDataset
 from .data import (
     Batch,
     Data,
+    HeldOut,
     Split,
-    Whole,
     as_data,
     as_pair,
     each_tensor,
     is_pair,
-    on_device,
-    sent,
+    to_device,
+    to_device_async,
 )
-from .seeding import as_before, everything_seeded, mix
+from .seeding import fold_in, fork_all_rngs, preserve_rng
 
 _END = object()
 
 
 def as_train(given: object) -> Data | Stream:
-    return Stream(Record(given)) if _is_stream(given) else as_data(given)
+    return Stream(BatchLog(given)) if _is_stream(given) else as_data(given)
 
 
-def as_held_out(given: object) -> Whole:
-    return Collected(given) if _is_stream(given) else as_data(given)
+def as_held_out(given: object) -> HeldOut:
+    return Collated(given) if _is_stream(given) else as_data(given)
 
 
 def _is_stream(given: object) -> TypeGuard[Iterable[object]]:
@@ -52,7 +52,7 @@ class Stream:
     in the stream: whoever records it anew gets the same batches.
     """
 
-    def __init__(self, record: Record, device: torch.device | None = None) -> None:
+    def __init__(self, record: BatchLog, device: torch.device | None = None) -> None:
         self._record, self._device = record, device
 
     def to(self, device: torch.device) -> Stream:
@@ -66,10 +66,10 @@ class Stream:
         if self._device is None or self._device.type == "cpu":
             # A model may write into its inputs: what is recorded must not be what it gets.
             return _copied(self._record.at(step))
-        return sent(self._record.at(step, pin=self._device.type == "cuda"), self._device)
+        return to_device_async(self._record.at(step, pin=self._device.type == "cuda"), self._device)
 
 
-class Record:
+class BatchLog:
     """The batches that an iterable has given so far, in the host's memory."""
 
     def __init__(self, iterable: Iterable[object]) -> None:
@@ -111,15 +111,15 @@ class Record:
         )
 
 
-class Collected:
+class Collated:
     """All batches of an iterable in one; it is read when first asked for, and must have an end."""
 
     def __init__(self, iterable: Iterable[object], device: torch.device | None = None) -> None:
         self._iterable, self._device = iterable, device
         self._whole: Batch | None = None
 
-    def to(self, device: torch.device) -> Collected:
-        return self if device == self._device else Collected(self._iterable, device)
+    def to(self, device: torch.device) -> Collated:
+        return self if device == self._device else Collated(self._iterable, device)
 
     def whole(self) -> Batch:
         if self._whole is None:
@@ -128,7 +128,7 @@ class Collected:
             if not batches:
                 name = type(self._iterable).__name__
                 raise ValueError(f"the {name} of held-out batches is empty; give at least one")
-            self._whole = on_device(_joined(batches), self._device)
+            self._whole = to_device(_joined(batches), self._device)
         return self._whole
 
 
@@ -163,13 +163,13 @@ def _drawing(iterable: object, place: int) -> Iterator[None]:
     owners = (iterable, getattr(iterable, "sampler", None))
     found = [getattr(owner, "generator", None) for owner in owners]
     own = dict.fromkeys(x for x in found if isinstance(x, torch.Generator))
-    with everything_seeded(mix(0, place, 5)), as_before(own):
+    with fork_all_rngs(fold_in(0, place, 5)), preserve_rng(own):
         for generator in own:
-            generator.manual_seed(mix(generator.initial_seed(), place, 5))
+            generator.manual_seed(fold_in(generator.initial_seed(), place, 5))
         yield
 
 
-def check_filled(splits: Mapping[Split, Whole], name: str) -> None:
+def check_filled(splits: Mapping[Split, HeldOut], name: str) -> None:
     for split, data in splits.items():
         if isinstance(data, Sized) and len(data) == 0:
             raise ValueError(f"{name}: the {split} data are empty; give at least one example")

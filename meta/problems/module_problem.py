@@ -17,11 +17,17 @@ from torch.func import functional_call
 from ...inner.core.hyper import Discrete, Hyper, Tensors
 from ...inner.core.messages import unknown
 from .batchnorm import carry_statistics
-from .data import Batch, Data, Split, Whole
+from .data import Batch, Data, HeldOut, Split
 from .gradient_accumulation import mean_loss
 from .loader import Stream, as_held_out, as_train, check_filled, checked_batch_size
-from .modules import check_autocast, checked_weights, lowered, own_modules, twice_differentiable
-from .seeding import mix, seeded
+from .modules import (
+    autocast_region,
+    check_autocast,
+    checked_weights,
+    copy_modules,
+    twice_differentiable,
+)
+from .seeding import fold_in, fork_rng
 
 LossFn = Callable[..., Tensor]
 
@@ -43,7 +49,7 @@ class ModuleProblem:
     loss_fn: LossFn
     outer_loss_fn: LossFn
     train: Data | Stream
-    held_out: Mapping[Split, Whole]
+    held_out: Mapping[Split, HeldOut]
     batch_size: int | None
     accumulate: int
     autocast: torch.dtype | None
@@ -58,11 +64,11 @@ class ModuleProblem:
         options = {option: c.default for option, c in self.choices.items()} | dict(self.chosen)
         size = options.pop("batch_size", self.batch_size)
         self._options = options
-        with seeded(0):
+        with fork_rng(0):
             made = self.make_model(**options)
         weights = checked_weights(made, self.name)
         self._device = weights[0].device
-        self._model = own_modules(made)
+        self._model = copy_modules(made)
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in made.modules())
         carry_statistics(self._model)
         # On the device for this problem and for those it makes by `choose`.
@@ -92,9 +98,9 @@ class ModuleProblem:
         super().__setattr__(name, value)
 
     @property
-    def splits(self) -> Mapping[Split, Whole]:
+    def splits(self) -> Mapping[Split, HeldOut]:
         """What can be read as a whole: not a stream to train on, which may have no end."""
-        train: dict[Split, Whole] = {}
+        train: dict[Split, HeldOut] = {}
         if not isinstance(self.train, Stream):
             train["train"] = self.train
         return train | dict(self.held_out)
@@ -107,7 +113,7 @@ class ModuleProblem:
         return replace(self, chosen={**self.chosen, **chosen})
 
     def start(self, seed: int) -> tuple[Tensors, Tensors]:
-        with seeded(mix(seed, 0, 1), self._device):
+        with fork_rng(fold_in(seed, 0, 1), self._device):
             model = self.make_model(**self._options)
         params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
@@ -117,7 +123,7 @@ class ModuleProblem:
         if isinstance(self.train, Stream):
             return self.train.at(step)
         index = _draw(len(self.train), self._batch_size, step, seed)
-        inputs, target = self.train.batch(index, mix(seed, step, 4))
+        inputs, target = self.train.batch(index, fold_in(seed, step, 4))
         if self.data_weights:
             several = inputs if isinstance(inputs, tuple) else (inputs,)
             inputs = (*several, index.to(self._device))
@@ -153,7 +159,7 @@ class ModuleProblem:
             return self._scalar(self.loss_fn, output, target, **extra)
         index = inputs[-1]
         weights = hypers[_WEIGHTS].to(index.device)[index]
-        with lowered(self._device, self.autocast):
+        with autocast_region(self._device, self.autocast):
             losses = self.loss_fn(output, target, **extra)
         return _weighted(self.loss_fn, losses, weights)
 
@@ -176,7 +182,7 @@ class ModuleProblem:
             return loss | {n: float(f(output, target)) for n, f in self.metrics.items()}
 
     def _evaluate(self, params: Tensors, buffers: Tensors, split: Split) -> tuple[Tensor, Tensor]:
-        with seeded(0, self._device):
+        with fork_rng(0, self._device):
             inputs, target = self.splits[split].whole()
             output, _ = self._forward(params, dict(buffers), inputs, training=False)
         return output, target
@@ -187,7 +193,7 @@ class ModuleProblem:
         self._model.train(training)
         state = {**params, **buffers}
         args = inputs if isinstance(inputs, tuple) else (inputs,)
-        with twice_differentiable(self._recurrent), lowered(self._device, self.autocast):
+        with twice_differentiable(self._recurrent), autocast_region(self._device, self.autocast):
             # functional_call writes buffers that a module replaced back into this dict.
             output = functional_call(self._model, state, args)
         if self.autocast and isinstance(output, Tensor) and output.dtype == self.autocast:
@@ -195,7 +201,7 @@ class ModuleProblem:
         return output, {n: state[n] for n in buffers}
 
     def _scalar(self, loss_fn: LossFn, output: object, target: Tensor, **extra: Tensors) -> Tensor:
-        with lowered(self._device, self.autocast):
+        with autocast_region(self._device, self.autocast):
             return _scalar(loss_fn, output, target, **extra)
 
 
@@ -254,7 +260,7 @@ def problem_from_module(
             "a loss with hyperparameters needs outer_loss_fn(output, target), the held-out loss: "
             "tuning them on a loss that contains them would only switch them off"
         )
-    held_out: dict[Split, Whole] = {"valid": as_held_out(valid)}
+    held_out: dict[Split, HeldOut] = {"valid": as_held_out(valid)}
     if test is not None:
         held_out["test"] = as_held_out(test)
     return ModuleProblem(
@@ -337,7 +343,7 @@ def _draw(examples: int, batch_size: int, step: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(mix(seed, epoch, 3))
+    generator = torch.Generator().manual_seed(fold_in(seed, epoch, 3))
     return torch.randperm(examples, generator=generator)
 
 

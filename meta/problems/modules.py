@@ -26,7 +26,7 @@ def checked_weights(model: nn.Module, name: str) -> list[nn.Parameter]:
     return trainable
 
 
-def own_modules(model: nn.Module) -> nn.Module:
+def copy_modules(model: nn.Module) -> nn.Module:
     """Copies of all modules around the same tensors: make_model may return one that it keeps."""
     held = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
     return deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers(), *held)})
@@ -52,7 +52,9 @@ def twice_differentiable(recurrent: bool) -> Iterator[None]:
         torch.backends.cudnn.enabled = cudnn
 
 
-def lowered(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[object]:
+def autocast_region(
+    device: torch.device, autocast: torch.dtype | None
+) -> AbstractContextManager[object]:
     """Where torch finds it safe, compute in the type autocast; None changes nothing."""
     if autocast is None:
         return nullcontext()
@@ -80,9 +82,9 @@ def check_autocast(autocast: torch.dtype | None, weights: list[nn.Parameter], na
 
 
 __all__ = [
+    "autocast_region",
     "check_autocast",
     "checked_weights",
-    "lowered",
-    "own_modules",
+    "copy_modules",
     "twice_differentiable",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...inner.core.hyper import Discrete, Hyper, Tensors
 from .data import Split
-from .seeding import mix, seeded
+from .seeding import fold_in, fork_rng
 
 
 @runtime_checkable
@@ -75,7 +75,7 @@ def loss_at(
 
 def draws_of(step: int, seed: int, device: torch.device) -> AbstractContextManager[None]:
     """The random draws that the training loss makes at a step."""
-    return seeded(mix(seed, step, 2), device)
+    return fork_rng(fold_in(seed, step, 2), device)
 
 
 __all__ = ["Problem", "draws_of", "loss_at"]

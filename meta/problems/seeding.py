@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-def mix(*numbers: int) -> int:
+def fold_in(*numbers: int) -> int:
     """One 63-bit seed from several numbers, by rounds of SplitMix64 (Steele et al. 2014)."""
     state = 0
     for number in numbers:
@@ -22,10 +22,10 @@ def mix(*numbers: int) -> int:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+def fork_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """torch's global generators seeded inside and as before outside."""
     generators = generators_of(device)
-    with as_before(generators):
+    with preserve_rng(generators):
         # Not torch.manual_seed: it formats a stack trace for every device that is not there.
         for generator in generators:
             generator.manual_seed(seed)
@@ -41,7 +41,7 @@ def generators_of(device: torch.device | None) -> list[torch.Generator]:
 
 
 @contextmanager
-def as_before(generators: Iterable[torch.Generator]) -> Iterator[None]:
+def preserve_rng(generators: Iterable[torch.Generator]) -> Iterator[None]:
     """What is drawn inside has not been drawn outside."""
     before = [(generator, generator.get_state()) for generator in generators]
     try:
@@ -52,13 +52,13 @@ def as_before(generators: Iterable[torch.Generator]) -> Iterator[None]:
 
 
 @contextmanager
-def everything_seeded(seed: int) -> Iterator[None]:
+def fork_all_rngs(seed: int) -> Iterator[None]:
     """The three global generators that data may be augmented with, seeded inside."""
     before = random.getstate(), np.random.get_state()
     random.seed(seed % 2**32)
     np.random.seed(seed % 2**32)
     try:
-        with seeded(seed):
+        with fork_rng(seed):
             yield
     finally:
         random.setstate(before[0])

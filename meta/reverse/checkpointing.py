@@ -25,7 +25,7 @@ S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckpointPlan:
     """Which states are kept.
 
     slots: how many at once, besides the one at hand. let_go(kept, hand, steps): which of the
@@ -38,20 +38,20 @@ class Plan:
     foresight: bool = False
 
 
-def keep_all() -> Plan:
+def keep_all() -> CheckpointPlan:
     """Every state; nothing is done again."""
     return every(1)
 
 
-def every(k: int) -> Plan:
+def every(k: int) -> CheckpointPlan:
     """Every k-th state; going back, all of a segment at once: steps / k + k states, and each step
     done at most once more. The fewest states for k = √steps.
     """
     _check_count("every", "k", k)
-    return Plan(sys.maxsize, lambda kept, hand, steps: hand if hand % k else None)
+    return CheckpointPlan(sys.maxsize, lambda kept, hand, steps: hand if hand % k else None)
 
 
-def revolve(slots: int) -> Plan:
+def revolve(slots: int) -> CheckpointPlan:
     """The states from which a known number of steps is reversed in fewest: `revolve_steps`."""
     _check_count("revolve", "slots", slots)
 
@@ -63,10 +63,10 @@ def revolve(slots: int) -> Plan:
         next_one = kept[-1] + _stride(steps - kept[-1], slots - len(kept) + 1)
         return None if hand == next_one else hand
 
-    return Plan(slots, let_go, foresight=True)
+    return CheckpointPlan(slots, let_go, foresight=True)
 
 
-def online(slots: int) -> Plan:
+def online(slots: int) -> CheckpointPlan:
     """States kept without knowing when training ends: whenever it does, they reverse it in few.
 
     In `revolve_steps` and no more if that is at most (slots + 1)(slots + 2) / 2 + 1 steps. After
@@ -95,10 +95,10 @@ def online(slots: int) -> Plan:
         ]
         return marks[1 + costs.index(min(costs))]
 
-    return Plan(slots, let_go)
+    return CheckpointPlan(slots, let_go)
 
 
-def find_plan(spec: str | int) -> Plan:
+def find_checkpoint_plan(spec: str | int) -> CheckpointPlan:
     """The plan of "all", "every:K", "revolve:S", "online:S" or, for revolve, the number S."""
     if spec == "all":
         return keep_all()
@@ -153,7 +153,7 @@ class Checkpoints(Generic[S]):
     steps: the number that will be offered, for a plan that must know.
     """
 
-    def __init__(self, plan: Plan, store: Store[S], steps: int | None = None) -> None:
+    def __init__(self, plan: CheckpointPlan, store: Store[S], steps: int | None = None) -> None:
         if plan.foresight and steps is None:
             raise ValueError("steps=None, but revolve must know them from the start; use online")
         self.recomputed = 0
@@ -237,10 +237,10 @@ class Checkpoints(Generic[S]):
 
 
 __all__ = [
+    "CheckpointPlan",
     "Checkpoints",
-    "Plan",
     "every",
-    "find_plan",
+    "find_checkpoint_plan",
     "find_store",
     "keep_all",
     "online",

@@ -2,171 +2,21 @@
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, TypeVar
 
 import torch
 import torch._inductor
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ...inner.core.hyper import Tensors
 from ..problems.problem import draws_of
-from ..tracing.cuda_graph import Run, captured
-from ..tracing.fx_graph import CannotTrace, Graph, contiguous, first_line
-from ..tracing.step_graph import StepGraph, trace
-from ..tracing.torchscript import scripted
-from ..tracing.verify import Distrusted, OnTrial, agrees, directions, early
+from ..tracing.fx_graph import contiguous
+from ..tracing.machine import Machine
+from ..tracing.verify import check_against_autograd, directions, early_state
 from ..training.adjoint import Cotangents
-from ..training.cache import kept_for
 from ..training.training import Resolved, State, Training
 from .steps import Eager
-
-# Inductor on CPU lays convolutions out anew and then returns wrong derivatives where weights are
-# slices of one vector; and its own random numbers are not the ones that an eager step draws.
-OPTIONS: dict[str, Any] = {"layout_optimization": False, "fallback_random": True}
-
-
-@dataclass(eq=False)
-class Machine(OnTrial):
-    """The compiled parts of one step, each made when first asked for.
-
-    interpreted: run the traced operations as they are. agreed: the parts that were seen to agree
-    with autograd.
-    """
-
-    graph: StepGraph
-    interpreted: bool = False
-    agreed: set[str] = field(default_factory=set)
-
-    @cached_property
-    def advance(self) -> Run:
-        return self._compiled(self.graph.advance())
-
-    @cached_property
-    def pull(self) -> Run:
-        return self._compiled(self.graph.pull())
-
-    @cached_property
-    def record(self) -> Run:
-        return self._compiled(self._halves[0])
-
-    @cached_property
-    def rewind(self) -> Run:
-        return self._compiled(self._halves[1])
-
-    @property
-    def graph_bytes(self) -> int:
-        """What `record` keeps per step."""
-        return self._halves[2]
-
-    @cached_property
-    def _halves(self) -> tuple[Graph, Graph, int]:
-        with self.trial():
-            try:
-                return self.graph.halves()
-            except CannotTrace as why:
-                raise Distrusted(f"it cannot be compiled: {why}") from why
-
-    @property
-    def how(self) -> str:
-        return "traced" if self.interpreted else "compiled"
-
-    def _compiled(self, graph: Graph) -> Run:
-        run = scripted(graph) if self.interpreted else generate(graph, self.spend)
-        return run if self.graph.random else captured(run)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """What torch warns of inside itself is nothing a user could change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def generate(graph: Graph, spent: Callable[[float], None] = lambda seconds: None) -> Run:
-    """Generated code for a graph, made at its first call; Distrusted if that fails.
-
-    By inductor itself, which torch.compile would reach through dynamo: the graph is traced already,
-    with fixed shapes, and dynamo would look at every Python frame that runs while it does. Inputs
-    must be contiguous, as they were at the first call.
-    """
-    made: list[Run] = []
-
-    def run(*inputs: Tensor) -> Sequence[Tensor]:
-        if not made:
-            began = time.monotonic()
-            try:
-                # Inductor looks on disk only for what was traced in a context such as dynamo's.
-                shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-                with torch.no_grad(), tracing(TracingContext(shapes)), _quietly():
-                    made.append(torch._inductor.compile(graph, list(inputs), options=OPTIONS))
-                with torch.no_grad():
-                    return made[0](*inputs)
-            except Exception as error:  # Any part of the compiler may refuse a model.
-                made.clear()
-                raise Distrusted(f"it cannot be compiled: {first_line(error)}") from error
-            finally:
-                spent(time.monotonic() - began)
-        return made[0](*inputs)
-
-    return run
-
-
-M = TypeVar("M")
-
-
-def made_once(
-    training: Training, kind: str, values: Tensors, learned: Sequence[str], make: Callable[[], M]
-) -> M:
-    """What make() returns, made once per problem, rule and set of learned hypers.
-
-    Steps, schedules, values and seeds play no part in it. Raises Distrusted if it cannot be.
-    """
-    rule = training.rule
-    shapes = tuple((name, value.shape, value.dtype) for name, value in values.items())
-    key = (kind, rule.update, tuple(rule.options().items()), shapes, tuple(learned))
-    made = kept_for(training.problem)
-    if key not in made:
-        try:
-            made[key] = make()
-        except CannotTrace as why:
-            # Another one, without the frames of that, which hold the problem.
-            made[key] = CannotTrace(str(why))
-    found = made[key]
-    if isinstance(found, CannotTrace):
-        raise Distrusted(f"{training.label} cannot be compiled: {found}")
-    return found  # type: ignore[no-any-return]  # of the kind that make returned
-
-
-def machine_of(
-    training: Training,
-    state: State,
-    values: Tensors,
-    learned: Sequence[str],
-    seed: int,
-    *,
-    interpreted: bool = False,
-) -> Machine:
-    """The machine for a training's steps."""
-
-    def make_graph() -> tuple[StepGraph, float]:
-        began = time.monotonic()
-        return trace(training, state, values, learned, seed), time.monotonic() - began
-
-    def make() -> Machine:
-        graph, seconds = made_once(training, "graph", values, learned, make_graph)
-        return Machine(graph, interpreted, seconds=seconds)
-
-    return made_once(training, f"reverse, {interpreted=}", values, learned, make)
 
 
 class Compiled:
@@ -212,7 +62,7 @@ class Compiled:
             if not left:
                 return
             eager = Eager(training, self._plain, self._seed, self._sums, self._fixed)
-            i, state = early(eager.advance, start, training.steps)
+            i, state = early_state(eager.advance, start, training.steps)
             for part in left:
                 prove = self._prove_after if part in ("advance", "record") else self._prove_before
                 if prove(part, i, state):
@@ -323,4 +173,4 @@ class Compiled:
         state: State,
     ) -> bool:
         low = self._machine.graph.low
-        return agrees(self._training, names, found, by_autograd, state, low)
+        return check_against_autograd(self._training, names, found, by_autograd, state, low)

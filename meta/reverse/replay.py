@@ -20,20 +20,28 @@ from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from ...inner.core.messages import check_at_least
-from ..tracing.cost_model import not_worth, remember, spend, worth_tracing
-from ..tracing.verify import or_by_autograd
+from ..tracing.cost_model import remember, spend, why_not_compile, worth_tracing
+from ..tracing.machine import machine_of
+from ..tracing.verify import with_autograd_fallback
 from ..training.adjoint import (
     Cotangents,
+    missing_derivative,
     norm_at_end,
     pull_back_start,
     seed_adjoint,
-    why_only_once,
 )
 from ..training.estimate import Estimate, Note, finished
 from ..training.outcome import Outcome
 from ..training.training import Resolved, State, Training
-from .checkpointing import Checkpoints, Plan, find_plan, find_store, keep_all, revolve
-from .compiled_steps import Compiled, machine_of
+from .checkpointing import (
+    CheckpointPlan,
+    Checkpoints,
+    find_checkpoint_plan,
+    find_store,
+    keep_all,
+    revolve,
+)
+from .compiled_steps import Compiled
 from .memory_budget import bytes_of, comfortable, state_bytes
 from .state_store import room_in
 from .steps import Eager, Steps
@@ -78,7 +86,7 @@ class Replay:
         if self.compile not in (True, False, "auto", "trace"):
             raise ValueError(f"compile={self.compile!r} is none of True, False, 'auto', 'trace'")
         if self.checkpoints != "auto":
-            find_plan(self.checkpoints)
+            find_checkpoint_plan(self.checkpoints)
         find_store(self.store)
         if self.graphs == "keep" and (self.memory is not None or self.checkpoints != "auto"):
             raise ValueError(
@@ -98,12 +106,12 @@ class Replay:
         resolved = training.resolve(leaves)
 
         def attempt(refused: str) -> Estimate:
-            return _Run(self, training, resolved, seed, refused).estimate(leaves)
+            return _ReplayPass(self, training, resolved, seed, refused).estimate(leaves)
 
-        return or_by_autograd(training.problem, self.compile, attempt), None
+        return with_autograd_fallback(training.problem, self.compile, attempt), None
 
 
-class _Run:
+class _ReplayPass:
     """One metagradient."""
 
     def __init__(
@@ -154,7 +162,7 @@ class _Run:
             try:
                 adjoint = self._back(adjoint, tapes, kept, graphs)
             except RuntimeError as error:
-                note = Note(Outcome.NOT_DIFFERENTIABLE, why_only_once(error), training.steps)
+                note = Note(Outcome.NOT_DIFFERENTIABLE, missing_derivative(error), training.steps)
                 return Estimate(float(loss), {}, note)
         if self.from_step == 0:
             pull_back_start(training, self.plain, self.seed, adjoint, self.sums)
@@ -203,7 +211,7 @@ class _Run:
         if want == "auto" and (parts := getattr(self.training.problem, "accumulate", 1)) > 1:
             return eager, f"by autograd: accumulate={parts} is kept to, one graph would be of all"
         if want == "auto":
-            why = not_worth(self.training, self.sums.names, *at, self.seed, expect)
+            why = why_not_compile(self.training, self.sums.names, *at, self.seed, expect)
             if why and not worth_tracing(self.training, *at, self.seed, expect):
                 return eager, f"by autograd: {why}"
         machine = machine_of(
@@ -218,13 +226,17 @@ class _Run:
         )
         return steps, f"{machine.how}{f': {why}' if why else ''}"
 
-    def _plan(self) -> tuple[int, Plan, str]:
+    def _plan(self) -> tuple[int, CheckpointPlan, str]:
         """(how many of the last steps keep their graph, the plan for the states of the others)."""
         replay, count = self.replay, self.training.steps - self.from_step
         if replay.graphs == "keep":
             return count, keep_all(), f"all {count} graphs kept, "
         if replay.checkpoints != "auto":
-            return 0, find_plan(replay.checkpoints), f"checkpoints {replay.checkpoints}, "
+            return (
+                0,
+                find_checkpoint_plan(replay.checkpoints),
+                f"checkpoints {replay.checkpoints}, ",
+            )
         state = max(state_bytes(self.start), 1)
         device, together = self.start.p.device, True
         room = for_states = bytes_of(replay.memory or 0)

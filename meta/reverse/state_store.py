@@ -39,13 +39,13 @@ def find_store(spec: str | Path) -> Store[State]:
     if isinstance(spec, Path):
         if not spec.is_dir():
             raise ValueError(f"store={str(spec)!r} is not a directory; make it, or name another")
-        return Host(Files(spec))
+        return OnHost(OnDisk(spec))
     if spec == "device":
-        return InPlace()
+        return OnDevice()
     if spec == "cpu":
-        return Host(InPlace())
+        return OnHost(OnDevice())
     if spec == "disk":
-        return Host(Files())
+        return OnHost(OnDisk())
     message = unknown("there is no store", str(spec), ("device", "cpu", "disk"))
     raise ValueError(f"store={spec!r}: {message}; a directory is given as a pathlib.Path")
 
@@ -58,7 +58,7 @@ def room_in(spec: str | Path, device: torch.device) -> int:
     return free // SHARE
 
 
-class InPlace(Generic[S]):
+class OnDevice(Generic[S]):
     """The objects themselves. Nothing is copied, because nothing changes a state."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class InPlace(Generic[S]):
         del self._kept[handle]
 
 
-class Files:
+class OnDisk:
     """Lists of tensors, each in a file. They share a new directory inside `parent`, which is there
     while something is kept and goes with the last of it, with the store or with the process.
     """
@@ -116,7 +116,7 @@ class _Form:
     parts: list[Tensor | torch.device]
 
 
-class Host:
+class OnHost:
     """Copies in host memory, kept by another store; they come back on the devices they were on.
 
     The tensors of the first state stay where they are, in that state and, the same objects, in
@@ -162,4 +162,4 @@ def _back(copy: Tensor, device: torch.device) -> Tensor:
     return copy.to(device, non_blocking=device.type == "cuda")
 
 
-__all__ = ["Files", "Host", "InPlace", "Store", "find_store"]
+__all__ = ["OnDevice", "OnDisk", "OnHost", "Store", "find_store"]

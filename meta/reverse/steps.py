@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ..training.adjoint import Cotangents, each_moving, leaf_values, leaves, moved
+from ..training.adjoint import Cotangents, carrying_adjoint, each_moving, leaf_values, leaves
 from ..training.training import Resolved, State, Training
 
 
@@ -54,7 +54,7 @@ class Steps(Protocol):
 
 
 @dataclass(frozen=True)
-class Taped:
+class StepTape:
     """One step with its graph: inputs are leaves, the state before it and then the hypers."""
 
     inputs: list[Tensor]
@@ -87,14 +87,16 @@ class Eager:
             self.record(0, start)
         return sum(saved.values())
 
-    def record(self, i: int, state: State) -> tuple[Taped, State]:
+    def record(self, i: int, state: State) -> tuple[StepTape, State]:
         values, hypers = leaf_values(self._plain, i, self._sums.names)
         before = leaves(state, self._fixed)
         after = self._training.step(before, values, i, self._seed, graph=True)
-        taped = Taped([*moved(before, self._fixed), *hypers], moved(after, self._fixed))
+        taped = StepTape(
+            [*carrying_adjoint(before, self._fixed), *hypers], carrying_adjoint(after, self._fixed)
+        )
         return taped, each_moving(after, self._fixed, Tensor.detach)
 
-    def rewind(self, i: int, tape: Taped, adjoint: list[Tensor]) -> list[Tensor]:
+    def rewind(self, i: int, tape: StepTape, adjoint: list[Tensor]) -> list[Tensor]:
         live = [(x, bar) for x, bar in zip(tape.outputs, adjoint, strict=True) if x.requires_grad]
         grads = torch.autograd.grad(
             [x for x, _ in live],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Past(NamedTuple):
+class GuessState(NamedTuple):
     """Slopes that were measured: at z, along a direction of length 1, each of shape (count, n) and
     (count,).
     """
@@ -45,7 +45,7 @@ class Guess:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name):g} must be positive and finite")
 
-    def at(self, z: Tensor, past: Past | None) -> Tensor:
+    def at(self, z: Tensor, past: GuessState | None) -> Tensor:
         """The guess at z, 0 without a past."""
         if past is None:
             return torch.zeros_like(z)
@@ -64,15 +64,15 @@ class Guess:
         guess: Tensor = rows.T @ torch.linalg.solve(system, slopes)
         return guess
 
-    def add(self, past: Past | None, z: Tensor, moves: Tensor, changes: Tensor) -> Past:
+    def add(self, past: GuessState | None, z: Tensor, moves: Tensor, changes: Tensor) -> GuessState:
         """The past with what the loss changes by at z along moves of any length but 0."""
         length = moves.norm(dim=1)
         good = (length > 0) & changes.isfinite()
         moves, changes, length = moves[good], changes[good], length[good]
-        new = Past(z.expand_as(moves), moves / length[:, None], changes / length)
+        new = GuessState(z.expand_as(moves), moves / length[:, None], changes / length)
         if past:
-            new = Past(*(torch.cat([old, x]) for old, x in zip(past, new, strict=True)))
-        return Past(*(x[-self.kept :] for x in new))
+            new = GuessState(*(torch.cat([old, x]) for old, x in zip(past, new, strict=True)))
+        return GuessState(*(x[-self.kept :] for x in new))
 
 
-__all__ = ["Guess", "Past"]
+__all__ = ["Guess", "GuessState"]

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ..problems.seeding import mix
-from ..tracing.step_graph import Uneven
-from ..tracing.verify import Distrusted
+from ..problems.seeding import fold_in
+from ..tracing.step_graph import UnevenBatches
+from ..tracing.verify import Refused
 from ..training.coordinates import Coordinates
 from ..training.estimate import Estimate, Estimator, Note, finished
 from ..training.training import Resolved, State, Training, finite
-from .control_variate import Guess, Past
-from .population import Many
+from .control_variate import Guess, GuessState
+from .population import BatchedTraining
 
 # Guided ES's step along its estimate, such that with a share of 1/2 a guide that is exact is right.
 _BETA = 2.0
@@ -63,10 +63,10 @@ class ES:
             raise ValueError(f"share={self.share:g} must be between 0 and 1")
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Past | None = None, *, seed: int
-    ) -> tuple[Estimate, Past | None]:
+        self, training: Training, point: Tensors, carry: GuessState | None = None, *, seed: int
+    ) -> tuple[Estimate, GuessState | None]:
         space = _Space(training, point)
-        noise = space.noise(self.pairs, mix(seed, 0, 8), self.sigma)
+        noise = space.noise(self.pairs, fold_in(seed, 0, 8), self.sigma)
         factor, said = 1.0, "ES"
         if self.guide:
             known, _ = self.guide(training, point, None, seed=seed)
@@ -87,13 +87,13 @@ class ES:
     def _guided(self, space: _Space, noise: Tensor, grad: Tensors, seed: int) -> Tensor:
         along = space.coordinates.pull(space.z, grad)
         along = along / along.norm().clamp(min=1e-300)
-        draw = torch.Generator().manual_seed(mix(seed, 1, 8))
+        draw = torch.Generator().manual_seed(fold_in(seed, 1, 8))
         much = torch.randn(self.pairs, 1, dtype=torch.float64, generator=draw) * self.sigma
         isotropic = noise * math.sqrt(self.share / len(space.z))
         return space.legal(isotropic + much * along * math.sqrt(1 - self.share))
 
 
-class Particles(NamedTuple):
+class PESState(NamedTuple):
     """Where the trainings of a persistent strategy are.
 
     states: of all, the one without noise first. summed: the noise of each pair up to here, shape
@@ -144,18 +144,18 @@ class PES:
             raise ValueError(f"objective={self.objective!r} is neither 'final' nor 'mean'")
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Particles | None = None, *, seed: int
-    ) -> tuple[Estimate, Particles]:
+        self, training: Training, point: Tensors, carry: PESState | None = None, *, seed: int
+    ) -> tuple[Estimate, PESState]:
         space = _Space(training, point)
         if carry is None or carry.step >= training.steps:
             begun = carry.calls if carry else 0
             ended = carry.ended if carry else None
             none = torch.zeros(self.pairs, len(space.z))
-            carry = Particles(None, none, [], 0, seed, begun, ended)
+            carry = PESState(None, none, [], 0, seed, begun, ended)
         seed, first = carry.seed, carry.step
         last = min(first + self.window, training.steps)
         fresh = self.kind != "single" or first == 0
-        draw = space.noise(self.pairs, mix(seed, carry.calls, 8), self.sigma)
+        draw = space.noise(self.pairs, fold_in(seed, carry.calls, 8), self.sigma)
         noise = draw if fresh else carry.summed
         summed = carry.summed + noise if self.kind == "pes" else noise
 
@@ -183,7 +183,7 @@ class PES:
         ended = base if last == training.steps else carry.ended
         loss = base if ended is None or not math.isfinite(base) else ended
         estimate = space.estimate(loss, slopes, last - first, how)
-        return estimate, Particles(states, summed, after, last, seed, carry.calls + 1, ended)
+        return estimate, PESState(states, summed, after, last, seed, carry.calls + 1, ended)
 
 
 class _Space:
@@ -288,20 +288,20 @@ def _together(
     after the other where not, from where attempt begins.
     """
     try:
-        many = Many(training, points, [seed] * len(points), compile)
+        many = BatchedTraining(training, points, [seed] * len(points), compile)
         # Together their draws would differ, and with them the losses of a pair.
         refused = "its loss draws at random" if many.machine.graph.random else ""
         if not refused:
             together = _Together(many)
             return attempt(together), together.how
-    except (Distrusted, Uneven) as why:
+    except (Refused, UnevenBatches) as why:
         refused = str(why)
     alone = _OneByOne(training, points, seed, refused)
     return attempt(alone), alone.how
 
 
 class _Together:
-    def __init__(self, many: Many) -> None:
+    def __init__(self, many: BatchedTraining) -> None:
         self._many = many
         self.how = f"{many.count} trainings at once"
 
@@ -317,7 +317,7 @@ class _Together:
     def taken_over(self, states: State | list[State | None]) -> State:
         if isinstance(states, State):
             return states
-        raise Distrusted("its trainings were not done together so far")
+        raise Refused("its trainings were not done together so far")
 
     def spread(self, states: State) -> State:
         def first(x: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ import torch
 
 from ...inner.core.hyper import Tensors
 from ..forward.forward import Forward
-from ..problems.seeding import mix
+from ..problems.seeding import fold_in
 from ..training.coordinates import Coordinates
 from ..training.estimate import Estimate, finished
 from ..training.training import Training
-from .control_variate import Guess, Past
+from .control_variate import Guess, GuessState
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class ForwardGradient:
             raise ValueError(f"directions={self.directions} measures nothing; give at least 1")
 
     def __call__(
-        self, training: Training, point: Tensors, carry: Past | None = None, *, seed: int
-    ) -> tuple[Estimate, Past | None]:
+        self, training: Training, point: Tensors, carry: GuessState | None = None, *, seed: int
+    ) -> tuple[Estimate, GuessState | None]:
         space = Coordinates({name: training.hypers[name] for name in point})
         z, unflatten = space.free(point), space.layout.unflatten
         count = min(self.directions, len(z))
-        draw = torch.Generator().manual_seed(mix(seed, 0, 9))
+        draw = torch.Generator().manual_seed(fold_in(seed, 0, 9))
         normal = torch.randn(len(z), count, dtype=z.dtype, generator=draw)
         rows = torch.linalg.qr(normal).Q.T
         ones = {name: torch.ones_like(value) for name, value in point.items()}

@@ -16,15 +16,15 @@ from torch.utils._pytree import tree_flatten
 
 from ...inner.core.hyper import Tensors
 from ..problems.problem import draws_of
-from ..problems.seeding import mix
-from ..reverse.checkpointing import Checkpoints, Plan, find_store, keep_all, revolve
-from ..reverse.compiled_steps import Machine, machine_of, made_once
+from ..problems.seeding import fold_in
+from ..reverse.checkpointing import CheckpointPlan, Checkpoints, find_store, keep_all, revolve
 from ..reverse.memory_budget import bytes_of, comfortable, state_bytes
 from ..reverse.replay import Replay
 from ..tracing.cuda_graph import Run
 from ..tracing.fx_graph import contiguous
-from ..tracing.step_graph import Uneven
-from ..tracing.verify import Distrusted, agrees, directions, early
+from ..tracing.machine import Machine, build_once, machine_of
+from ..tracing.step_graph import UnevenBatches
+from ..tracing.verify import Refused, check_against_autograd, directions, early_state
 from ..training.adjoint import Cotangents, norm_at_end, pull_back_start, seed_adjoint
 from ..training.estimate import Estimate, Note, finished
 from ..training.outcome import Outcome
@@ -50,7 +50,7 @@ class Population:
     def __call__(
         self, training: Training, point: Tensors, carry: None = None, *, seed: int
     ) -> tuple[Estimate, None]:
-        seeds = [mix(seed, k, 7) for k in range(self.seeds)]
+        seeds = [fold_in(seed, k, 7) for k in range(self.seeds)]
         made = metagradients(
             training, [point] * self.seeds, seeds, memory=self.memory, compile=self.compile
         )
@@ -81,8 +81,8 @@ def metagradients(
     """
     _check_counts(points, seeds)
     try:
-        return Many(training, points, seeds, compile).metagradients(memory)
-    except (Distrusted, Uneven) as why:
+        return BatchedTraining(training, points, seeds, compile).metagradients(memory)
+    except (Refused, UnevenBatches) as why:
         refused = str(why)
     # Behind the exception, which held all states.
     replay, made = Replay(memory=memory, compile=False), []
@@ -105,7 +105,7 @@ def losses(
     Raises Distrusted if the steps cannot be traced.
     """
     _check_counts(points, seeds)
-    many = Many(training, points, seeds, compile)
+    many = BatchedTraining(training, points, seeds, compile)
     return many.losses(many.run(many.start, 0, training.steps))
 
 
@@ -117,7 +117,7 @@ def _check_counts(points: Sequence[Tensors], seeds: Sequence[int]) -> None:
         )
 
 
-class Many:
+class BatchedTraining:
     """Trainings side by side: a State whose tensors have one more dimension, the first.
 
     Raises Distrusted if their step cannot be traced.
@@ -138,7 +138,7 @@ class Many:
             first = training.begin(self.plain[0].at(0), self.seeds[0])
         names = self.sums[0].names
         one = machine_of(training, first, self.plain[0].at(0), names, self.seeds[0])
-        self.machine = made_once(
+        self.machine = build_once(
             training,
             f"{self.count} at once, compile={compile}",
             self.plain[0].at(0),
@@ -213,7 +213,7 @@ class Many:
             self._estimate(k, ends[k], [bar[k] for bar in adjoint], said) for k in range(self.count)
         ]
 
-    def _plan(self, memory: str | float | None) -> tuple[bool, Plan, str]:
+    def _plan(self, memory: str | float | None) -> tuple[bool, CheckpointPlan, str]:
         """(whether every step keeps its graph, the plan for states if not, in words)."""
         steps = self.training.steps
         room = comfortable(self.start.p.device) if memory is None else bytes_of(memory)
@@ -295,7 +295,7 @@ class Many:
             def step(i: int, state: State) -> State:
                 return self._after(state, self._call(advance, i, state))
 
-            i, state = early(step, self.start, self.training.steps)
+            i, state = early_state(step, self.start, self.training.steps)
             adjoint = directions(form.moving(state))
             for part in left:
                 back = part in ("pull", "rewind")
@@ -315,7 +315,9 @@ class Many:
                 else:
                     found = self._call(getattr(machine, part), i, state)[: form.after]
                 names = [f"output {k} of {part}" for k in range(len(found))]
-                if agrees(self.training, names, found, by_operations, state, machine.graph.low):
+                if check_against_autograd(
+                    self.training, names, found, by_operations, state, machine.graph.low
+                ):
                     machine.agreed.add(part)
 
     def _call(
@@ -357,4 +359,4 @@ class Many:
         )
 
 
-__all__ = ["Many", "Population", "losses", "metagradients"]
+__all__ = ["BatchedTraining", "Population", "losses", "metagradients"]

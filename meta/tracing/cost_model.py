@@ -20,11 +20,11 @@ import torch
 
 from ...inner.core.hyper import Tensors
 from ..problems.problem import Problem
-from ..training.cache import kept_for
+from ..training.cache import cache_of
 from ..training.training import State, Training
 
 
-class Kind(NamedTuple):
+class Mode(NamedTuple):
     """A kind of compiled step. saved: the share of seconds without a compiler that it saves."""
 
     name: str
@@ -32,7 +32,7 @@ class Kind(NamedTuple):
 
 
 # Reverse steps are traced where they are not compiled, and tracing, which is cheap, has saved most.
-REVERSE, FORWARD = Kind("reverse", 0.15), Kind("forward", 0.5)
+REVERSE, FORWARD = Mode("reverse", 0.15), Mode("forward", 0.5)
 # A price never seen, in seconds; what is left of it once inductor's cache on disk holds the code;
 # plain steps in one step of a metagradient.
 _NEW, _AGAIN, _STEPS = 20.0, 0.3, 3.5
@@ -42,14 +42,14 @@ _TRACE_PRODUCT, _OF_PRODUCT = 2.5, 0.25
 _TRACE_STEPS = 1000
 
 
-def not_worth(
+def why_not_compile(
     training: Training,
     learned: Sequence[str],
     state: State,
     values: Tensors,
     seed: int,
     expect: float | None,
-    kind: Kind = REVERSE,
+    kind: Mode = REVERSE,
 ) -> str:
     """Why compiling would not pay, or is not wanted; empty if it is worth it.
 
@@ -76,31 +76,31 @@ def _ahead(
     training: Training, state: State, values: Tensors, seed: int, expect: float | None
 ) -> float:
     """Plain steps that would take as long as the metagradients up to the next, or to the last."""
-    seconds = kept_for(training.problem).get(("seconds spent", _rule(training)), 0.0)
+    seconds = cache_of(training.problem).get(("seconds spent", _rule(training)), 0.0)
     step = _step(training, state, values, seed)
     return float(max(seconds / step + _STEPS * training.steps, (expect or 0.0) / step))
 
 
 def spend(training: Training, seconds: float) -> None:
     """Add to the seconds spent on a problem by a rule without a compiler."""
-    kept, key = kept_for(training.problem), ("seconds spent", _rule(training))
+    kept, key = cache_of(training.problem), ("seconds spent", _rule(training))
     kept[key] = kept.get(key, 0.0) + seconds
 
 
 def spend_on_products(problem: Problem, seconds: float) -> None:
     """Add to the seconds spent on a problem's products with the Hessian by autograd."""
-    kept = kept_for(problem)
+    kept = cache_of(problem)
     kept["seconds of products"] = kept.get("seconds of products", 0.0) + seconds
 
 
 def worth_tracing_products(problem: Problem) -> bool:
     """Whether traced ones would have saved by now what they take to make."""
-    spent = float(kept_for(problem).get("seconds of products", 0.0))
+    spent = float(cache_of(problem).get("seconds of products", 0.0))
     return spent * _OF_PRODUCT >= _TRACE_PRODUCT
 
 
 def remember(
-    training: Training, learned: Sequence[str], state: State, seconds: float, kind: Kind = REVERSE
+    training: Training, learned: Sequence[str], state: State, seconds: float, kind: Mode = REVERSE
 ) -> None:
     """Keep the price of a training's compiled steps, beside the code itself.
 
@@ -127,7 +127,7 @@ def _file() -> Path:
     return Path(cache_dir()) / "hyperdescent.json"
 
 
-def _key(training: Training, learned: Sequence[str], state: State, kind: Kind) -> str:
+def _key(training: Training, learned: Sequence[str], state: State, kind: Mode) -> str:
     shapes = [tuple(shape) for shape in training.layout.shapes]
     options = sorted(training.rule.options().items())
     where = state.p.dtype, state.p.device.type, torch.__version__
@@ -142,7 +142,7 @@ def _rule(training: Training) -> str:
 
 def _step(training: Training, state: State, values: Tensors, seed: int) -> float:
     """Seconds of a plain step, measured once per problem and rule."""
-    kept, key = kept_for(training.problem), ("seconds of a step", _rule(training))
+    kept, key = cache_of(training.problem), ("seconds of a step", _rule(training))
     if key not in kept:
         # The first step pays for what is loaded and allocated once. The same step every time: what
         # follows may diverge.

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..problems.seeding import seeded
+from ..problems.seeding import fork_rng
 
 aten = torch.ops.aten
 Graph = fx.GraphModule
@@ -52,7 +52,7 @@ def _seeded(seed: int, examples: Sequence[Tensor]) -> Iterator[None]:
     # In one thread: what stands in for tensors while tracing is not made for the one in which
     # autograd would go back through a GPU's operations, beside those on numbers of the host.
     alone = torch.autograd.set_multithreading_enabled(False)
-    with numbered(seed), seeded(seed, examples[0].device), alone:
+    with numbered(seed), fork_rng(seed, examples[0].device), alone:
         try:
             yield
         except Exception as error:  # Whatever a model does that tensors without values cannot.
@@ -169,7 +169,7 @@ def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
 
 
-def ends(graph: Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+def graph_io(graph: Graph) -> tuple[list[fx.Node], list[fx.Node]]:
     """Inputs and outputs of a graph."""
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
@@ -177,7 +177,7 @@ def ends(graph: Graph) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 @dataclass(frozen=True)
-class Early:
+class ScalarPrelude:
     """What a step computes of numbers alone, for all steps at once.
 
     graph(*numbers) -> what the rest of the step reads of them. rows: by type, the nodes of the
@@ -197,9 +197,9 @@ class Early:
         ]
 
 
-def split_early(
+def split_scalars(
     whole: Graph, numbers: Sequence[fx.Node], largest: int, others: Iterable[fx.Node] = ()
-) -> tuple[Early, set[fx.Node]]:
+) -> tuple[ScalarPrelude, set[fx.Node]]:
     """(the early part of a graph, its nodes). largest: the most numbers that a node of it may be.
 
     others: nodes that are not there when the rest runs either.
@@ -225,7 +225,7 @@ def split_early(
             by_type.setdefault(_type_in(n, body), []).append(n)
     rows = tuple((dtype, tuple(nodes)) for dtype, nodes in by_type.items())
     flat = [n for _, nodes in rows for n in nodes]
-    return Early(extract(whole, numbers, flat, draws=False), rows), early
+    return ScalarPrelude(extract(whole, numbers, flat, draws=False), rows), early
 
 
 def _numel(n: fx.Node) -> int:
@@ -265,7 +265,7 @@ def _type_in(number: fx.Node, body: list[fx.Node]) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormOf:
     """Stands in an output for the norm of a node."""
 
     of: fx.Node
@@ -274,7 +274,7 @@ class Norm:
 def extract(
     whole: Graph,
     inputs: Sequence[fx.Node | Sequence[fx.Node]],
-    outputs: Sequence[fx.Node | list[fx.Node | Norm]],
+    outputs: Sequence[fx.Node | list[fx.Node | NormOf]],
     *,
     draws: bool = True,
 ) -> Graph:
@@ -291,7 +291,7 @@ def extract(
         else:
             env.update(_unpacked(graph, placeholder, source))
     flat = [x for out in outputs for x in (out if isinstance(out, list) else [out])]
-    wanted = {x.of if isinstance(x, Norm) else x for x in flat}
+    wanted = {x.of if isinstance(x, NormOf) else x for x in flat}
     needed: set[fx.Node] = set()
     for n in reversed(list(whole.graph.nodes)):
         if n in env or n.op in ("placeholder", "output"):
@@ -303,12 +303,12 @@ def extract(
         if n in needed and n not in env and n.op != "placeholder":
             env[n] = graph.node_copy(n, lambda x: env[x])
 
-    def one(x: fx.Node | Norm) -> fx.Node:
-        if isinstance(x, Norm):
+    def one(x: fx.Node | NormOf) -> fx.Node:
+        if isinstance(x, NormOf):
             return graph.call_function(aten.linalg_vector_norm.default, (env[x.of],))
         return env[x]
 
-    def double(x: fx.Node | Norm) -> fx.Node:
+    def double(x: fx.Node | NormOf) -> fx.Node:
         return graph.call_function(aten._to_copy.default, (one(x),), {"dtype": torch.float64})
 
     results = []

@@ -24,31 +24,31 @@ from ...inner.core.hyper import Tensors
 from ..training.training import State, Training
 from .fx_graph import (
     CannotTrace,
-    Early,
     Graph,
-    Norm,
+    NormOf,
+    ScalarPrelude,
     batchable,
     computes_low,
     contiguous,
-    ends,
     extract,
+    graph_io,
     is_number,
     is_random,
     numbered,
     over_time,
     retraced,
-    split_early,
+    split_scalars,
     traced,
 )
 from .matmul_layout import narrow_transposed
 
 
-class Uneven(ValueError):
+class UnevenBatches(ValueError):
     """A batch is not of the shapes that were traced."""
 
 
 @dataclass(frozen=True)
-class Form:
+class StateLayout:
     """How the tensors of a step lie in the flat lists that graphs take and return.
 
     moved: of the state, those that can carry an adjoint: the weights, slots and buffers that steps
@@ -71,14 +71,14 @@ class Form:
     @staticmethod
     def of(
         training: Training, state: State, values: Tensors, learned: Sequence[str], i: int, seed: int
-    ) -> Form:
+    ) -> StateLayout:
         with numbered(seed):
             after = training.step(state, values, i, seed)
             leaves, batch = tree_flatten(training.problem.batch(i, seed))
         changed = [n for n, b in state.buffers.items() if after.buffers[n] is not b]
         floats = [n for n in changed if state.buffers[n].is_floating_point()]
         odd = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
-        return Form(
+        return StateLayout(
             moved=(
                 ("p", ""),
                 *(("slots", n) for n, x in state.slots.items()),
@@ -140,14 +140,14 @@ class Form:
     def checked(self, leaves: list[Tensor], spec: TreeSpec) -> list[Tensor]:
         found = tuple((x.shape, x.dtype) for x in leaves)
         if spec != self.batch or found != self.shapes:
-            raise Uneven(
+            raise UnevenBatches(
                 f"a batch has shapes {[tuple(s) for s, _ in found]} where the compiled step takes "
                 f"{[tuple(s) for s, _ in self.shapes]}; make them equal or give compile=False"
             )
         return leaves
 
 
-class Like(NamedTuple):
+class TensorSpec(NamedTuple):
     """What is to be known of a tensor to trace or to compile for it."""
 
     shape: torch.Size
@@ -155,8 +155,8 @@ class Like(NamedTuple):
     device: torch.device
 
     @staticmethod
-    def of(x: Tensor) -> Like:
-        return Like(x.shape, x.dtype, x.device)
+    def of(x: Tensor) -> TensorSpec:
+        return TensorSpec(x.shape, x.dtype, x.device)
 
     def zeros(self, *more: int) -> Tensor:
         """One like it, with more dimensions before its own."""
@@ -174,12 +174,12 @@ class StepGraph:
     takes: what the inputs of joint are like.
     """
 
-    form: Form
-    before: Early
+    form: StateLayout
+    before: ScalarPrelude
     joint: Graph
     behind: Graph
     random: bool
-    takes: tuple[Like, ...]
+    takes: tuple[TensorSpec, ...]
 
     @property
     def low(self) -> bool:
@@ -189,7 +189,7 @@ class StepGraph:
     @property
     def numbers_back(self) -> int:
         """The length of joint's last output, of each training."""
-        return ends(self.joint)[1][-1].meta["val"].shape[-1]  # type: ignore[no-any-return]
+        return graph_io(self.joint)[1][-1].meta["val"].shape[-1]  # type: ignore[no-any-return]
 
     def numbers_behind(self, numbers: Sequence[Tensor], back: Tensor) -> Tensors:
         """Cotangents of the single hypers for every step, from those of their numbers."""
@@ -204,12 +204,12 @@ class StepGraph:
 
     def advance(self) -> Graph:
         """The step alone: (*moving, *rest, *several, *rows, *batch) -> (*moving, *counted)."""
-        inputs, outputs = ends(self.joint)
+        inputs, outputs = graph_io(self.joint)
         return extract(self.joint, inputs[: self._primals], outputs[: self.form.after])
 
     def pull(self) -> Graph:
         """The pullback, the step done again inside: joint without the state after."""
-        inputs, outputs = ends(self.joint)
+        inputs, outputs = graph_io(self.joint)
         return extract(self.joint, inputs, outputs[self.form.after :])
 
     def many(self, count: int) -> StepGraph:
@@ -222,7 +222,10 @@ class StepGraph:
         form = self.form
         shapes = tuple((torch.Size([count, *shape]), dtype) for shape, dtype in form.shapes)
         return replace(
-            self, form=replace(form, shapes=shapes), joint=joint, takes=tuple(map(Like.of, flat))
+            self,
+            form=replace(form, shapes=shapes),
+            joint=joint,
+            takes=tuple(map(TensorSpec.of, flat)),
         )
 
     def halves(self) -> tuple[Graph, Graph, int]:
@@ -232,7 +235,7 @@ class StepGraph:
         copy = fx.Graph()
         copy.output(copy.graph_copy(self.joint.graph, {}))
         joint = fx.GraphModule(self.joint, copy)
-        inputs, _ = ends(joint)
+        inputs, _ = graph_io(joint)
         for k, n in enumerate(inputs):
             named = f"primals_{k + 1}" if k < self._primals else f"tangents_{k - self._primals + 1}"
             n.target = named
@@ -244,9 +247,9 @@ class StepGraph:
             record, rewind = min_cut_rematerialization_partition(
                 joint, None, num_fwd_outputs=self.form.after, static_lifetime_input_indices=[]
             )
-        saved = ends(record)[1][self.form.after :]
+        saved = graph_io(record)[1][self.form.after :]
         names = [n.name for n in saved]
-        takes = [n.name for n in ends(rewind)[0]]
+        takes = [n.name for n in graph_io(rewind)[0]]
         if takes != [*names, *(n.name for n in inputs[self._primals :])]:
             raise CannotTrace("its graph cannot be parted into a way there and a way back")
         size = sum(n.meta["val"].nbytes for n in saved if isinstance(n.meta.get("val"), Tensor))
@@ -257,14 +260,14 @@ def trace(
     training: Training, state: State, values: Tensors, learned: Sequence[str], seed: int
 ) -> StepGraph:
     """The graph of a training's step and pullback; CannotTrace if it is more than tensors."""
-    form = Form.of(training, state, values, learned, 0, seed)
+    form = StateLayout.of(training, state, values, learned, 0, seed)
     form.check()
     examples, others = (_examples(training, form, state, values, i, seed + i) for i in (0, 1))
     return _divide(form, _whole(training, form, state, examples, others), examples)
 
 
 def _examples(
-    training: Training, form: Form, state: State, values: Tensors, i: int, seed: int
+    training: Training, form: StateLayout, state: State, values: Tensors, i: int, seed: int
 ) -> list[Tensor]:
     moving = form.moving(state)
     return contiguous(
@@ -281,7 +284,11 @@ def _examples(
 
 
 def _whole(
-    training: Training, form: Form, state: State, examples: list[Tensor], others: list[Tensor]
+    training: Training,
+    form: StateLayout,
+    state: State,
+    examples: list[Tensor],
+    others: list[Tensor],
 ) -> Graph:
     """A step, undivided and without mutations."""
 
@@ -316,8 +323,8 @@ def _whole(
     return traced(joint, examples, others)
 
 
-def _divide(form: Form, whole: Graph, examples: list[Tensor]) -> StepGraph:
-    inputs, outputs = ends(whole)
+def _divide(form: StateLayout, whole: Graph, examples: list[Tensor]) -> StepGraph:
+    inputs, outputs = graph_io(whole)
     fixed = form.after + len(form.still) + len(form.several)
     numbers = inputs[fixed : fixed + len(form.single) + 1]
     vectors = [n for n in inputs if n not in numbers]
@@ -328,16 +335,16 @@ def _divide(form: Form, whole: Graph, examples: list[Tensor]) -> StepGraph:
     small = [grads[n] for n in form.learned if n in form.single]
 
     # First without the end, to know what is early; the end reads numbers, not rows of them.
-    _, early = split_early(whole, numbers, 1)
+    _, early = split_scalars(whole, numbers, 1)
     late = _late(whole, {*states, *bars, *large}, small, early)
-    before, early = split_early(whole, numbers, 1, late)
+    before, early = split_scalars(whole, numbers, 1, late)
     read_late = {x for n in late for x in n.all_input_nodes} | set(small)
     ending = [n for n in whole.graph.nodes if n in read_late and n not in early | late]
     behind = extract(whole, [*numbers, ending], small, draws=False)
     joint = extract(
         whole,
         [*vectors[:fixed], *(nodes for _, nodes in before.rows), *vectors[fixed:]],
-        [*states, *bars, *large, [Norm(bars[0]), *ending]],
+        [*states, *bars, *large, [NormOf(bars[0]), *ending]],
     )
     made = dict(zip(inputs, examples, strict=True))
     rows = before.over([made[n][None] for n in numbers], examples[0].device)
@@ -349,7 +356,7 @@ def _divide(form: Form, whole: Graph, examples: list[Tensor]) -> StepGraph:
     joint = retraced(joint, flat)
     narrow_transposed(joint)
     draws = any(map(is_random, joint.graph.nodes))
-    return StepGraph(form, before, joint, behind, draws, tuple(map(Like.of, flat)))
+    return StepGraph(form, before, joint, behind, draws, tuple(map(TensorSpec.of, flat)))
 
 
 def _late(
@@ -368,7 +375,7 @@ def _late(
         if n.op != "call_function" or n in used or n in early or not is_number(n):
             continue
         wanted = n in small or bool(n.users)
-        ends = all(user in late or user.op == "output" for user in n.users)
-        if wanted and ends and all(map(readable, n.all_input_nodes)) and not is_random(n):
+        graph_io = all(user in late or user.op == "output" for user in n.users)
+        if wanted and graph_io and all(map(readable, n.all_input_nodes)) and not is_random(n):
             late.add(n)
     return late

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.jit._fuser import optimized_execution
 
-from .fx_graph import Graph, ends
+from .fx_graph import Graph, graph_io
 
 
 def scripted(graph: Graph) -> Callable[..., Sequence[Tensor]]:
@@ -41,7 +41,7 @@ def scripted(graph: Graph) -> Callable[..., Sequence[Tensor]]:
 
 
 def _source(graph: Graph, constants: Sequence[fx.Node]) -> str:
-    inputs, outputs = ends(graph)
+    inputs, outputs = graph_io(graph)
     takes = ", ".join(f"{n.name}: Tensor" for n in [*inputs, *constants])
     lines = [f"def step({takes}) -> List[Tensor]:"]
     for n in graph.graph.nodes:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ...inner.core.layout import Layout
 from ..problems.problem import Problem
-from ..training.cache import kept_for
+from ..training.cache import cache_of
 from ..training.training import State, Training
-from .step_graph import Uneven
+from .step_graph import UnevenBatches
 
 # How far a compiled vector may be from autograd's: units of its norm in the last place, and times
 # what one such unit in the weights changes in it; in bfloat16, where a unit is 1/128, fewer.
@@ -31,12 +31,12 @@ _STEPS = 2
 M = TypeVar("M")
 
 
-class Distrusted(Exception):
+class Refused(Exception):
     """Why a compiled step is not used: it cannot be made, or it differs from autograd's."""
 
 
 @dataclass(eq=False)
-class OnTrial:
+class Verified:
     """Code that may yet be refused. refused: why it was; empty as long as it was not. seconds:
     spent on making it.
     """
@@ -51,15 +51,15 @@ class OnTrial:
     def trial(self) -> Iterator[None]:
         """Where it is made and looked at: Distrusted if it was refused once, or is inside."""
         if self.refused:
-            raise Distrusted(self.refused)
+            raise Refused(self.refused)
         try:
             yield
-        except Distrusted as why:
+        except Refused as why:
             self.refused = str(why)
             raise
 
 
-def early(
+def early_state(
     step: Callable[[int, State], State], state: State, steps: int, done: int = 0
 ) -> tuple[int, State]:
     """(one of the first of so many steps, the state before it)."""
@@ -77,7 +77,7 @@ def directions(like: Sequence[Tensor], *shape: int) -> list[Tensor]:
     return [torch.randn((*shape, *x.shape), generator=draw).to(x) for x in like]
 
 
-def agrees(
+def check_against_autograd(
     training: Training,
     names: list[str],
     found: Sequence[Tensor],
@@ -112,7 +112,7 @@ def agrees(
             size, spread, error = (float(z.double().norm()) for z in each)
             # One unit of the whole beside its own: a part may be 0 but for rounding.
             if not error <= unit * (units * size + whole) + spreads * spread:
-                raise Distrusted(
+                raise Refused(
                     f"the compiled step of {training.label} is wrong: {name} differs from "
                     f"autograd's{part} by {error / max(size, 1e-300):.1e} of its norm"
                 )
@@ -131,17 +131,17 @@ def _by_tensor(layout: Layout, *vectors: Tensor) -> Iterator[tuple[str, *tuple[T
         yield f" at {name}", *each
 
 
-def or_by_autograd(problem: Problem, compile: object, attempt: Callable[[str], M]) -> M:
+def with_autograd_fallback(problem: Problem, compile: object, attempt: Callable[[str], M]) -> M:
     """attempt(""), which may use compiled steps; if they are refused, attempt(why) from the start:
     nothing that they have summed up may stay.
     """
-    kept = kept_for(problem)
+    kept = cache_of(problem)
     try:
         # Batches of several shapes are found late, when much of a training is done; once is enough.
         return attempt(kept.get("uneven", "") if compile == "auto" else "")
-    except (Distrusted, Uneven) as why:
+    except (Refused, UnevenBatches) as why:
         refused = str(why)
-        if isinstance(why, Uneven):
+        if isinstance(why, UnevenBatches):
             if compile != "auto":
                 raise
             kept["uneven"] = refused

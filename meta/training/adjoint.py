@@ -72,7 +72,7 @@ def seed_adjoint(
     loss = training.outer_loss(state, values)
     if not loss.requires_grad:
         return loss, None
-    inputs = moved(state, fixed)
+    inputs = carrying_adjoint(state, fixed)
     grads = torch.autograd.grad(loss, inputs + hypers, allow_unused=True, materialize_grads=True)
     sums.add(final, grads[len(inputs) :], sums.names)
     return loss.detach(), list(grads[: len(inputs)])
@@ -93,7 +93,7 @@ def pull_back_start(
     """The share of hypers that fill a slot before the first step."""
     values, hypers = leaf_values(plain, 0, sums.names)
     state = training.begin(values, seed)
-    start = moved(state, state.buffers)
+    start = carrying_adjoint(state, state.buffers)
     live = [(x, bar) for x, bar in zip(start, adjoint, strict=False) if x.requires_grad]
     if live:
         outputs, bars = zip(*live, strict=True)
@@ -101,7 +101,7 @@ def pull_back_start(
         sums.add(0, grads, sums.names)
 
 
-def why_only_once(error: RuntimeError) -> str:
+def missing_derivative(error: RuntimeError) -> str:
     """Why a training step has no derivative; any other error is raised again."""
     op = re.search(r"derivative for '?([\w:]+)'? is not implemented", str(error))
     if not op:
@@ -124,7 +124,7 @@ def leaves(state: State, fixed: Tensors) -> State:
     return each_moving(state, fixed, lambda x: x.detach().requires_grad_())
 
 
-def moved(state: State, fixed: Tensors) -> list[Tensor]:
+def carrying_adjoint(state: State, fixed: Tensors) -> list[Tensor]:
     """The tensors that can carry an adjoint, in a fixed order."""
     buffers = [x for name, x in state.buffers.items() if x is not fixed.get(name)]
     return [x for x in (state.p, *state.slots.values(), *buffers) if x.is_floating_point()]

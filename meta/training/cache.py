@@ -10,7 +10,7 @@ from ..problems.problem import Problem
 _KEPT: dict[int, dict[Any, Any]] = {}
 
 
-def kept_for(problem: Problem) -> dict[Any, Any]:
+def cache_of(problem: Problem) -> dict[Any, Any]:
     """A dict that lives with the problem, this very object; a new one if it cannot be watched."""
     at = id(problem)
     if at not in _KEPT:

@@ -24,7 +24,7 @@ RATES, STEPS = (1e-3, 1e-2), (20, 100)
 
 
 @dataclass(frozen=True)
-class Trust:
+class PrecisionAgreement:
     """One workload, rate and number of steps; an entry per seed.
 
     cosines: between the two gradients. errors: the norm of their difference in units of
@@ -45,7 +45,7 @@ def bench_bfloat16(
     steps: Sequence[int] = STEPS,
     seeds: int = 3,
     say: Callable[[str], object] = lambda told: None,
-) -> Iterator[Trust]:
+) -> Iterator[PrecisionAgreement]:
     """The gradient in both, on every workload at every rate and number of steps."""
     for workload in workloads:
         for lr in rates:
@@ -55,7 +55,7 @@ def bench_bfloat16(
                     [_knots(workload, lr, count, seed, how) for how in (torch.bfloat16, None)]
                     for seed in range(seeds)
                 ]
-                yield Trust(
+                yield PrecisionAgreement(
                     workload.name,
                     lr,
                     count,
@@ -80,4 +80,4 @@ def _knots(
     return grad.double().flatten()
 
 
-__all__ = ["Trust", "bench_bfloat16"]
+__all__ = ["PrecisionAgreement", "bench_bfloat16"]

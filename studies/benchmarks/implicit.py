@@ -22,13 +22,13 @@ from ...inner.core.hyper import Tensors, positive
 from ...inner.core.messages import unknown
 from ...inner.registry import find_rule
 from ...meta.implicit.implicit import Implicit
-from ...meta.implicit.inner_solution import Reached
+from ...meta.implicit.inner_solution import InnerSolution
 from ...meta.implicit.linear_solvers import Solve, conjugate_gradient, largest_eigenvalue, neumann
 from ...meta.problems.module_problem import problem_from_module
-from ...meta.problems.seeding import seeded
+from ...meta.problems.seeding import fork_rng
 from ...meta.training.training import State, Training
 from ..measure.memory_meter import Meter
-from ..measure.timing import Grown, Say, alone, check_repeats, in_rounds, reason
+from ..measure.timing import Grown, Say, check_repeats, interleaved, reason, run_isolated
 from .implicit_peers import IMPLICIT_PEERS, SOLVERS, Optimum, Solver, training_loss
 from .metagradient_peers import make_optimizer
 from .workloads import SEED, digits, mean_loss, perceptron
@@ -168,7 +168,7 @@ def _measured(case: Case, repeats: int, say: Say) -> ImplicitResult:
     ways: list[Way] = [None, *((s, name) for s in SOLVERS for name in (*OURS, *IMPLICIT_PEERS))]
     grown = {way: _grown(optimum, way, told) for way in ways}
     methods = {way: find_way(way, optimum) for way in ways if not grown[way].left_out}
-    seconds, _ = in_rounds(methods, repeats, told, called)
+    seconds, _ = interleaved(methods, repeats, told, called)
     plain = seconds[None]
     judged = _judged(case, ways[1:], told)
     rows = []
@@ -201,7 +201,7 @@ def _measured(case: Case, repeats: int, say: Say) -> ImplicitResult:
 
 def reach(case: Case, model: Callable[[], nn.Module], dtype: torch.dtype) -> Optimum:
     """Trained by L-BFGS, in double precision: a narrow step is not a matter of rounding."""
-    with seeded(SEED):
+    with fork_rng(SEED):
         made = model().double()
     weights = list(made.parameters())
     (inputs, target), valid = ((x.double(), y) for x, y in digits())
@@ -306,7 +306,7 @@ def ours(
     point: Tensors = {"l2": torch.cat([c.reshape(-1) for c in optimum.penalties]).double()}
 
     def hypergradient() -> list[Tensor]:
-        estimate = implicit.at(training, point, Reached(state, 0), seed=SEED)
+        estimate = implicit.at(training, point, InnerSolution(state, 0), seed=SEED)
         if not estimate.ok:
             raise ArithmeticError(f"{estimate.note.outcome}: {estimate.note.reason}")
         return [estimate.grad["l2"]]
@@ -376,7 +376,7 @@ def _grown(optimum: Optimum, way: Way, say: Say) -> Grown:
     if missing := _missing(way):
         return Grown(None, left_out=missing)
     say(f"memory, {called(way)}")
-    return alone(memory_at, optimum, way)
+    return run_isolated(memory_at, optimum, way)
 
 
 def memory_at(optimum: Optimum, way: Way) -> Grown:

@@ -25,9 +25,9 @@ from ...meta.reverse.memory_budget import available
 from ...meta.reverse.replay import Replay
 from ...meta.training.estimate import Estimator
 from ...meta.training.training import Training
-from ..measure.device import gpu_name, settle
+from ..measure.device import gpu_name, synchronize
 from ..measure.memory_meter import meter_of
-from ..measure.timing import Grown, Say, alone, check_repeats, in_rounds, reason
+from ..measure.timing import Grown, Say, check_repeats, interleaved, reason, run_isolated
 from .metagradient_peers import PEERS, Answer, held_out_loss, train_plainly
 from .workloads import SEED, Workload
 
@@ -70,7 +70,7 @@ class Difference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class RouteRow:
     """One method on one workload.
 
     ratios: times in units of plain training's, one per round. mib: growth of peak memory. slopes:
@@ -87,7 +87,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Result:
+class WorkloadResult:
     """One workload, as plain data. seconds: of plain training, one per round. truth: derivatives
     by finite differences. exact_memory: whether the system could say. gpu: where it was trained,
     if not on the CPU. left_out: why there is nothing.
@@ -101,12 +101,12 @@ class Result:
     seconds: Sequence[float] = ()
     mib: float | None = None
     truth: Mapping[str, Difference] = field(default_factory=dict)
-    rows: Sequence[Row] = ()
+    rows: Sequence[RouteRow] = ()
     left_out: str = ""
     exact_memory: bool = True
     gpu: str = ""
 
-    def error(self, row: Row, hyper: str) -> float | None:
+    def error(self, row: RouteRow, hyper: str) -> float | None:
         """Relative; None if the method refuses the hyper or was not asked."""
         if hyper not in row.slopes or hyper not in self.truth:
             return None
@@ -115,14 +115,14 @@ class Result:
 
 def bench_metagradient(
     workloads: Sequence[Workload], *, repeats: int = 5, say: Say = lambda told: None
-) -> Iterator[Result]:
+) -> Iterator[WorkloadResult]:
     """Measure every method on one workload after the other, yielding each as it is done."""
     check_repeats(repeats)
     return (_measured(workload, repeats, say) for workload in workloads)
 
 
-def _measured(workload: Workload, repeats: int, say: Say) -> Result:
-    blank = Result(
+def _measured(workload: Workload, repeats: int, say: Say) -> WorkloadResult:
+    blank = WorkloadResult(
         *(workload.name, workload.what, workload.rule, workload.steps, workload.judged),
         gpu=gpu_name(workload.device),
     )
@@ -149,7 +149,7 @@ def _measured(workload: Workload, repeats: int, say: Say) -> Result:
     shorter = workload.at(workload.judged)
     slopes, refusals = _differentiated(shorter, judged, say)
     rows = [
-        Row(
+        RouteRow(
             name,
             [x / y for x, y in zip(seconds.get(name, []), plain, strict=False)],
             grown[name].mib,
@@ -211,11 +211,11 @@ def _timed(
     """(seconds of every method in every round, after one that does not count; how it did them)."""
     problem = workload.problem(torch.float32)
     methods = {name: partial(find_method(name, workload, problem), workload) for name in names}
-    seconds, answers = in_rounds(
+    seconds, answers = interleaved(
         methods,
         repeats,
         lambda told: say(f"{workload.name}: {told}"),
-        settle=lambda: settle(workload.device),
+        synchronize=lambda: synchronize(workload.device),
     )
     hows = {name: x.how if isinstance(x, Answer) else "" for name, x in answers.items()}
     return seconds, hows
@@ -223,10 +223,10 @@ def _timed(
 
 def _clocked(method: Method, workload: Workload) -> tuple[float, str]:
     """(seconds of one call, how it was done)."""
-    settle(workload.device)
+    synchronize(workload.device)
     begun = time.perf_counter()
     answer = method(workload)
-    settle(workload.device)
+    synchronize(workload.device)
     return time.perf_counter() - begun, answer.how if isinstance(answer, Answer) else ""
 
 
@@ -236,7 +236,7 @@ def _grown(workload: Workload, name: str, say: Say) -> Grown:
     if missing:
         return Grown(None, left_out=missing)
     say(f"{workload.name}: memory, {name}")
-    return alone(memory_of, workload, name, available(workload.device) / 2**20)
+    return run_isolated(memory_of, workload, name, available(workload.device) / 2**20)
 
 
 def memory_of(workload: Workload, name: str, free: float) -> Grown:
@@ -319,4 +319,12 @@ def _trained_loss(workload: Workload, problem: ModuleProblem, values: Mapping[st
         return float(held_out_loss(model, problem))
 
 
-__all__ = ["LARGE", "OURS", "PLAIN", "Result", "Row", "bench_metagradient", "finite_differences"]
+__all__ = [
+    "LARGE",
+    "OURS",
+    "PLAIN",
+    "RouteRow",
+    "WorkloadResult",
+    "bench_metagradient",
+    "finite_differences",
+]

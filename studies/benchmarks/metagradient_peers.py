@@ -20,8 +20,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...meta.problems.module_problem import ModuleProblem
-from ...meta.problems.modules import lowered
-from ...meta.problems.seeding import seeded
+from ...meta.problems.modules import autocast_region
+from ...meta.problems.seeding import fork_rng
 from .workloads import SEED, Workload, mean_loss
 
 # Under a root, so that a weight that never saw a gradient gives a derivative of 0 and not NaN.
@@ -70,7 +70,7 @@ def train_plainly(
     for i in range(workload.steps):
         inputs, target = problem.batch(i, SEED)
         optimizer.zero_grad(set_to_none=True)
-        with lowered(workload.device, problem.autocast):
+        with autocast_region(workload.device, problem.autocast):
             loss = mean_loss(model(inputs), target)
         loss.backward()
         optimizer.step()
@@ -84,7 +84,7 @@ def held_out_loss(model: Callable[..., Tensor], problem: ModuleProblem) -> Tenso
 
 def started(problem: ModuleProblem) -> nn.Module:
     """A model of its own with the weights that every method starts from."""
-    with seeded(SEED):
+    with fork_rng(SEED):
         model = problem.make_model()
     params, buffers = problem.start(SEED)
     model.load_state_dict({**params, **buffers})

@@ -17,8 +17,8 @@ from ..measure.markdown import (
     spread,
     write_section,
 )
-from .bfloat16 import KNOTS, Trust
-from .metagradient import LARGE, OURS, PLAIN, Result, Row
+from .bfloat16 import KNOTS, PrecisionAgreement
+from .metagradient import LARGE, OURS, PLAIN, RouteRow, WorkloadResult
 from .metagradient_peers import PEERS
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 NAME = "metagradient"
 
 
-def table(result: Result) -> Table:
+def table(result: WorkloadResult) -> Table:
     """One workload for a terminal: a row per method, a column per quantity."""
     title = f"{result.workload}{_where(result)}: {_described(result)}"
     return for_terminal(title, _cells(result), words=2)
 
 
-def _cells(result: Result) -> list[list[str]]:
+def _cells(result: WorkloadResult) -> list[list[str]]:
     """The header and a row per method; the first and the last are about the workload itself."""
     hypers = list(result.truth)
     doubts = [f"{difference.doubt:.1e}" for difference in result.truth.values()]
@@ -48,7 +48,7 @@ def _cells(result: Result) -> list[list[str]]:
     ]
 
 
-def remarks(result: Result) -> list[str]:
+def remarks(result: WorkloadResult) -> list[str]:
     """A sentence for everything that this workload lacks, or that was not done as its row says."""
     told = [f"{result.workload} is left out: {result.left_out}"] if result.left_out else []
     for row in result.rows:
@@ -61,14 +61,14 @@ def remarks(result: Result) -> list[str]:
     return told
 
 
-def write(file: Path, result: Result, command: str) -> None:
+def write(file: Path, result: WorkloadResult, command: str) -> None:
     """Put a workload's measurements, and how to read them, into a Markdown file."""
     write_section(file, _introduction(), NAME)
     name = f"{NAME} {result.workload} {result.gpu}".rstrip()
     write_section(file, section(result, command), name)
 
 
-def section(result: Result, command: str) -> str:
+def section(result: WorkloadResult, command: str) -> str:
     """The Markdown of one workload."""
     title = f"### {result.workload}{_where(result)}"
     origin = origin_of(command, _packages(), result.gpu)
@@ -92,7 +92,7 @@ def section(result: Result, command: str) -> str:
     return "\n\n".join(parts)
 
 
-def trust_section(measured: Sequence[Trust], command: str) -> str:
+def trust_section(measured: Sequence[PrecisionAgreement], command: str) -> str:
     """The Markdown of what bfloat16 does to a metagradient."""
     header = ["workload", "lr", "steps", "cosine", "error"]
     rows = [
@@ -132,7 +132,7 @@ def _introduction() -> str:
     )
 
 
-def _where(result: Result) -> str:
+def _where(result: WorkloadResult) -> str:
     return f" on {result.gpu}" if result.gpu else ""
 
 
@@ -141,19 +141,19 @@ def _packages() -> list[str]:
     return [peer.package for peer in PEERS.values() if not peer.missing]
 
 
-def _described(result: Result) -> str:
+def _described(result: WorkloadResult) -> str:
     return f"{result.what}; {result.rule}, {result.steps:,} steps"
 
 
-def _seconds(result: Result) -> str:
+def _seconds(result: WorkloadResult) -> str:
     return f"{spread(result.seconds)} s" if result.seconds else "-"
 
 
-def _ratio(row: Row) -> str:
+def _ratio(row: RouteRow) -> str:
     return spread(row.ratios) if row.ratios else "left out" if row.left_out else "-"
 
 
-def _error(result: Result, row: Row, hyper: str) -> str:
+def _error(result: WorkloadResult, row: RouteRow, hyper: str) -> str:
     error = result.error(row, hyper)
     if error is None:
         return "refused" if row.slopes else "-"

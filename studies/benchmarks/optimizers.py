@@ -21,9 +21,9 @@ from torch import Tensor
 from ...inner.core.messages import unknown
 from ...inner.registry import RULES
 from ...inner.torch_form.optimizer import torch_form
-from ..measure.device import CPU, gpu_name, settle
+from ..measure.device import CPU, gpu_name, synchronize
 from ..measure.memory_meter import meter_of, return_freed_blocks
-from ..measure.timing import Grown, Say, alone, check_repeats, in_rounds, reason
+from ..measure.timing import Grown, Say, check_repeats, interleaved, reason, run_isolated
 
 Maker = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 # Seconds of a round, by which steps are counted that are shorter, and at most so many of them.
@@ -213,7 +213,7 @@ def _memory(model: Model, name: str, device: torch.device, say: Say) -> tuple[Gr
     each = []
     for who in ("ours", "other"):
         say(f"{model.name}, {name}: memory, {who}")
-        each.append(alone(memory_of, model, name, who, device, limit=_LIMIT))
+        each.append(run_isolated(memory_of, model, name, who, device, limit=_LIMIT))
     return each[0], each[1]
 
 
@@ -222,11 +222,11 @@ def _seconds(
 ) -> tuple[list[float], list[float]]:
     both = {who: _maker(name, who)(model.parameters(device)) for who in ("ours", "other")}
     steps = {who: Steps(optimizer, device) for who, optimizer in both.items()}
-    seconds, _ = in_rounds(
+    seconds, _ = interleaved(
         steps,
         repeats,
         lambda told: say(f"{model.name}, {name}: {told}"),
-        settle=partial(settle, device),
+        synchronize=partial(synchronize, device),
     )
     ours, others = ([s / steps[who].count for s in seconds[who]] for who in ("ours", "other"))
     return ours, others
@@ -250,10 +250,10 @@ class Steps:
     def __call__(self) -> None:
         if not self.count:
             self._optimizer.step()  # It begins its state.
-            settle(self._device)
+            synchronize(self._device)
             begun = time.perf_counter()
             self._optimizer.step()
-            settle(self._device)
+            synchronize(self._device)
             self.count = steps_of(time.perf_counter() - begun)
             return
         for _ in range(self.count):

@@ -26,7 +26,7 @@ class Spread(TypedDict):
     n: int
 
 
-class Row(TypedDict):
+class SummaryRow(TypedDict):
     """One arm on one problem. Only trainings that stayed finite are in the measures: read them
     with trained < cells in mind.
     """
@@ -40,7 +40,7 @@ class Row(TypedDict):
     measures: dict[str, Spread]
 
 
-def summary(records: Iterable[Record]) -> list[Row]:
+def summary(records: Iterable[Record]) -> list[SummaryRow]:
     """A row for each problem and arm, in the order of the records."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -92,13 +92,13 @@ def group_of(record: Record) -> tuple[str, str]:
     return label, str(arm["name"])
 
 
-def _row(problem: str, arm: str, records: Sequence[Record]) -> Row:
+def _row(problem: str, arm: str, records: Sequence[Record]) -> SummaryRow:
     numbers: dict[str, list[float]] = {}
     trained = [r for r in records if r.outcome == "ok"]
     for record in trained:
         for name, value in _numbers(record).items():
             numbers.setdefault(name, []).append(value)
-    return Row(
+    return SummaryRow(
         problem=problem,
         arm=arm,
         cells=len(records),
@@ -154,4 +154,4 @@ def spelled(spread: Spread | None) -> str:
     return f"{mean:.{digits}f} ±{std:.{digits}f}"
 
 
-__all__ = ["Row", "Spread", "group_of", "spelled", "spread", "summary", "table"]
+__all__ = ["Spread", "SummaryRow", "group_of", "spelled", "spread", "summary", "table"]

@@ -46,7 +46,7 @@ _L2, _CLASSES = 1e-3, 10
 
 
 @dataclass(frozen=True)
-class Setting:
+class DataCleaningSetting:
     """train, valid: numbers of examples, the others are test. steps, lr: of gradient descent on
     all of them. moves, rate: of Adam on the logits of the weights.
     """
@@ -117,9 +117,9 @@ def _mnist() -> Part:
     return images.view(len(labels), -1).float() / 255, labels.long()
 
 
-SETTINGS: Mapping[str, Setting] = {
-    "digits": Setting(_digits, 500, 500, 100, 1.0, 200, 0.1),
-    "mnist-t10k": Setting(_mnist, 1000, 1000, 60, 0.5, 50, 0.25),
+SETTINGS: Mapping[str, DataCleaningSetting] = {
+    "digits": DataCleaningSetting(_digits, 500, 500, 100, 1.0, 200, 0.1),
+    "mnist-t10k": DataCleaningSetting(_mnist, 1000, 1000, 60, 0.5, 50, 0.25),
 }
 
 # Steps that are traced but not compiled: a cell is seconds of small steps.
@@ -276,7 +276,7 @@ def cleaning_problem(train: Part, valid: Part) -> ModuleProblem:
     )
 
 
-def _learn(method: Method, setting: Setting, data: _Drawn) -> Tensor | Estimate:
+def _learn(method: Method, setting: DataCleaningSetting, data: _Drawn) -> Tensor | Estimate:
     """The logits of the weights, or the estimate that could not be followed."""
     steps = max(1, round(setting.steps * method.share))
     problem = cleaning_problem(data.train, data.valid)
@@ -295,7 +295,7 @@ def _learn(method: Method, setting: Setting, data: _Drawn) -> Tensor | Estimate:
     return z.detach()
 
 
-def _judged(setting: Setting, data: _Drawn, z: Tensor) -> Measures:
+def _judged(setting: DataCleaningSetting, data: _Drawn, z: Tensor) -> Measures:
     called, wrong = z < 0, data.wrong
     both = float((called & wrong).sum())
     precision = both / max(float(called.sum()), 1.0)
@@ -312,7 +312,7 @@ def _judged(setting: Setting, data: _Drawn, z: Tensor) -> Measures:
 
 
 def _accuracy(
-    setting: Setting,
+    setting: DataCleaningSetting,
     data: _Drawn,
     kept: Tensor,
     validation: bool,

@@ -40,7 +40,7 @@ _MODEL = 12
 
 
 @dataclass(frozen=True)
-class Setting:
+class MillionHypersSetting:
     """width: of the two hidden layers. steps: of Adam at lr, in batches. every, rate: steps between
     two moves of the L2 weights, and their length in logarithms. terms: products with the curvature
     per move. grid: single L2 weights that are tried. rounds, round: repetitions of the timing, and
@@ -61,10 +61,10 @@ class Setting:
     round: int = 40
 
 
-SETTING = Setting()
+SETTING = MillionHypersSetting()
 PLAIN, GRID = "no L2 weight", "one, best of a grid"
 # The Gauss-Newton matrix, which has no negative curvature early in training either.
-METHODS: Mapping[str, Callable[[Setting], Solve]] = {
+METHODS: Mapping[str, Callable[[MillionHypersSetting], Solve]] = {
     "one each, Neumann": lambda setting: neumann(setting.step_size, setting.terms),
     "one each, CG": lambda setting: conjugate_gradient(setting.terms),
 }
@@ -133,7 +133,7 @@ def learn_penalties(cell: MillionCell) -> Record:
     )
 
 
-def million_problem(setting: Setting, split: int) -> ModuleProblem:
+def million_problem(setting: MillionHypersSetting, split: int) -> ModuleProblem:
     """Ten digits by a perceptron, and "l2", one number per weight w: the penalty is the sum
     of l2 w^2 / 2.
     """

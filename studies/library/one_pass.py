@@ -34,7 +34,7 @@ Values = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Setting:
+class OnePassSetting:
     """steps: of a training. every, rate: steps between two moves, and their length in logarithms.
     lr, weight_decay: ranges that starts are drawn from and Optuna searches.
     """
@@ -46,7 +46,7 @@ class Setting:
     weight_decay: tuple[float, float] = (1e-6, 10.0)
 
 
-SETTING = Setting()
+SETTING = OnePassSetting()
 
 
 @dataclass(frozen=True)

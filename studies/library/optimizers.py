@@ -55,7 +55,7 @@ Maker = Callable[[nn.Module], tuple[Optimizer, LRScheduler | None]]
 
 
 @dataclass(frozen=True)
-class Setting:
+class OptimizerSetting:
     """steps, batch_size: of every training. seeds: trainings by each optimizer, all of them from
     starts that tuning has not seen. target: the validation loss to end below.
     """
@@ -67,7 +67,7 @@ class Setting:
     target: float = 0.25
 
 
-SETTING = Setting()
+SETTING = OptimizerSetting()
 
 
 @dataclass(frozen=True)

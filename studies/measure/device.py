@@ -16,7 +16,7 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r} cannot be used here: {reason}") from error
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for what is queued on a device: until then a clock says nothing of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -27,4 +27,4 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
-__all__ = ["CPU", "find_device", "gpu_name", "settle"]
+__all__ = ["CPU", "find_device", "gpu_name", "synchronize"]

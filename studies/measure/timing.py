@@ -30,17 +30,17 @@ class Grown(NamedTuple):
     how: str = ""
 
 
-def in_rounds(
+def interleaved(
     methods: Mapping[K, Callable[[], Any]],
     repeats: int,
     say: Say,
     called: Callable[[K], str] = str,
-    settle: Callable[[], object] = lambda: None,
+    synchronize: Callable[[], object] = lambda: None,
 ) -> tuple[dict[K, list[float]], dict[K, Any]]:
     """(seconds of every method in every round, after one that does not count; its last answer).
 
     Methods follow each other in every round, so that whatever slows the machine down for a while
-    slows all of them. settle: waits for what a device still does.
+    slows all of them. synchronize: waits for what a device still does.
     """
     seconds: dict[K, list[float]] = {name: [] for name in methods}
     answers: dict[K, Any] = {}
@@ -48,16 +48,16 @@ def in_rounds(
         for name, method in methods.items():
             say(f"time, round {i} of {repeats}, {called(name)}")
             gc.collect()
-            settle()
+            synchronize()
             begun = time.perf_counter()
             answers[name] = method()
-            settle()
+            synchronize()
             seconds[name].append(time.perf_counter() - begun)
     give_back()
     return {name: times[1:] for name, times in seconds.items()}, answers
 
 
-def alone(measure: Callable[..., Grown], *inputs: Any, limit: float | None = None) -> Grown:
+def run_isolated(measure: Callable[..., Grown], *inputs: Any, limit: float | None = None) -> Grown:
     """What measure(*inputs) says in a process that did nothing else, and that is ended when it took
     longer than a limit in seconds.
     """
@@ -85,4 +85,4 @@ def check_repeats(repeats: int) -> None:
         raise ValueError(f"repeats={repeats} measures nothing; give at least 1, better 5")
 
 
-__all__ = ["Grown", "Say", "alone", "check_repeats", "in_rounds", "reason"]
+__all__ = ["Grown", "Say", "check_repeats", "interleaved", "reason", "run_isolated"]

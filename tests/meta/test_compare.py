@@ -15,8 +15,8 @@ from hyperdescent.meta.estimators import METHODS, find_estimator
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient, dense
 from hyperdescent.meta.problems.module_problem import problem_from_module
-from hyperdescent.meta.reverse.compiled_steps import Machine
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.tracing.machine import Machine
 from hyperdescent.meta.training.outcome import Outcome
 
 # Two numbers take two steps.

@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(forward, monkeypatch):
             alive.append(sum(ref() is not None for ref in made))
             return self.problem.batch(step, seed)
 
-    choose = forward_module._Run._choose
+    choose = forward_module._ForwardPass._choose
 
     def watched(run):
         advance, how = choose(run)
@@ -160,7 +160,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(forward, monkeypatch):
 
         return noted, how
 
-    monkeypatch.setattr(forward_module._Run, "_choose", watched)
+    monkeypatch.setattr(forward_module._ForwardPass, "_choose", watched)
     run = training(of=Watched(problem()))
     forward(run, run.start(["lr", "beta1"]), seed=0)
     assert len(made) == 4 * STEPS and 0 < max(alive) <= 4
@@ -179,7 +179,7 @@ def test_values_that_are_not_learned_have_no_tangents():
     )
     run = training(of=of)
     point = run.start(["lr"])
-    assert set(tangents.slopes_of(run, point, tangents.units(point))) == {"lr"}
+    assert set(tangents.slopes_of(run, point, tangents.unit_directions(point))) == {"lr"}
     assert_same(Forward(compile=False), run, ["lr", "data_weights"])
 
 

@@ -13,7 +13,7 @@ from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.implicit import hessian_products as second
 from hyperdescent.meta.implicit import implicit as module
 from hyperdescent.meta.implicit.implicit import Implicit
-from hyperdescent.meta.implicit.inner_solution import Reached
+from hyperdescent.meta.implicit.inner_solution import InnerSolution
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.tracing import cost_model as price
@@ -104,13 +104,13 @@ class TestTraced:
 
     def test_is_made_once_for_all_seeds_and_values(self, monkeypatch):
         made = []
-        trace = second.trace_second
+        trace = second.trace_products
 
         def counted(*inputs):
             made.append(0)
             return trace(*inputs)
 
-        monkeypatch.setattr(second, "trace_second", counted)
+        monkeypatch.setattr(second, "trace_products", counted)
         run = training()
         for l2 in (0.5, 1.0):
             point = {"l2": torch.tensor(l2, dtype=DOUBLE)}
@@ -134,7 +134,7 @@ class TestConstants:
             Implicit(solve=SOLVE, tolerance=10.0, compile=compile).at(
                 run,
                 run.start(["l2", "l1"]),
-                Reached(run.run(run.resolve({}), 3), run.steps),
+                InnerSolution(run.run(run.resolve({}), 3), run.steps),
                 seed=3,
             )
             for compile in ("trace", False)

@@ -14,7 +14,7 @@ from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.problems.problem import Problem, loss_at
-from hyperdescent.meta.problems.seeding import mix
+from hyperdescent.meta.problems.seeding import fold_in
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
@@ -268,10 +268,10 @@ class TestPurity:
         assert float(run.run(run.resolve({}), 0).buffers["seen"]) == 7
 
     def test_seeds_mix_without_collisions(self):
-        mixed = {mix(a, b, c) for a in range(30) for b in range(30) for c in range(3)}
+        mixed = {fold_in(a, b, c) for a in range(30) for b in range(30) for c in range(3)}
         assert len(mixed) == 30 * 30 * 3
         assert all(0 <= number < 2**63 for number in mixed)
-        assert mix(1, 2) != mix(2, 1)
+        assert fold_in(1, 2) != fold_in(2, 1)
 
 
 class TestOptions:

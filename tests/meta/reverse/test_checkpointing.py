@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperdescent.meta.reverse.checkpointing import (
+    CheckpointPlan,
     Checkpoints,
-    Plan,
     every,
-    find_plan,
+    find_checkpoint_plan,
     keep_all,
     online,
     revolve,
     revolve_steps,
 )
-from hyperdescent.meta.reverse.state_store import InPlace
+from hyperdescent.meta.reverse.state_store import OnDevice
 
 LENGTHS = [*range(1, 30), 64, 100, 257]
 # Of the worst that online was seen to need, over the optimum; the docstring says the same.
@@ -52,7 +52,7 @@ def published(states, k):
     return steps, max(j + copies for j, (_, copies) in enumerate(within))
 
 
-class Counted(InPlace):
+class Counted(OnDevice):
     """A store that knows how many states were ever in it at once, and how many were put."""
 
     most = put_in = 0
@@ -116,7 +116,7 @@ class TestEveryPlan:
         )
         kept = [0, *sorted(places)]
         slots = len(kept) + data.draw(st.integers(0, 4))
-        plan = Plan(slots, lambda _, hand, __: None if hand in kept else hand)
+        plan = CheckpointPlan(slots, lambda _, hand, __: None if hand in kept else hand)
         gaps = [b - a for a, b in pairwise([*kept, steps - 1])]
         best = sum(fewest(gap, slots - j) for j, gap in enumerate(gaps))
         assert assert_reversed(plan, steps)[0].recomputed == best
@@ -247,17 +247,17 @@ class TestFindPlan:
         ],
     )
     def test_it_keeps_as_its_maker_says(self, spec, plan):
-        assert assert_reversed(find_plan(spec), 30)[1] == assert_reversed(plan, 30)[1]
+        assert assert_reversed(find_checkpoint_plan(spec), 30)[1] == assert_reversed(plan, 30)[1]
 
     @pytest.mark.parametrize("spec", ["some", "every", "every:", "all:3", "revolv:3", "", "3.5"])
     def test_what_is_no_plan(self, spec):
         with pytest.raises(ValueError, match=f"no plan '{spec}'.* known: all, every:N, online:N"):
-            find_plan(spec)
+            find_checkpoint_plan(spec)
 
     @pytest.mark.parametrize("spec", ["every:0", "revolve:-1", "online:0", 0])
     def test_what_keeps_nothing(self, spec):
         with pytest.raises(ValueError, match="is not a count; give a whole number from 1"):
-            find_plan(spec)
+            find_checkpoint_plan(spec)
 
 
 class TestMistakes:
@@ -275,30 +275,30 @@ class TestMistakes:
 
     def test_revolve_without_the_number_of_steps(self):
         with pytest.raises(ValueError, match=r"steps=None.* use online"):
-            Checkpoints(revolve(3), InPlace())
+            Checkpoints(revolve(3), OnDevice())
 
     @pytest.mark.parametrize("i", [0, 2])
     def test_offers_out_of_order(self, i):
-        tape = Checkpoints(keep_all(), InPlace())
+        tape = Checkpoints(keep_all(), OnDevice())
         tape.offer(0, 0)
         with pytest.raises(ValueError, match=f"state {i} is offered where 1 is next; offer them"):
             tape.offer(i, 0)
 
     def test_more_than_announced(self):
-        tape = Checkpoints(revolve(2), InPlace(), steps=1)
+        tape = Checkpoints(revolve(2), OnDevice(), steps=1)
         tape.offer(0, 0)
         with pytest.raises(ValueError, match="after all of steps=1; name more"):
             tape.offer(1, 0)
 
     def test_back_over_another_number(self):
-        tape = Checkpoints(keep_all(), InPlace())
+        tape = Checkpoints(keep_all(), OnDevice())
         tape.offer(0, 0)
         # At once, not when the first state is asked for.
         with pytest.raises(ValueError, match="over 2 steps where 1 states were offered; offer"):
             tape.backwards(2, max)
 
     def test_back_twice(self):
-        tape = Checkpoints(keep_all(), InPlace())
+        tape = Checkpoints(keep_all(), OnDevice())
         for i in range(4):
             tape.offer(i, i)
         list(tape.backwards(4, max))

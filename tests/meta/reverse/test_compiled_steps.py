@@ -20,9 +20,9 @@ from torch._dynamo.utils import counters
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.problems.module_problem import problem_from_module
-from hyperdescent.meta.reverse import compiled_steps as compiled
-from hyperdescent.meta.reverse.compiled_steps import Machine, machine_of
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.tracing import codegen, machine
+from hyperdescent.meta.tracing.machine import Machine, machine_of
 from hyperdescent.meta.tracing.step_graph import CannotTrace, StepGraph, trace
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
@@ -215,7 +215,7 @@ def test_convolutions_laid_out_anew_are_right_or_not_trusted(only_back, monkeypa
         layers = nn.Conv2d(16, 32, 3), nn.GroupNorm(4, 32), nn.SiLU(), nn.Flatten()
         return nn.Sequential(*layers, nn.Linear(128, 3)).double()
 
-    monkeypatch.setitem(compiled.OPTIONS, "layout_optimization", True)
+    monkeypatch.setitem(codegen.OPTIONS, "layout_optimization", True)
     run = training(problem(net, 16, 4, 4), rule="sgd")
     point = run.start(["lr"])
     expected, _ = Replay(compile=False)(run, point, seed=0)
@@ -297,7 +297,7 @@ class TestDistrust:
     def run(self, traced, monkeypatch, tmp_path):
         """A training whose step has no machine yet, though it is traced."""
         of, graph = traced
-        monkeypatch.setattr(compiled, "trace", lambda *given: graph)
+        monkeypatch.setattr(machine, "trace", lambda *given: graph)
         monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
         monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)

@@ -18,9 +18,9 @@ from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.checkpointing import revolve_steps
-from hyperdescent.meta.reverse.compiled_steps import Machine
 from hyperdescent.meta.reverse.memory_budget import state_bytes
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.tracing.machine import Machine
 from hyperdescent.meta.training.estimate import Note
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
@@ -225,7 +225,7 @@ class TestTheNote:
             for options in ({"graphs": "keep"}, {"checkpoints": "every:3"}, {"memory": 0})
         ]
         assert said == [
-            f"fast: all 11 graphs kept, {by}",
+            f"all 11 graphs kept, {by}",
             f"checkpoints every:3, {by}",
             f"1 of 11 states kept by revolve, {by}",
         ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hyperdescent.meta.reverse.checkpointing import Checkpoints, every, keep_all, online, revolve
-from hyperdescent.meta.reverse.state_store import Files, Host, find_store
+from hyperdescent.meta.reverse.state_store import OnDisk, OnHost, find_store
 from hyperdescent.meta.training.training import State
 
 SPECS = ["device", "cpu", "disk", "folder"]
@@ -138,12 +138,12 @@ def test_a_state_that_requires_grad_comes_back_without():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_copies_of_a_gpu_are_pinned():
-    class Shelf(Files):
+    class Shelf(OnDisk):
         def put(self, state):
             assert all(x.is_pinned() for x in state if x.numel())
             return super().put(state)
 
-    store = Host(Shelf())
+    store = OnHost(Shelf())
     for state in chain(2, "cuda"):
         store.put(state)
 

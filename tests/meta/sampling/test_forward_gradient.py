@@ -13,7 +13,7 @@ from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.forward.forward import Forward
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
-from hyperdescent.meta.sampling.control_variate import Guess, Past
+from hyperdescent.meta.sampling.control_variate import Guess, GuessState
 from hyperdescent.meta.sampling.evolution_strategies import ES
 from hyperdescent.meta.sampling.forward_gradient import ForwardGradient
 from hyperdescent.meta.training.coordinates import Coordinates
@@ -231,4 +231,4 @@ class TestEvolution:
 
 def test_a_past_is_plain_tensors():
     past = Guess().add(None, torch.zeros(1), torch.ones(1, 1), torch.ones(1))
-    assert isinstance(past, Past) and all(isinstance(x, torch.Tensor) for x in past)
+    assert isinstance(past, GuessState) and all(isinstance(x, torch.Tensor) for x in past)

@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.problems.module_problem import problem_from_module
-from hyperdescent.meta.problems.seeding import mix
-from hyperdescent.meta.reverse.compiled_steps import Machine
+from hyperdescent.meta.problems.seeding import fold_in
 from hyperdescent.meta.reverse.replay import Replay
-from hyperdescent.meta.sampling.population import Many, Population, losses, metagradients
+from hyperdescent.meta.sampling.population import BatchedTraining, Population, losses, metagradients
+from hyperdescent.meta.tracing.machine import Machine
 from hyperdescent.meta.training.finite_differences import held_out_loss
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
@@ -106,7 +106,7 @@ def test_an_estimate_is_the_mean_over_its_seeds():
     run = training()
     point = run.start(["lr", "beta1"])
     mean, _ = Population(3, compile=False)(run, point, seed=5)
-    each = [Replay(compile=False)(run, point, seed=mix(5, k, 7))[0] for k in range(3)]
+    each = [Replay(compile=False)(run, point, seed=fold_in(5, k, 7))[0] for k in range(3)]
     assert mean.loss == pytest.approx(sum(e.loss for e in each) / 3, rel=1e-13)
     for name, value in mean.grad.items():
         assert float(value) == pytest.approx(sum(float(e.grad[name]) for e in each) / 3, rel=1e-9)
@@ -239,7 +239,7 @@ def test_vmap_knows_every_operation_of_a_step():
     """One that it does not, it does for each training in turn, and tells of it on stderr."""
     # Its penalty of one tensor leaves a fill in the graph.
     run = Training(load_problem("breast-cancer-logistic"), find_rule("sgd"), 3)
-    many = Many(run, [run.start(["l2"])] * 2, [0, 1], compile=False)
+    many = BatchedTraining(run, [run.start(["l2"])] * 2, [0, 1], compile=False)
     operations = {str(n.target) for n in many.machine.graph.joint.graph.nodes}
     assert "aten.full_like.default" in operations
     assert not [name for name in operations if name.startswith("aten.fill")]

@@ -22,9 +22,9 @@ from hyperdescent.inner.core.rule import rule
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.problems.module_problem import problem_from_module
-from hyperdescent.meta.reverse import compiled_steps as compiled
-from hyperdescent.meta.reverse.compiled_steps import Machine
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.tracing import machine
+from hyperdescent.meta.tracing.machine import Machine
 from hyperdescent.meta.tracing.step_graph import trace
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
@@ -411,7 +411,7 @@ class TestTracesBehind:
             traces.append(1)
             return trace(*given)
 
-        monkeypatch.setattr(compiled, "trace", counted)
+        monkeypatch.setattr(machine, "trace", counted)
         of = around(problem())
         for steps, seed in ((STEPS, 0), (STEPS, 1), (3, 0)):
             run = training(of=of, steps=steps)

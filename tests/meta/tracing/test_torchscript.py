@@ -134,7 +134,7 @@ class TestPrice:
         state = run.begin(run.resolve({}).at(0), 0)
 
         def ask(expect=None, kind=price.REVERSE):
-            return price.not_worth(run, ["lr"], state, {}, 0, expect, kind)
+            return price.why_not_compile(run, ["lr"], state, {}, 0, expect, kind)
 
         return ask, run, state
 

@@ -165,7 +165,7 @@ def quick(monkeypatch):
     (train, valid) = implicit_bench.digits()
     cut = ((train[0][:40, 20:22], train[1][:40] % 3), (valid[0][:40, 20:22], valid[1][:40] % 3))
     monkeypatch.setattr(implicit_bench, "digits", lambda: cut)
-    monkeypatch.setattr(implicit_bench, "alone", lambda measure, *inputs: measure(*inputs))
+    monkeypatch.setattr(implicit_bench, "run_isolated", lambda measure, *inputs: measure(*inputs))
     monkeypatch.setattr(implicit_bench, "CASES", {"tiny": TINY})
     # Of all that other tests left behind: seconds, and only memory would show it.
     monkeypatch.setattr(gc, "collect", lambda: 0)

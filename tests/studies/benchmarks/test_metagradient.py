@@ -25,8 +25,8 @@ from hyperdescent.studies.benchmarks.metagradient import (
     PLAIN,
     Difference,
     Grown,
-    Result,
-    Row,
+    RouteRow,
+    WorkloadResult,
     bench_metagradient,
 )
 from hyperdescent.studies.benchmarks.metagradient_peers import PEERS, Answer, Peer
@@ -206,16 +206,16 @@ class TestMemory:
         assert told == ["tiny: memory, plain training"]
 
 
-RESULT = Result(
+RESULT = WorkloadResult(
     *("w9", "a model", "adam", 1000, 100),
     seconds=[0.5, 0.25, 0.75],
     mib=2.0,
     truth={"lr": Difference(2.0, 1e-10), "beta1": Difference(-4.0, 1e-9)},
     rows=[
-        Row("fast", [2.0, 3.0, 2.5], 100.4, {"lr": 2.0, "beta1": -4.0004}),
-        Row("one", [1.0, 1.0, 1.0], 9.96, {"lr": math.nan}),
-        Row("two", left_out="it would take 99 GiB"),
-        Row("three", [1.5], how="3 states kept, by autograd: it is wrong"),
+        RouteRow("fast", [2.0, 3.0, 2.5], 100.4, {"lr": 2.0, "beta1": -4.0004}),
+        RouteRow("one", [1.0, 1.0, 1.0], 9.96, {"lr": math.nan}),
+        RouteRow("two", left_out="it would take 99 GiB"),
+        RouteRow("three", [1.5], how="3 states kept, by autograd: it is wrong"),
     ],
 )
 

@@ -26,7 +26,7 @@ from hyperdescent.studies.benchmarks.optimizers import (
     steps_of,
 )
 from hyperdescent.studies.measure.device import CPU
-from hyperdescent.studies.measure.timing import Grown, alone
+from hyperdescent.studies.measure.timing import Grown, run_isolated
 
 TINY = Model("tiny", "three tensors", ((4, 3), (5,), (2, 3, 2, 2)))
 # Theirs is another form of the rule, as its docstring says; in a benchmark that does not matter.
@@ -36,7 +36,7 @@ APART = {"ademamix", "ano", "grams", "muon", "scion", "shampoo", "prodigy", "sch
 @pytest.fixture
 def quick(monkeypatch):
     """No process of its own for memory, and one step per round."""
-    monkeypatch.setattr(optimizers_bench, "alone", lambda measure, *given, limit: Grown(1.5))
+    monkeypatch.setattr(optimizers_bench, "run_isolated", lambda measure, *given, limit: Grown(1.5))
     monkeypatch.setattr(optimizers_bench, "steps_of", lambda seconds: 1)
     monkeypatch.setitem(MODELS, "tiny", TINY)
 
@@ -107,7 +107,7 @@ def test_memory_is_of_fewer_steps_where_they_are_slow(monkeypatch):
 
 def test_what_takes_too_long_is_ended():
     begun = time.perf_counter()
-    grown = alone(_sleeps, limit=1.0)
+    grown = run_isolated(_sleeps, limit=1.0)
     assert time.perf_counter() - begun < 60.0
     assert (grown.mib, grown.left_out) == (None, "its process was ended after 1 s")
 
@@ -143,7 +143,7 @@ def test_what_fails_is_left_out_and_the_rest_is_measured(quick, monkeypatch, who
 
 def test_what_has_no_memory_to_tell_of_is_left_out(quick, monkeypatch):
     ended = Grown(None, left_out="its process was ended after 300 s")
-    monkeypatch.setattr(optimizers_bench, "alone", lambda measure, *given, limit: ended)
+    monkeypatch.setattr(optimizers_bench, "run_isolated", lambda measure, *given, limit: ended)
     (pair,) = bench_optimizers([TINY], ["adam"], repeats=1)
     assert pair.left_out == f"ours: {ended.left_out}, theirs: {ended.left_out}"
     assert not pair.seconds
