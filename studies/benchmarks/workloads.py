@@ -18,7 +18,7 @@ from ..measure.device import CPU
 from ..problems import Part, digits_mlp
 
 SEED = 0
-# Of the language model: enough for ratios to synchronize, few enough for peers that keep every graph.
+# Of the language model: enough for ratios to settle, few enough for peers that keep every graph.
 GPT_STEPS, GPT_JUDGED = 20, 5
 _TEXT, _BLOCK = "tinyshakespeare.txt", 128
 # The 65 characters of the text, whichever of them an excerpt lacks.
