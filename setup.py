@@ -1,4 +1,4 @@
-"""Finds the packages, which pyproject.toml could only list: the root is one and holds the others."""
+"""Finds the packages, which pyproject.toml could only list: the root is one with others in it."""
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
