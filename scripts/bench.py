@@ -9,7 +9,8 @@ import torch
 from ..meta.training.spec import split_names
 from ..studies.benchmarks import implicit_report, optimizers_report
 from ..studies.benchmarks.bfloat16 import bench_bfloat16
-from ..studies.benchmarks.implicit import bench_implicit, find_cases
+from ..studies.benchmarks.implicit import bench_implicit
+from ..studies.benchmarks.implicit_cases import find_cases
 from ..studies.benchmarks.metagradient import bench_metagradient
 from ..studies.benchmarks.metagradient_report import (
     remarks,

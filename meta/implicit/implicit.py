@@ -21,7 +21,12 @@ from ..training.estimate import Estimate, Note, finished
 from ..training.outcome import Outcome
 from ..training.training import Resolved, Training
 from .curvature import Curvature, Parted
-from .hessian_products import ProductMachine, autograd_products, product_machine_of, traced_products
+from .hessian_products import (
+    ProductMachine,
+    autograd_products,
+    product_machine_of,
+    traced_products,
+)
 from .inner_solution import (
     InnerSolution,
     check_moves_optimum,

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ...inner.core.hyper import Tensors, positive
-from ...inner.core.messages import unknown
 from ...inner.registry import find_rule
 from ...meta.implicit.implicit import Implicit
 from ...meta.implicit.inner_solution import InnerSolution
@@ -29,9 +28,10 @@ from ...meta.problems.seeding import fork_rng
 from ...meta.training.training import State, Training
 from ..measure.memory_meter import Meter
 from ..measure.timing import Grown, Say, check_repeats, interleaved, reason, run_isolated
+from .implicit_cases import Case
 from .implicit_peers import IMPLICIT_PEERS, SOLVERS, Optimum, Solver, training_loss
 from .metagradient_peers import make_optimizer
-from .workloads import SEED, digits, mean_loss, perceptron
+from .workloads import SEED, digits, mean_loss
 
 PLAIN = "plain training"
 # This project's routes, by the name they have in the tables.
@@ -45,54 +45,6 @@ _PROBES, _MARGIN = 30, 1.1
 
 # (solver, method), or None for plain training.
 Way = tuple[Solver, str] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A model on digits, trained until little moves.
-
-    penalty: that of every weight. iterations: of L-BFGS. small: what errors are measured on, a
-    model of the same kind; None to measure none.
-    """
-
-    name: str
-    what: str
-    model: Callable[[], nn.Module]
-    small: Callable[[], nn.Module] | None
-    penalty: float
-    iterations: int
-    products: int = 20
-
-
-CASES: dict[str, Case] = {
-    case.name: case
-    for case in (
-        Case(
-            "softmax",
-            "softmax regression, 64-10, 650 weights",
-            partial(nn.Linear, 64, 10),
-            partial(nn.Linear, 64, 10),
-            1e-2,
-            200,
-        ),
-        Case(
-            "mlp",
-            "MLP 64-128-128-10, tanh, 26,122 weights; errors on 64-24-24-10",
-            partial(perceptron, 128),
-            partial(perceptron, 24),
-            2e-2,
-            1000,
-        ),
-        Case(
-            "mlp-1m",
-            "MLP 64-960-960-10, tanh, 994,570 weights",
-            partial(perceptron, 960),
-            None,
-            2e-2,
-            100,
-        ),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -140,15 +92,6 @@ class ImplicitResult:
             return None
         best, peer = (min(rows, key=lambda row: median(row.ratios)) for rows in (ours, peers))
         return peer.method, [x / y for x, y in zip(peer.ratios, best.ratios, strict=True)]
-
-
-def find_cases(names: Iterable[str]) -> list[Case]:
-    """By name, in the order given; all of them for no names."""
-    names = list(dict.fromkeys(names))
-    for name in names:
-        if name not in CASES:
-            raise ValueError(unknown("there is no case", name, CASES))
-    return [CASES[name] for name in names or CASES]
 
 
 def bench_implicit(
@@ -393,15 +336,12 @@ def memory_at(optimum: Optimum, way: Way) -> Grown:
 
 
 __all__ = [
-    "CASES",
     "OURS",
     "PLAIN",
-    "Case",
     "ImplicitResult",
     "SolveRow",
     "bench_implicit",
     "exact",
-    "find_cases",
     "find_way",
     "ours",
     "reach",

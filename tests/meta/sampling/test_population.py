@@ -14,7 +14,12 @@ from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.problems.seeding import fold_in
 from hyperdescent.meta.reverse.replay import Replay
-from hyperdescent.meta.sampling.population import BatchedTraining, Population, losses, metagradients
+from hyperdescent.meta.sampling.population import (
+    BatchedTraining,
+    Population,
+    losses,
+    metagradients,
+)
 from hyperdescent.meta.tracing.machine import Machine
 from hyperdescent.meta.training.finite_differences import held_out_loss
 from hyperdescent.meta.training.outcome import Outcome

@@ -15,21 +15,19 @@ from torch import nn
 from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.scripts import command
 from hyperdescent.studies.benchmarks import implicit as implicit_bench
-from hyperdescent.studies.benchmarks import implicit_report
+from hyperdescent.studies.benchmarks import implicit_cases, implicit_report
 from hyperdescent.studies.benchmarks.implicit import (
-    CASES,
     OURS,
     PLAIN,
-    Case,
     ImplicitResult,
     SolveRow,
     bench_implicit,
     exact,
-    find_cases,
     find_way,
     memory_at,
     reach,
 )
+from hyperdescent.studies.benchmarks.implicit_cases import CASES, Case, find_cases
 from hyperdescent.studies.benchmarks.implicit_peers import (
     IMPLICIT_PEERS,
     SOLVERS,
@@ -166,7 +164,7 @@ def quick(monkeypatch):
     cut = ((train[0][:40, 20:22], train[1][:40] % 3), (valid[0][:40, 20:22], valid[1][:40] % 3))
     monkeypatch.setattr(implicit_bench, "digits", lambda: cut)
     monkeypatch.setattr(implicit_bench, "run_isolated", lambda measure, *inputs: measure(*inputs))
-    monkeypatch.setattr(implicit_bench, "CASES", {"tiny": TINY})
+    monkeypatch.setattr(implicit_cases, "CASES", {"tiny": TINY})
     # Of all that other tests left behind: seconds, and only memory would show it.
     monkeypatch.setattr(gc, "collect", lambda: 0)
 
