@@ -67,7 +67,7 @@ class Drawing:
         for (name, lines), ax in zip(self.schedules.items(), axes, strict=False):
             for label, line in lines.items():
                 more = ["_"] * (line.shape[1] - 1)
-                ax.plot(line, color=_color(label, lines), alpha=0.85, label=[label, *more])
+                ax.plot(line.numpy(), color=_color(label, lines), alpha=0.85, label=[label, *more])
             _dress(ax, f"{name} in force", "training step", log=name in self.log)
         for label, curve in self.curves.items():
             ax = axes[-2]

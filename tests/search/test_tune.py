@@ -122,7 +122,7 @@ class TestRoutes:
         settings = result.settings
         assert (settings["seed"], settings["rule"], settings["problem"]) == (5, "adamw", "toy")
         assert settings["learn"] == ["lr", "beta1"] and settings["budget"] == 1
-        assert result.provenance["torch"] == torch.__version__
+        assert torch.__version__.startswith(result.provenance["torch"])
         assert not any(value.requires_grad for value in result.hypers.values())
 
     def test_the_loss_confirmed_is_that_of_the_point_returned(self, problem):
