@@ -25,13 +25,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """rule: the tuned rule, its options chosen. hypers: the learned values by full name
-    ("lr.knots", "beta1"). options: discrete options in force. loss: mean held-out loss over
-    `losses`, one per confirming training seed. outcome, route, reason: how it ended, by which way,
-    and why that way. in_force: every hyperparameter of rule and loss as training used it; those in
-    scheduled have one row per step. defaults: the same before tuning. history: one row per
-    evaluation. curves: held-out loss against steps for "default" and "learned". settings and
-    provenance: everything needed to repeat it.
+    """What a tuning ended with, and everything needed to repeat it.
+
+    Args:
+        rule: the tuned rule, its options chosen.
+        hypers: the learned values by full name ("lr.knots", "beta1").
+        options: discrete options in force.
+        loss: mean held-out loss over `losses`.
+        losses: one per confirming training seed.
+        outcome: how it ended.
+        route: by which way, "gradient" or "search".
+        reason: why that way.
+        in_force: every hyperparameter of rule and loss as training used it; those in scheduled have
+            one row per step.
+        scheduled: the hypers that follow a schedule.
+        defaults: in_force before tuning.
+        history: one row per evaluation.
+        curves: held-out loss against steps for "default" and "learned".
+        settings: what was asked.
+        provenance: versions, machine and time.
     """
 
     rule: Rule

@@ -123,9 +123,11 @@ PROBLEMS: dict[str, Callable[..., ModuleProblem]] = {
 def load_problem(name: str, **options: object) -> Problem:
     """The built-in problem called name, or what "package.module:function" makes.
 
-    options of a built-in problem: its discrete choices, and split, the seed of the permutation
-    that divides the data. Options of a function are its keywords. Its module may lie in the
-    current folder; workers of a cluster must be able to import it too.
+    Args:
+        name: as `hyperdescent problems` lists them; or a function's, whose module may lie in the
+            current folder; workers of a cluster must be able to import it too.
+        options: of a built-in problem its discrete choices, and split, the seed of the permutation
+            that divides the data; of a function its keywords.
     """
     if ":" in name:
         problem = _imported(name)(**options)

@@ -29,11 +29,17 @@ def matrices(name: str, shape: torch.Size) -> bool:
 def partition(
     first: str | Rule, rest: str | Rule, *, where: Where = matrices, prefix: str = "rest_"
 ) -> Rule:
-    """The first rule for the tensors that where(name, shape) picks, the other for the rest.
+    """One rule for some of the tensors of a model and another for the rest.
 
     Hypers, options and slots of the other that the first has too are called prefix + name. In the
     torch form names are those of `named_parameters`, if it was given those, and else "". A rule
     that is to be pickled needs a where that can be, a function of a module.
+
+    Args:
+        first: the rule, by name or itself, for the tensors that where picks.
+        rest: the rule for the others.
+        where: (name, shape) -> whether a tensor is one of the first's; matrices if not given.
+        prefix: of names that both rules have.
     """
     one, other = find_rule(first), find_rule(rest)
     for part in (one, other):

@@ -172,7 +172,17 @@ def wrapper(
     replaces: tuple[str, ...] = (),
     **declared: Hyper | Discrete,
 ) -> Callable[[Body], Wrapper]:
-    """Declare a wrapper; its function's module docstring is its citation."""
+    """Declare a wrapper; its function's own docstring, or its module's, is its citation.
+
+    Args:
+        over: the smallest unit it acts on, "element", "tensor" or "model".
+        needs: what else the function takes: "loss", "layout".
+        slots: its own buffers of state by name.
+        readout: (p, s, inner) -> the weights to use, where they are not those of the rule inside.
+        moves: whether it changes the weights that the rule inside made.
+        replaces: names of hypers that are off in the rule inside, because it has its own.
+        declared: a Hyper, Choice or Integer for everything else that the function takes.
+    """
 
     def wrap(body: Body) -> Wrapper:
         takes = [n for n in list(inspect.signature(body).parameters)[5:] if n not in needs]

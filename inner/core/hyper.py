@@ -34,16 +34,23 @@ _TO_VALUE: dict[Scale, Callable[[Tensor], Tensor]] = {
 class Hyper:
     """A continuous hyperparameter.
 
-    low, high: the legal values, high exclusive on the logit scale and where infinite. scale: the
-    coordinate in which a unit step means about the same everywhere. search: the range in which a
-    tuner moves. start: where tuning begins, for a default that its scale cannot represent (0 has
-    no logarithm). size_power: the start is multiplied by numel**size_power of the tensor it acts
-    on. shape: () for one shared number, else one value per knot, tensor or element. when: the
-    (option, value) under which it means anything. dtype: of its values; torch.float32 halves what
-    tuning holds of a hyper with as many numbers as the model. rough: why its derivative says
-    little of its effect, where that is so, such as of what enters through a sign; smoothed: whether
-    it is a guide under a rule's option `smooth`. finest: the smallest things that may have a value
-    each.
+    Args:
+        default: its value where none is given.
+        low: the least legal value.
+        high: the largest, exclusive on the logit scale and where infinite.
+        scale: the coordinate in which a unit step means about the same everywhere.
+        search: the range in which a tuner moves.
+        start: where tuning begins, for a default that its scale cannot represent (0 has no
+            logarithm).
+        size_power: the start is multiplied by numel**size_power of the tensor it acts on.
+        shape: () for one shared number, else one value per knot, tensor or element.
+        when: the (option, value) under which it means anything.
+        dtype: of its values; torch.float32 halves what tuning holds of a hyper with as many numbers
+            as the model.
+        rough: why its derivative says little of its effect, where that is so, such as of what
+            enters through a sign.
+        smoothed: whether it is a guide under a rule's option `smooth`.
+        finest: the smallest things that may have a value each.
     """
 
     default: float
@@ -118,8 +125,12 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Choice:
-    """A categorical option. options: plain values, because runs are saved as JSON. when: the
-    (option, value) under which it means anything.
+    """One of several options.
+
+    Args:
+        default: the one in force where none is given.
+        options: None, bool, int, float or str each, so that a saved run can hold them.
+        when: the (option, value) of another one under which it means anything.
     """
 
     default: object
@@ -143,7 +154,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number in [low, high]. log: sampled on a log scale."""
+    """A whole number.
+
+    Args:
+        default: its value where none is given.
+        low: the least.
+        high: the largest, inclusive.
+        log: sampled on a log scale.
+        when: the (option, value) under which it means anything.
+    """
 
     default: int
     low: int
@@ -170,13 +189,28 @@ def positive(
     rough: str = "",
     finest: Granularity = "element",
 ) -> Hyper:
-    """A rate or scale in [0, inf), moved by factors: its coordinate is the logarithm."""
+    """A rate or scale in [0, inf), moved by factors: its coordinate is the logarithm.
+
+    Args:
+        default: its value where none is given.
+        search: the range in which a tuner moves.
+        start: where tuning begins, if not at the default, such as for a default of 0.
+        size_power: the start is multiplied by numel**size_power of the tensor it acts on.
+        when: the (option, value) under which it means anything.
+        rough: why its derivative says little of its effect, where that is so.
+        finest: the smallest things that may have a value each.
+    """
     made = Hyper(default, 0.0, math.inf, "log", search, start, size_power)
     return replace(made, when=when, rough=rough, finest=finest)
 
 
 def learning_rate(default: float, search: tuple[float, float] = (1e-5, 1.0)) -> Hyper:
-    """A rate per step."""
+    """A rate per step.
+
+    Args:
+        default: its value where none is given.
+        search: the range in which a tuner moves.
+    """
     return positive(default, search)
 
 
@@ -189,7 +223,16 @@ def decay(
     rough: str = "",
     finest: Granularity = "element",
 ) -> Hyper:
-    """A kept share in [0, 1): its coordinate is the logit, log(1 - v) up to sign near one."""
+    """A kept share in [0, 1): its coordinate is the logit, log(1 - v) up to sign near one.
+
+    Args:
+        default: its value where none is given.
+        search: the range in which a tuner moves.
+        start: where tuning begins, if not at the default, such as for a default of 0.
+        when: the (option, value) under which it means anything.
+        rough: why its derivative says little of its effect, where that is so.
+        finest: the smallest things that may have a value each.
+    """
     made = Hyper(default, 0.0, 1.0, "logit", search, start)
     return replace(made, when=when, rough=rough, finest=finest)
 
@@ -207,7 +250,15 @@ def fraction(
     rough: str = "",
     finest: Granularity = "element",
 ) -> Hyper:
-    """A share in [0, 1] on a linear scale."""
+    """A share in [0, 1] on a linear scale.
+
+    Args:
+        default: its value where none is given.
+        search: the range in which a tuner moves.
+        when: the (option, value) under which it means anything.
+        rough: why its derivative says little of its effect, where that is so.
+        finest: the smallest things that may have a value each.
+    """
     made = Hyper(default, 0.0, 1.0, "linear", search)
     return replace(made, when=when, rough=rough, finest=finest)
 

@@ -31,13 +31,24 @@ Readout = Callable[[Tensor, Tensors, Tensors, Layout], Tensor]
 class Rule:
     """An optimizer's mathematics.
 
-    over: the smallest unit the rule acts on: an "element" (so that all parameters may be one flat
-    vector), a whole "tensor", or the whole "model" as one flat vector, a param group in the torch
-    form. needs: what else update takes, by name: the "loss" that g is the gradient of, or the
-    unit's "layout", of one tensor or, with hypers as granular as they are, of the model. readout(p,
-    s, values, layout): the weights to use, where they are not those at which gradients are taken.
-    chosen: the options in force where they differ from the defaults. check: returns what is wrong
-    with a set of values, or None.
+    Args:
+        name: by which it is found, such as "adamw".
+        title: of its torch.optim class, such as "AdamW".
+        hypers: its continuous hyperparameters by name.
+        choices: its discrete options by name.
+        slots: its buffers of state by name.
+        update: (p, g, s, t, **needs, **hypers, **choices) -> (p, s), out of place; t counts from 1
+            in float64.
+        over: the smallest unit the rule acts on: an "element" (so that all parameters may be one
+            flat vector), a whole "tensor", or the whole "model" as one flat vector, a param group
+            in the torch form.
+        check: returns what is wrong with a set of values, or None.
+        chosen: the options in force where they differ from the defaults.
+        doc: what it says of itself, with its citation.
+        needs: what else update takes, by name: the "loss" that g is the gradient of, or the unit's
+            "layout", of one tensor or, with hypers as granular as they are, of the model.
+        readout: (p, s, values, layout) -> the weights to use, where they are not those at which
+            gradients are taken.
     """
 
     name: str
@@ -170,7 +181,17 @@ def rule(
     check: Callable[[Mapping[str, object]], str | None] | None = None,
     **declared: Hyper | Discrete,
 ) -> Callable[[Callable[..., tuple[Tensor, Tensors]]], Rule]:
-    """Declare an update rule; the function's module docstring is its citation."""
+    """Declare an update rule; the function's own docstring, or its module's, is its citation.
+
+    Args:
+        title: of its torch.optim class, such as "AdamW"; the function's name is the rule's.
+        slots: its buffers of state by name, such as {"m": zeros}.
+        over: the smallest unit it acts on, "element", "tensor" or "model".
+        needs: what else the function takes: "loss", "layout".
+        readout: (p, s, values, layout) -> the weights to use, where they are not p.
+        check: (values and options) -> what is wrong with them, or None.
+        declared: a Hyper, Choice or Integer for everything else that the function takes.
+    """
 
     def wrap(update: Callable[..., tuple[Tensor, Tensors]]) -> Rule:
         takes = [n for n in list(inspect.signature(update).parameters)[4:] if n not in needs]

@@ -20,9 +20,10 @@ Init = Callable[[Tensor, Mapping[str, Any], Layout], Tensor]
 class Slot:
     """One buffer of optimizer state.
 
-    init(p, values, layout): its start, of any shape, from a unit's weights, layout, and hypers and
-    options.
-    shared: one number for all elements, a function of t only.
+    Args:
+        init: (p, values, layout) -> its start, of any shape, from a unit's weights, layout, and
+            hypers and options.
+        shared: one number for all elements, a function of t only.
     """
 
     init: Init
@@ -99,7 +100,13 @@ def _with_shape(
 
 
 def if_option(option: str, value: object, slot: Slot) -> Slot:
-    """A slot of one entry per element that is empty unless an option has that value."""
+    """A slot of one entry per element that is empty unless an option has a value.
+
+    Args:
+        option: the option's name.
+        value: the value under which there is a buffer.
+        slot: the buffer.
+    """
     return Slot(partial(_if_option, option, value, slot.init))
 
 

@@ -18,7 +18,14 @@ _MASK = 0xFFFFFFFF
 
 
 def uniform(t: Tensor, shape: Sequence[int], *, seed: int = 0, stream: int = 0) -> Tensor:
-    """Numbers in (0, 1) in float64 on t's device, other ones for every step, seed and stream."""
+    """Numbers in (0, 1) in float64 on t's device, other ones for every step, seed and stream.
+
+    Args:
+        t: the step, a whole number as float64 holds it.
+        shape: of what is returned.
+        seed: any whole number.
+        stream: to draw several times in one step.
+    """
     count = torch.Size(shape).numel()
     # t as float64 holds whole numbers up to 2**53, and so many of 32 bits are enough.
     key = _mixed(t.long() & _MASK)
@@ -29,7 +36,14 @@ def uniform(t: Tensor, shape: Sequence[int], *, seed: int = 0, stream: int = 0) 
 
 
 def normal(t: Tensor, shape: Sequence[int], *, seed: int = 0, stream: int = 0) -> Tensor:
-    """Standard normal numbers in float64 on t's device."""
+    """Standard normal numbers in float64 on t's device, other ones for every step, seed and stream.
+
+    Args:
+        t: the step, a whole number as float64 holds it.
+        shape: of what is returned.
+        seed: any whole number.
+        stream: to draw several times in one step.
+    """
     quantiles: Tensor = torch.special.ndtri(uniform(t, shape, seed=seed, stream=stream))
     return quantiles
 

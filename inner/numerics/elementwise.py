@@ -22,10 +22,22 @@ def root(x: Tensor) -> Tensor:
 
 
 def sign(x: Tensor, smooth: bool, temperature: Tensor) -> Tensor:
-    """The sign, or its surrogate tanh(x / temperature), which has a slope."""
+    """The sign, or a surrogate that has a slope.
+
+    Args:
+        x: any tensor.
+        smooth: whether to take the surrogate, tanh(x / temperature).
+        temperature: the width of the surrogate, in the unit of x.
+    """
     return torch.tanh(x / temperature) if smooth else x.sign()
 
 
 def mask(x: Tensor, smooth: bool, temperature: Tensor) -> Tensor:
-    """1 where x > 0 and else 0, or its surrogate sigmoid(x / temperature)."""
+    """1 where x > 0 and else 0, or a surrogate that has a slope.
+
+    Args:
+        x: any tensor.
+        smooth: whether to take the surrogate, sigmoid(x / temperature).
+        temperature: the width of the surrogate, in the unit of x.
+    """
     return torch.sigmoid(x / temperature) if smooth else (x > 0).to(x)

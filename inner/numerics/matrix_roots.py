@@ -20,8 +20,14 @@ def newton_inverse_root(
     runs in a batch and under tracing. A step brings an eigenvalue that is far below the largest up
     by (1 + 1/p)^p, 2.2 to 2.7 from p = 2 on, and some six finish: 40 steps are for condition
     numbers to 1e10, 30 to 1e8, and no more are taken than rounding leaves work for: some 20 in
-    float32. Singular matrices have a finite root too: none of its eigenvalues is
-    above (1 + 1/p)^steps ((p + 1) / (2 |a|))^(1/p). A matrix of zeros counts as of norm 1.
+    float32. Singular matrices have a finite root too: none of its eigenvalues is above (1 +
+    1/p)^steps ((p + 1) / (2 |a|))^(1/p). A matrix of zeros counts as of norm 1.
+
+    Args:
+        a: matrices in the last two dimensions.
+        p: the root.
+        ridge: what is added to the diagonal, in units of |a|.
+        steps: of the iteration at most.
     """
     n = a.shape[-1]
     identity = torch.eye(n, dtype=a.dtype, device=a.device)

@@ -63,10 +63,15 @@ def polar(
 ) -> Tensor:
     """About U V' of x = U S V': every singular value s becomes what the rows make of it.
 
-    start: how they are brought into [0, 1] before. "frobenius": x / (|x| + eps), which leaves all
-    but a few small. "aol", almost orthogonal layers, Prach & Lampert 2022, arXiv:2208.03160: each
-    row of the wide matrix over the root of its row's sum in abs(x x'), but not of less than 1e-7,
-    so that rows below 3e-4 stay small; it changes singular vectors a little.
+    Args:
+        x: matrices in the last two dimensions.
+        rows: the coefficients of each step, a s + b s^3 + c s^5.
+        start: how singular values are brought into [0, 1] before. "frobenius": x / (|x| + eps),
+            which leaves all but a few small. "aol", almost orthogonal layers, Prach & Lampert 2022,
+            arXiv:2208.03160: each row of the wide matrix over the root of its row's sum in abs(x
+            x'), but not of less than 1e-7, so that rows below 3e-4 stay small; it changes singular
+            vectors a little.
+        eps: added to the norm.
     """
     tall = x.shape[-2] > x.shape[-1]
     y = x.to(at_least_float32(x.dtype))

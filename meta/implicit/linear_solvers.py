@@ -19,9 +19,13 @@ Matvec = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Solved:
-    """x: the last iterate. residual: |b - A x| / |b| computed from x itself unless the solver was
-    told not to, inf where x means nothing. steps: products with A, the one for the residual not
-    counted.
+    """What a solver answers with.
+
+    Args:
+        x: the last iterate.
+        residual: |b - A x| / |b| computed from x itself unless the solver was told not to, inf
+            where x means nothing.
+        steps: products with A, the one for the residual not counted.
     """
 
     x: Tensor
@@ -42,15 +46,19 @@ _DENSE = 4096
 def conjugate_gradient(
     steps: int = 20, tol: float = 1e-10, damping: float = 0.0, *, check: bool = True
 ) -> Solve:
-    """A solver of A x = b for symmetric positive definite A, by at most `steps` products with A.
+    """A solver of A x = b for symmetric positive definite A.
 
-    It stops where |b - A x| falls to tol |b|. damping solves (A + damping I) x = b instead; what
-    that costs is in the residual, which is always A's. A direction of no positive curvature shows
-    that A is not positive definite: the residual is then inf, because the iterate means nothing.
-    That the directions met were positive does not prove that all are. check=False saves the product
-    that the residual takes: it is then the one that the iteration carries along, which may be
-    smaller where products are rounded.
-    Hestenes & Stiefel 1952, doi:10.6028/jres.049.044.
+    A direction of no positive curvature shows that A is not positive definite: the residual is then
+    inf, because the iterate means nothing. That the directions met were positive does not prove
+    that all are. Hestenes & Stiefel 1952, doi:10.6028/jres.049.044.
+
+    Args:
+        steps: products with A at most.
+        tol: it stops where |b - A x| falls to tol |b|.
+        damping: solves (A + damping I) x = b instead; what that costs is in the residual, which is
+            always A's.
+        check: False saves the product that the residual takes: it is then the one that the
+            iteration carries along, which may be smaller where products are rounded.
     """
     _check_steps(steps)
     if tol < 0 or damping < 0:
@@ -93,9 +101,13 @@ def normal_conjugate_gradient(steps: int = 20, tol: float = 1e-10) -> Solve:
     """A solver of A x = b for any A that can be inverted, by conjugate gradients on A'A x = A'b.
 
     It needs no positive curvature, for which it pays twice: two products with A a step, and a rate
-    that goes by the square of the condition number. It stops where |A'(b - A x)| falls to tol
-    |A'b|. A is taken for symmetric; where it is not, call the solver with transposed=, products
-    with A'. Hestenes & Stiefel 1952, doi:10.6028/jres.049.044.
+    that goes by the square of the condition number. A is taken for symmetric; where it is not, call
+    the solver with transposed=, products with A'. Hestenes & Stiefel 1952,
+    doi:10.6028/jres.049.044.
+
+    Args:
+        steps: of the iteration at most.
+        tol: it stops where |A'(b - A x)| falls to tol |A'b|.
     """
     _check_steps(steps)
     if tol < 0:
@@ -129,14 +141,18 @@ def _normal_conjugate_gradient(
 def neumann(step_size: float | None = None, steps: int = 20, *, check: bool = True) -> Solve:
     """A solver by the series x = step_size * sum over k <= steps of (I - step_size A)^k b.
 
-    For A with eigenvalues in [mu, L] and step_size < 2 / L the relative error is at most
-    max(|1 - step_size mu|, |1 - step_size L|) ** (steps + 1). A term longer than the one before it
-    shows that A or step_size is not so: the series diverges and the residual is inf. Without a
-    step_size it is 1 / L, L by the power method along b, which takes ten more products. With
-    steps=0 the answer is step_size b, as if A were a multiple of the identity (Luketina et al.
-    2016, arXiv:1511.06727). check=False saves the product that the residual takes: it is then that
-    of one term less, which is larger where step_size is right.
-    Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590, Algorithm 3.
+    For A with eigenvalues in [mu, L] and step_size < 2 / L the relative error is at most max(|1 -
+    step_size mu|, |1 - step_size L|) ** (steps + 1). A term longer than the one before it shows
+    that A or step_size is not so: the series diverges and the residual is inf. With steps=0 the
+    answer is step_size b, as if A were a multiple of the identity (Luketina et al. 2016,
+    arXiv:1511.06727). Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590, Algorithm 3.
+
+    Args:
+        step_size: below 2 / L; without one it is 1 / L, L by the power method along b, which takes
+            ten more products.
+        steps: terms after the first, a product with A each.
+        check: False saves the product that the residual takes: it is then that of one term less,
+            which is larger where step_size is right.
     """
     _check_steps(steps)
     if step_size is not None and not step_size > 0:
@@ -172,7 +188,13 @@ def _neumann(
 
 
 def largest_eigenvalue(matvec: Matvec, b: Tensor, steps: int) -> float:
-    """The largest eigenvalue of a symmetric A in size, by the power method from b, from below."""
+    """The largest eigenvalue of a symmetric A in size, by the power method, from below.
+
+    Args:
+        matvec: products with A.
+        b: where the iteration begins.
+        steps: products.
+    """
     x, size = b, 0.0
     for _ in range(steps):
         x = matvec(x / x.norm().clamp(min=torch.finfo(x.dtype).tiny))
@@ -181,14 +203,18 @@ def largest_eigenvalue(matvec: Matvec, b: Tensor, steps: int) -> float:
 
 
 def nystrom(rank: int = 10, damping: float = 0.1, seed: int = 0) -> Solve:
-    """A solver of (A + damping I) x = b with A replaced by what `rank` of its columns, drawn at
-    random, tell of it: C M^-1 C', where C are the columns and M their rows of the same numbers.
+    """A solver of (A + damping I) x = b with A replaced by what some of its columns tell of it.
 
-    One product with A per column, none of which waits for another. What low rank and damping cost
-    is in the residual, which is A's. A negative eigenvalue of M shows that A is not positive
-    definite: the residual is then inf. Those of M that are only rounding are left out, so that
-    more columns than A has directions do no harm.
-    Hataya & Yamada 2023, arXiv:2302.09726.
+    C M^-1 C', where C are columns drawn at random and M their rows of the same numbers: one product
+    with A per column, none of which waits for another. What low rank and damping cost is in the
+    residual, which is A's. A negative eigenvalue of M shows that A is not positive definite: the
+    residual is then inf. Those of M that are only rounding are left out, so that more columns than
+    A has directions do no harm. Hataya & Yamada 2023, arXiv:2302.09726.
+
+    Args:
+        rank: how many columns.
+        damping: added to the diagonal, above 0.
+        seed: of the draw of columns.
     """
     if rank < 1:
         raise ValueError(f"rank={rank} asks for no column; give at least 1")

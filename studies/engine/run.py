@@ -61,12 +61,17 @@ def run_study(
 ) -> Records:
     """Train every cell of a study that out does not hold yet, and return all its records.
 
-    address: of a Ray cluster ("local" starts one on this machine's processors), for which an
-    executor can be given instead; without both, one cell after another. out: a file of records,
-    appended to as cells end; a second run in its folder meanwhile raises BlockingIOError. A cell
-    that raises leaves a record with the error, and is tried again by the next run. Interrupted by
-    Ctrl-C, the records so far are returned. Arms that tune stop by the clock, so their numbers vary
-    from run to run; those of all others do not.
+    A cell that raises leaves a record with the error, and is tried again by the next run.
+    Interrupted by Ctrl-C, the records so far are returned. Arms that tune stop by the clock, so
+    their numbers vary from run to run; those of all others do not.
+
+    Args:
+        study: problems, arms and seeds, as `read_study` reads them.
+        executor: what trains cells, in place of an address; one after another without both.
+        address: of a Ray cluster; "local" starts one on this machine's processors.
+        out: a file of records, appended to as cells end; a second run in its folder meanwhile
+            raises BlockingIOError.
+        progress: a function that is given every record.
     """
     check(study)
     return run_cells(study.name, cells_of(study), train_cell, executor, address, out, progress)
