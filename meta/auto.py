@@ -11,7 +11,7 @@ from .forward.forward import Forward
 from .reverse.checkpointing import revolve_steps
 from .reverse.memory_budget import comfortable, state_bytes
 from .reverse.replay import Replay
-from .training.estimate import Estimate
+from .training.estimate import Estimate, Estimator
 from .training.outcome import Outcome
 from .training.training import Training
 
@@ -20,7 +20,7 @@ REPLAY_STEPS, FORWARD_STEPS = 2.0, 0.7
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Estimator):
     """Replay or Forward, whichever costs less; note.how says which and why."""
 
     def __call__(
@@ -46,7 +46,7 @@ def choose_method(
     slots = max(1, room // max(state_bytes(state), 1))
     if slots >= training.steps:
         return Replay(memory), f"all {training.steps} states fit"
-    if low := getattr(training.problem, "autocast", None):
+    if low := training.problem.autocast:
         return Replay(memory), f"forward mode does not go through autocast={low}"
     sweeps = revolve_steps(training.steps, slots) / training.steps
     said = f"{columns} numbers at once cost {{}} than {sweeps:.1f} sweeps, {slots} states fit"

@@ -20,7 +20,8 @@ from .reverse.replay import Replay
 from .training.coordinates import Coordinates
 from .training.estimate import Estimate, Estimator
 from .training.finite_differences import directional_difference
-from .training.training import State, Training
+from .training.state import State
+from .training.training import Training
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -55,9 +55,21 @@ METHODS: dict[str, Callable[[], Estimator]] = {
 
 
 def find_estimator(method: str | Estimator) -> Estimator:
-    """The estimator of this name, or the one given; ValueError if there is none of it."""
-    if not isinstance(method, str):
+    """The estimator of this name, or the one given.
+
+    Args:
+        method: one of METHODS, or an Estimator.
+
+    Raises:
+        ValueError, TypeError: if it is neither.
+    """
+    if isinstance(method, Estimator):
         return method
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method={method!r} is neither the name of a method nor an estimator; make it a class "
+            "derived from hyperdescent.estimators.Estimator, whose __call__ it is"
+        )
     if method not in METHODS:
         raise ValueError(unknown("there is no method", method, METHODS))
     return METHODS[method]()

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import overload
 
 from torch import Tensor
 
-from ..inner.core.hyper import Granularity, Tensors
+from ..inner.core.hyper import Granularity
 from ..inner.core.rule import Rule
 from ..inner.schedules.schedule import Schedule
 from .compare import Comparison, Reference, compare
 from .estimators import find_estimator
-from .problems.data import Split
 from .problems.problem import Problem
 from .training.estimate import Estimate, Estimator
+from .training.loop import run_training
 from .training.spec import make_training, split_names
-
-
-@dataclass(frozen=True)
-class Trained:
-    """params, buffers: what training ended with, by name. measures: of each held-out split."""
-
-    params: Tensors
-    buffers: Tensors
-    measures: dict[Split, dict[str, float]]
+from .training.trained import Trained, trained_to
 
 
 @overload
@@ -126,13 +117,24 @@ def train(
     granularity: Mapping[str, Granularity] | None = None,
     values: Mapping[str, float | Tensor] | None = None,
     seed: int = 0,
-) -> Trained | None:
-    """Train once with given values; None if the weights stopped being finite."""
+) -> Trained:
+    """Train once with given values.
+
+    Args:
+        problem: what is trained, such as `problem_from_module` makes.
+        rule: the optimizer, by name ("adamw", "clip_norm(adamw)") or as a Rule.
+        steps: training steps.
+        schedules: by hyper, such as {"lr": "cosine"}.
+        granularity: {"alpha": "tensor"} for one value per parameter tensor, "element" per weight.
+        values: of hypers, where not the defaults.
+        seed: of initial weights, batches and all other draws.
+
+    Returns:
+        The trained weights and their measures. Divergence is the outcome, and leaves none.
+    """
     training = make_training(problem, rule, steps, schedules, granularity, values)
     resolved = training.resolve({})
-    state = training.run(resolved, seed)
-    if state is None:
-        return None
-    last = resolved.at(steps - 1)
-    measures = {split: training.measure(state, last, split) for split in problem.splits}
-    return Trained(training.params(state, last), state.buffers, measures)
+    run = run_training(training, resolved, seed)
+    if not run.ok:
+        return Trained(outcome=run.outcome, reason=run.reason)
+    return trained_to(training, run.state, resolved)

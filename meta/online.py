@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor
 from ..inner.core.hyper import Granularity, Tensors
 from ..inner.core.rule import Rule
 from .estimators import find_estimator
-from .forward.forward import Forward
-from .hypergradient import Trained
 from .problems.problem import Problem
 from .training.coordinates import Coordinates
 from .training.estimate import Estimator
 from .training.outcome import Outcome
 from .training.spec import make_training, split_names
+from .training.trained import Trained, trained_to
 
 # Numbers of a hyper whose every move is kept.
 _FEW = 1000
@@ -26,18 +25,28 @@ _FEW = 1000
 
 @dataclass(frozen=True)
 class Online:
-    """What a training with hypers that move ended with. trained: None where it diverged. values: by
-    full name, shape (moves + 1, *the hyper's), those before each move and the last; of hypers of
-    more than a thousand numbers the last alone. losses: the held-out loss at each
-    move. skipped: the steps at which a move was left out, and why.
+    """What a training with hypers that move ended with.
+
+    Args:
+        trained: its weights and measures, and how it ended.
+        values: by full name, shape (moves + 1, *the hyper's), those before each move and the last;
+            of hypers of more than a thousand numbers the last alone.
+        losses: the held-out loss at each move.
+        skipped: the steps at which a move was left out, and why.
     """
 
-    trained: Trained | None
+    trained: Trained
     values: Tensors
     losses: list[float]
-    outcome: Outcome
-    reason: str = ""
     skipped: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def outcome(self) -> Outcome:
+        return self.trained.outcome
+
+    @property
+    def reason(self) -> str:
+        return self.trained.reason
 
 
 def train_online(
@@ -54,12 +63,23 @@ def train_online(
     seed: int = 0,
 ) -> Online:
     """Train once and learn hypers on the way: every so many steps one move of Adam, `rate` long, in
-    unconstrained coordinates and inside the search ranges.
+    unconstrained coordinates and inside the search ranges. A move whose gradient is not to be
+    trusted is left out and training goes on.
 
-    method: "one-pass" for every hyper of a step (Clarke et al. 2022, arXiv:2110.10461);
-    HypergradientDescent() on the training loss; Forward(discount=0.99) for MARTHE, 1 for the
-    real-time variant; Implicit(warm_start=True), SAMA(warm_start=True) for hypers of the loss. A
-    move whose gradient is not to be trusted is left out and training goes on.
+    Args:
+        problem: what is trained, such as `problem_from_module` makes.
+        rule: the optimizer, by name ("adamw", "clip_norm(adamw)") or as a Rule.
+        learn: names of hypers, "lr,beta1" or any iterable of them.
+        steps: training steps.
+        every: steps between two moves.
+        rate: how far a move goes, a share of a value on a logarithmic scale.
+        method: "one-pass" for every hyper of a step (Clarke et al. 2022, arXiv:2110.10461);
+            HypergradientDescent() on the training loss; Forward(discount=0.99) for MARTHE, 1 for
+            the real-time variant; Implicit(warm_start=True), SAMA(warm_start=True) for hypers of
+            the loss.
+        granularity: {"alpha": "tensor"} for one value per parameter tensor, "element" per weight.
+        values: to start from, and to keep where not learned.
+        seed: of initial weights, batches and all other draws.
     """
     found = find_estimator(method)
     names = split_names(learn)
@@ -79,21 +99,21 @@ def train_online(
     skipped: dict[int, str] = {}
     while done < steps:
         count = min(every, steps - done)
-        if isinstance(found, Forward):
-            estimate, carry = replace(found, every=count)(whole, point, carry, seed=seed)
-        else:
-            estimate, carry = found(replace(whole, steps=count), point, carry, seed=seed)
+        estimate, carry = found.train_on(whole, point, carry, steps=count, seed=seed)
         done += count
         note = estimate.note
         losses.append(estimate.loss)
         if carry is None and note.outcome in (Outcome.DIVERGED, Outcome.NOT_DIFFERENTIABLE):
-            return Online(None, seen.values(), losses, note.outcome, note.reason, skipped)
-        if not hasattr(carry, "state"):
+            ended = Trained(outcome=note.outcome, reason=note.reason)
+            return Online(ended, seen.values(), losses, skipped)
+        reached = found.state(carry)
+        if reached is None:
             why = "begins anew at every call" if carry is None else "has no single training"
             raise TypeError(
                 f"{method!r} {why}; give warm_start=True where it has that, or a method for one "
                 "training, such as 'one-pass'"
             )
+        state = reached
         if estimate.ok:
             z.grad = space.pull(z, estimate.grad)
             del estimate  # With a million numbers, room for the next one.
@@ -104,11 +124,8 @@ def train_online(
         else:
             skipped[done] = note.reason
         point = seen.add(space.point(z.detach().clone()))
-    state = carry.state
-    last = whole.resolve(point).at(steps - 1)
-    measures = {split: whole.measure(state, last, split) for split in problem.splits}
-    trained = Trained(whole.params(state, last), state.buffers, measures)
-    return Online(trained, seen.values(), losses, Outcome.OK, "", skipped)
+    ended = trained_to(whole, state, whole.resolve(point))
+    return Online(ended, seen.values(), losses, skipped)
 
 
 class _Seen:

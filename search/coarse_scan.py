@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ..meta.training.specification import levels
 from .space import Point, Space
 
 _FACTOR = 4.0
@@ -69,7 +70,7 @@ def _lines(space: Space) -> list[list[str]]:
     training = space.training
     bases = dict.fromkeys(name.partition(".")[0] for name in space.learn)
     lines = [
-        [name for name in training.levels(base) if name in space.smooth]
+        [name for name in levels(training, base) if name in space.smooth]
         for base in bases
         if base in training.declared
     ]

@@ -17,14 +17,13 @@ from ..inner.core.hyper import Granularity
 from ..inner.core.rule import Rule
 from ..inner.schedules.schedule import Schedule
 from ..meta.estimators import find_estimator
-from ..meta.forward.forward import Forward
 from ..meta.meta_optimizer import MetaOptimizer
 from ..meta.problems.problem import Problem
 from ..meta.problems.seeding import fold_in
-from ..meta.reverse.replay import Replay
 from ..meta.training.coordinates import Coordinates
 from ..meta.training.estimate import Estimator
 from ..meta.training.finite_differences import held_out_loss
+from ..meta.training.loop import held_out_curve
 from ..meta.training.outcome import Outcome
 from ..meta.training.spec import make_training, split_names
 from ..meta.training.training import Training
@@ -157,11 +156,10 @@ def _descend(
     moved = best is not start and log.rows[0]["loss"] is not None
     refuge = start.smooth if moved else None
     log.descent = descent = log.descent or meta.begin(coordinates, best.smooth, refuge)
-    if isinstance(meta.estimator, Replay | Forward):
-        # Whether compiling pays depends on how long the descent will last.
-        spent = log.rows[-1]["seconds"] if log.rows else 0.0
-        expect = max(0.0, log.clock.budget * (1 - _CONFIRMING) - spent)
-        meta = replace(meta, estimator=replace(meta.estimator, expect=expect))
+    # Whether compiling pays depends on how long the descent will last.
+    spent = log.rows[-1]["seconds"] if log.rows else 0.0
+    expect = max(0.0, log.clock.budget * (1 - _CONFIRMING) - spent)
+    meta = replace(meta, estimator=meta.estimator.expecting(expect))
     while _searching(log) and descent.outcome is Outcome.OK:
         here, k = coordinates.point(descent.z), len(log.rows)
         estimate = meta.step(
@@ -328,7 +326,7 @@ def _finish(
 def _curves(training: Training, point: Point, seed: int) -> dict[str, list[tuple[int, float]]]:
     """Held-out loss along training before and after; empty if the user cannot wait for it."""
     try:
-        learned = training.curve(point.smooth, seed)
-        return {"default": training.curve({}, seed), "learned": learned}
+        learned = held_out_curve(training, point.smooth, seed)
+        return {"default": held_out_curve(training, {}, seed), "learned": learned}
     except KeyboardInterrupt:
         return {}

@@ -4,6 +4,7 @@ import torch
 
 from hyperdescent.inner.core.hyper import Hyper
 from hyperdescent.inner.registry import find_rule
+from hyperdescent.meta.problems.problem import Problem
 from hyperdescent.meta.training.training import Training
 
 DOUBLE = torch.float64
@@ -18,7 +19,7 @@ def number(shape=()):
     return Hyper(0.0, -1e6, 1e6, "linear", (-1.0, 1.0), shape=shape)
 
 
-class Toy:
+class Toy(Problem):
     """inner(w, hypers) is the training loss, outer(w, hypers) the held-out one."""
 
     name, choices, chosen, splits = "toy", {}, {}, ("valid",)  # never changed

@@ -19,8 +19,10 @@ from ..implicit.inner_solution import (
     no_graph,
     no_second_derivative,
 )
-from ..training.estimate import Estimate, Note, finished
-from ..training.training import State, Training
+from ..training.estimate import Estimate, GoingOn, Note, finished
+from ..training.loop import TrainingLoop
+from ..training.state import Resolved, State
+from ..training.training import Training
 
 
 class BAMMState(NamedTuple):
@@ -32,7 +34,7 @@ class BAMMState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BAMM:
+class BAMM(GoingOn):
     """The gradient of F - <d psi / dy, v> in the hypers, psi = mu F + (1 - mu) f, f the training
     loss and F the held-out one, where v is on its way to the solution of psi's Hessian v = dF/dy.
 
@@ -66,43 +68,48 @@ class BAMM:
             with torch.no_grad():
                 start = training.begin(resolved.at(0), seed)
             carry = BAMMState(start, torch.zeros_like(start.p), 0)
-        v, done = carry.v, carry.steps
-        answer: Estimate | None = None
-
-        def advance(i: int, state: State) -> State:
-            nonlocal v, answer
-            step, values = done + i, resolved.at(i)
-            mu = self.mu(step)
-            leaves = {name: values[name].detach().requires_grad_() for name in point}
-            y = state.p.detach().requires_grad_()
-            known = values | leaves
-            outer = training.outer_loss_at(y, state, known)
-            if not outer.requires_grad:
-                answer = no_graph(training, outer)
-                return state
-            slope, *direct = vjp([outer], [y, *leaves.values()], [None])
-            inner, buffers = training.inner_loss(state._replace(p=y), known, step, seed)
-            both = mu * outer + (1 - mu) * inner
-            (g,) = torch.autograd.grad(both, y, create_graph=True)
-            (curved,) = vjp([g], [y], [v])
-            v = v - self.rate * (step + 1) ** (-self.tau / 2) * (curved - slope)
-            if i == training.steps - 1:
-                mixed = vjp([g], list(leaves.values()), [v])
-                grad = {n: d - m for n, d, m in zip(point, direct, mixed, strict=True)}
-                note = Note(steps=training.steps, how=f"mu {mu:.3g}")
-                answer = finished(outer.detach(), grad, note)
-            return apply_gradient(training, state, values, step, g, buffers, loss=both.detach())
-
         try:
-            state = training.run(resolved, seed, start=carry.state, advance=advance)
+            return self._loop(training, resolved, carry, list(point), seed)
         except RuntimeError as error:
             return no_second_derivative(training, error), None
+
+    def _loop(
+        self,
+        training: Training,
+        resolved: Resolved,
+        carry: BAMMState,
+        names: list[str],
+        seed: int,
+    ) -> tuple[Estimate, BAMMState | None]:
+        v, done = carry.v, carry.steps
+        with TrainingLoop(carry.state, training.steps) as loop:
+            for i, state in loop:
+                step, values = done + i, resolved.at(i)
+                mu = self.mu(step)
+                leaves = {name: values[name].detach().requires_grad_() for name in names}
+                y = state.p.detach().requires_grad_()
+                known = values | leaves
+                outer = training.outer_loss_at(y, state, known)
+                if not outer.requires_grad:
+                    return no_graph(training, outer), None
+                slope, *direct = vjp([outer], [y, *leaves.values()], [None])
+                inner, buffers = training.inner_loss(state._replace(p=y), known, step, seed)
+                both = mu * outer + (1 - mu) * inner
+                (g,) = torch.autograd.grad(both, y, create_graph=True)
+                (curved,) = vjp([g], [y], [v])
+                v = v - self.rate * (step + 1) ** (-self.tau / 2) * (curved - slope)
+                if i == training.steps - 1:
+                    mixed = vjp([g], list(leaves.values()), [v])
+                loop.state = apply_gradient(
+                    training, state, values, step, g, buffers, loss=both.detach()
+                )
         done += training.steps
-        if state is None or not bool(v.isfinite().all()):
+        if not loop.ok or not bool(v.isfinite().all()):
             reason = f"the weights or the multiplier stopped being finite within {done} steps"
             return Estimate.diverged(training.steps, reason), None
-        assert answer is not None
-        return answer, BAMMState(state, v, done)
+        grad = {n: d - m for n, d, m in zip(names, direct, mixed, strict=True)}
+        note = Note(steps=training.steps, how=f"mu {mu:.3g}")
+        return finished(outer.detach(), grad, note), BAMMState(loop.state, v, done)
 
     def mu(self, step: int) -> float:
         """F's share in the loss of a step."""

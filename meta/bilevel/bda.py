@@ -17,7 +17,7 @@ from ...inner.core.hyper import Tensors
 from ..problems.problem import Problem
 from ..reverse.replay import Replay
 from ..training.cache import cache_of
-from ..training.estimate import Estimate
+from ..training.estimate import Estimate, Estimator
 from ..training.training import Training
 
 
@@ -52,7 +52,7 @@ class Blend:
 
 
 @dataclass(frozen=True)
-class BDA:
+class BDA(Estimator):
     """The exact metagradient of a training whose step t is on (1 - a) f + a scale F, f the training
     loss, F the held-out one and a = weight * decay ** t.
 

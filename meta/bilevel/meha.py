@@ -20,8 +20,10 @@ from ..implicit.inner_solution import (
     step_along,
     total,
 )
-from ..training.estimate import Estimate, Note, finished
-from ..training.training import State, Training
+from ..training.estimate import Estimate, Estimator, Note, finished
+from ..training.loop import TrainingLoop
+from ..training.state import State, finite
+from ..training.training import Training
 
 
 class MEHAState(NamedTuple):
@@ -33,7 +35,7 @@ class MEHAState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MEHA:
+class MEHA(Estimator):
     """The gradient of F(x, y) + c (f(x, y) - v(x, y)) in the hypers x, where v(x, y) is the least
     f(x, theta) + |theta - y|^2 / 2 gamma, f the training loss and F the held-out one.
 
@@ -68,20 +70,20 @@ class MEHA:
             carry = MEHAState(start, start, 0)
         theta, done = carry.theta, carry.steps
 
-        def advance(i: int, y: State) -> State:
-            nonlocal theta
-            step, values = done + i, resolved.at(i)
-            if step:  # The paper's order: x moves between theta and y.
-                apart = (theta.p - y.p) / self.gamma
-                y = step_along(training, y, values, step, seed, outer=1 / self._c(step), pull=apart)
-            back = (theta.p - y.p) / self.gamma
-            faster = values | {"lr": values["lr"] * self.speed} if "lr" in values else values
-            theta = step_along(training, theta, faster, step, seed, pull=back)
-            return y
-
-        y = training.run(resolved, seed, start=carry.y, advance=advance)
+        with TrainingLoop(carry.y, training.steps) as loop:
+            for i, y in loop:
+                step, values = done + i, resolved.at(i)
+                if step:  # The paper's order: x moves between theta and y.
+                    apart, outer = (theta.p - y.p) / self.gamma, 1 / self._c(step)
+                    loop.state = step_along(
+                        training, y, values, step, seed, outer=outer, pull=apart
+                    )
+                back = (theta.p - loop.state.p) / self.gamma
+                faster = values | {"lr": values["lr"] * self.speed} if "lr" in values else values
+                theta = step_along(training, theta, faster, step, seed, pull=back)
         done += training.steps
-        if y is None or not bool(theta.p.isfinite().all()):
+        y = loop.state
+        if not loop.ok or not finite(theta):
             reason = f"the weights stopped being finite within {done} steps"
             return Estimate.diverged(training.steps, reason), None
 

@@ -21,7 +21,7 @@ from ..implicit.inner_solution import (
     partial_in_hypers,
     total,
 )
-from ..training.estimate import Estimate, Note, finished
+from ..training.estimate import Estimate, Estimator, Note, finished
 from ..training.training import Training
 
 
@@ -34,7 +34,7 @@ class PenaltyState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(Estimator):
     """The gradient of F(x, y) + penalty (f(x, y) - f(x, z)) in the hypers x, where y is trained on
     F + penalty f, z on f, f is the training loss and F the held-out one.
 

@@ -22,12 +22,12 @@ from ..implicit.inner_solution import (
     partial_in_hypers,
     total,
 )
-from ..training.estimate import Estimate, Note, finished
+from ..training.estimate import Estimate, GoingOn, Note, finished
 from ..training.training import Training
 
 
 @dataclass(frozen=True)
-class SAMA:
+class SAMA(GoingOn):
     """The gradient of the held-out loss with the inverse Hessian taken for what the rule itself
     makes of a gradient, and the mixed derivative for a difference.
 

@@ -32,9 +32,11 @@ from ..tracing.verify import (
 )
 from ..training.adjoint import Cotangents, seed_adjoint
 from ..training.cache import cache_of
-from ..training.estimate import Estimate, Note, finished
+from ..training.estimate import Estimate, GoingOn, Note, finished
+from ..training.loop import TrainingLoop
 from ..training.outcome import Outcome
-from ..training.training import State, Training
+from ..training.state import State
+from ..training.training import Training
 from .tangent_step import (
     TangentMachine,
     slopes_of,
@@ -57,7 +59,7 @@ class ForwardState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Forward:
+class Forward(GoingOn):
     """Exact in every hyperparameter, one column of tangents per learned number.
 
     compile: as for Replay. every: the real-time variant: a call goes on from where the last one
@@ -80,6 +82,20 @@ class Forward:
             raise ValueError(f"discount={self.discount:g} must be between 0 and 1")
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"compile={self.compile!r} is none of True, False and 'auto'")
+
+    def expecting(self, seconds: float) -> Forward:
+        return replace(self, expect=seconds)
+
+    def train_on(
+        self,
+        training: Training,
+        point: Tensors,
+        carry: ForwardState | None,
+        *,
+        steps: int,
+        seed: int,
+    ) -> tuple[Estimate, ForwardState | None]:
+        return replace(self, every=steps)(training, point, carry, seed=seed)
 
     def __call__(
         self, training: Training, point: Tensors, carry: ForwardState | None = None, *, seed: int
@@ -113,7 +129,7 @@ class Forward:
         try:
             return with_autograd_fallback(training.problem, self.compile, attempt)
         except RuntimeError as error:
-            low = getattr(training.problem, "autocast", None)
+            low = training.problem.autocast
             if low is None and re.search("forward (mode )?AD", str(error)):
                 reason = f'{first_line(error)}; use method="replay"'
                 note = Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
@@ -167,24 +183,18 @@ class _ForwardPass:
         state, tangents = begun.state, begun.tangents
         tangents = tangents or self._first_tangents(state)
         last = min(training.steps, begun.done + (every or training.steps))
-        choice, how = self._choose()
-        done = begun.done
-
-        def advance(_: int, state: State) -> State:
-            nonlocal tangents, done
-            if self.forward.discount != 1:
-                tangents = [self.forward.discount * x for x in tangents]
-            state, tangents = choice(done, state, tangents)
-            done += 1
-            return state
-
+        advance, how = self._choose()
         began = time.monotonic()
-        part = training if every is None else replace(training, steps=last - done)
-        reached = part.run(self.plain, begun.seed, start=state, advance=advance)
-        if reached is None:
+        with TrainingLoop(state, last - begun.done) as loop:
+            for i, state in loop:
+                if self.forward.discount != 1:
+                    tangents = [self.forward.discount * x for x in tangents]
+                loop.state, tangents = advance(begun.done + i, state, tangents)
+        done = begun.done + loop.done
+        if not loop.ok:
             reason = f"the weights stopped being finite by step {done}"
             return Estimate.diverged(done, reason), None
-        state = reached
+        state = loop.state
         if how != "compiled":
             spend(training, time.monotonic() - began)
         loss, adjoint = seed_adjoint(training, self.plain, state, begun.fixed, self.sums)
@@ -208,7 +218,7 @@ class _ForwardPass:
 
             tangents = begun.tangents or self._first_tangents(begun.state)
             found = form.moving(self._eager(i, begun.state, tangents)[0])
-            low = getattr(training.problem, "autocast", None) is not None
+            low = training.problem.autocast is not None
             kept["forward departs"] = ""
             try:
                 check_against_autograd(training, form.names, found, plain, begun.state, low)

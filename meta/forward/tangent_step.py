@@ -30,7 +30,8 @@ from ..tracing.fx_graph import (
 from ..tracing.matmul_layout import narrow_transposed
 from ..tracing.step_graph import StateLayout
 from ..tracing.verify import Verified
-from ..training.training import Loss, State, Training
+from ..training.state import State
+from ..training.training import Loss, Training
 
 
 @cache

@@ -11,7 +11,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ...inner.core.hyper import Tensors
 from ..problems.problem import draws_of
-from ..training.training import State, Training
+from ..training.state import State
+from ..training.training import Training
 from .linear_solvers import Matvec
 
 Curvature = Literal["hessian", "gauss-newton"]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from ..training.adjoint import Cotangents, carrying_adjoint, leaf_values, leaves
-from ..training.estimate import Estimate, Note, finished
-from ..training.training import Resolved, Training
+from ..training.estimate import Estimate, GoingOn, Note, finished
+from ..training.state import Resolved
+from ..training.training import Training
 from .curvature import vjp
 from .implicit import unsolved, warn_if_far
 from .inner_solution import (
@@ -31,7 +32,7 @@ _DECAY = ("weight_decay",)
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(GoingOn):
     """The gradient of the held-out loss at the fixed point of the training step.
 
     The step is the rule's own, slots and moving buffers included, so that decoupled weight decay
@@ -63,7 +64,7 @@ class FixedPoint:
 
 
 @dataclass(frozen=True)
-class OnePass:
+class OnePass(GoingOn):
     """The gradient of the held-out loss as if the weights were at a fixed point of the next step.
 
     For one training during which hypers move: each call trains `training.steps` steps on from the

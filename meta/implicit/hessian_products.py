@@ -39,7 +39,8 @@ from ..tracing.matmul_layout import narrow_transposed
 from ..tracing.step_graph import UnevenBatches
 from ..tracing.torchscript import scripted
 from ..tracing.verify import Verified, check_against_autograd, directions
-from ..training.training import State, Training
+from ..training.state import State
+from ..training.training import Training
 from .curvature import Curvature, product_and_gradient, vjp
 from .linear_solvers import Matvec
 

@@ -8,14 +8,15 @@ import torch
 
 from ...inner.core.hyper import Tensors
 from ..training.adjoint import Cotangents, leaf_values, leaves
-from ..training.estimate import Estimate, Note, finished
-from ..training.training import State, Training
+from ..training.estimate import Estimate, GoingOn, Note, finished
+from ..training.state import State
+from ..training.training import Training
 from .curvature import vjp
 from .inner_solution import InnerSolution, continue_training
 
 
 @dataclass(frozen=True)
-class HypergradientDescent:
+class HypergradientDescent(GoingOn):
     """The gradient of the next batch's training loss through the last step alone.
 
     For one training during which hypers move, each call `training.steps` steps: for the learning

@@ -17,9 +17,10 @@ from ...inner.core.hyper import Tensors
 from ...inner.core.messages import unknown
 from ..tracing.cost_model import spend_on_products, worth_tracing_products
 from ..tracing.verify import with_autograd_fallback
-from ..training.estimate import Estimate, Note, finished
+from ..training.estimate import Estimate, GoingOn, Note, finished
 from ..training.outcome import Outcome
-from ..training.training import Resolved, Training
+from ..training.state import Resolved
+from ..training.training import Training
 from .curvature import Curvature, Parted
 from .hessian_products import (
     ProductMachine,
@@ -48,7 +49,7 @@ _FAR = 0.1
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(GoingOn):
     """The gradient of the held-out loss at the optimum that training leads to.
 
     Only hypers of the training loss move that optimum; others in the point raise ValueError. The
@@ -123,7 +124,7 @@ class Implicit:
                 f"curvature='gauss-newton' has to see the output of the model, and "
                 f"{training.problem.name} has no output() and loss_of(); give curvature='hessian'"
             )
-        parts = getattr(training.problem, "accumulate", 1)
+        parts = training.problem.accumulate
         if self.curvature == "gauss-newton" and parts > 1:
             raise ValueError(
                 f"curvature='gauss-newton' is of whole batches, and {training.problem.name} has "
@@ -188,8 +189,8 @@ class Implicit:
         want = self.compile
         if want == "auto":
             # One graph would be of all parts of a batch at a time.
-            parts = getattr(training.problem, "accumulate", 1)
-            want = "trace" if parts == 1 and worth_tracing_products(training.problem) else False
+            whole = training.problem.accumulate == 1
+            want = "trace" if whole and worth_tracing_products(training.problem) else False
         if not want or self.curvature != "hessian":
             return None
         return product_machine_of(training, values, names, seed, interpreted=want == "trace")

@@ -11,8 +11,10 @@ from torch import Tensor
 from ...inner.core.hyper import Tensors
 from ..training.adjoint import missing_derivative
 from ..training.estimate import Estimate, Note
+from ..training.loop import TrainingLoop, run_training
 from ..training.outcome import Outcome
-from ..training.training import Resolved, State, Training
+from ..training.state import Resolved, State
+from ..training.training import Training
 from .curvature import vjp
 
 
@@ -58,27 +60,24 @@ def continue_training(
     outer * F, f the training loss and F the held-out one.
     """
     done = carry.steps if carry else 0
-
-    def advance(i: int, state: State) -> State:
-        values = resolved.at(i)
-        return step_along(training, state, values, done + i, seed, inner=inner, outer=outer)
-
     start = carry.take() if carry else None
-    blended = (inner, outer) != (1.0, 0.0)
-    state = training.run(
-        resolved,
-        seed,
-        start=start,
-        overwrite=True,
-        done=done,
-        advance=advance if blended else None,
-    )
+    if (inner, outer) == (1.0, 0.0):
+        loop = run_training(training, resolved, seed, start=start, first=done, overwrite=True)
+    else:
+        if start is None:
+            with torch.no_grad():
+                start = training.begin(resolved.at(0), seed)
+        with TrainingLoop(start, training.steps) as loop:
+            for i, state in loop:
+                loop.state = step_along(
+                    training, state, resolved.at(i), done + i, seed, inner=inner, outer=outer
+                )
     done += training.steps
-    if state is None:
+    if not loop.ok:
         return Estimate.diverged(
             training.steps, f"the weights stopped being finite within {done} steps"
         )
-    return InnerSolution(state, done)
+    return InnerSolution(loop.state, done)
 
 
 def step_along(

@@ -18,16 +18,26 @@ from .seeding import fold_in, fork_rng
 class Problem(Protocol):
     """A model, its training loss and a held-out loss, as pure functions.
 
-    hypers: the loss's own hyperparameters. choices: its discrete options; chosen: those in force
-    where not the default. Every random draw is a function of the arguments alone, so that a replay
-    repeats it bit for bit; those of inner_loss (dropout) are from torch's global generators, which
-    whoever calls it has seeded with (seed, step).
+    Subclass it for one of your own, which then has the defaults given here. Every random draw is a
+    function of the arguments alone, so that a replay repeats it bit for bit; those of inner_loss
+    (dropout) are from torch's global generators, which whoever calls it has seeded with (seed,
+    step).
+
+    Attributes:
+        name: for messages and records.
+        hypers: the loss's own hyperparameters.
+        choices: its discrete options.
+        chosen: those in force where not the default.
+        accumulate: the parts of a batch that inner_loss takes one after the other.
+        autocast: the dtype that it computes in, where not the parameters' own.
     """
 
     name: str
     hypers: Mapping[str, Hyper]
     choices: Mapping[str, Discrete]
     chosen: Mapping[str, object]
+    accumulate: int = 1
+    autocast: torch.dtype | None = None
 
     @property
     def splits(self) -> Iterable[Split]:

@@ -15,7 +15,8 @@ from ..tracing.fx_graph import contiguous
 from ..tracing.machine import Machine
 from ..tracing.verify import check_against_autograd, directions, early_state
 from ..training.adjoint import Cotangents
-from ..training.training import Resolved, State, Training
+from ..training.state import Resolved, State
+from ..training.training import Training
 from .steps import Eager
 
 

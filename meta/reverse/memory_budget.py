@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..training.training import State
+from ..training.state import State
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

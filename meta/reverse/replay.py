@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,9 +30,11 @@ from ..training.adjoint import (
     pull_back_start,
     seed_adjoint,
 )
-from ..training.estimate import Estimate, Note, finished
+from ..training.estimate import Estimate, Estimator, Note, finished
+from ..training.loop import TrainingLoop
 from ..training.outcome import Outcome
-from ..training.training import Resolved, State, Training
+from ..training.state import Resolved, State
+from ..training.training import Training
 from .checkpointing import (
     CheckpointPlan,
     Checkpoints,
@@ -48,7 +50,7 @@ from .steps import Eager, Steps
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replay(Estimator):
     """Exact in every hyperparameter of rule, schedule and loss, for any number of them.
 
     memory: for graphs and states, such as "2GiB" or bytes; by default a quarter of what is free,
@@ -99,6 +101,9 @@ class Replay:
             raise ValueError("clip=0 would leave no gradient; give a number above 0, or None")
         check_at_least("expect", self.expect, 0)
 
+    def expecting(self, seconds: float) -> Replay:
+        return replace(self, expect=seconds)
+
     def __call__(
         self, training: Training, point: Tensors, carry: None = None, *, seed: int
     ) -> tuple[Estimate, None]:
@@ -132,26 +137,22 @@ class _ReplayPass:
         count = training.steps - self.from_step - graphs
         kept: Checkpoints[State] = Checkpoints(plan, find_store(self.replay.store), count)
 
-        done = 0
-
-        def advance(i: int, state: State) -> State:
-            nonlocal done
-            done = i + 1
-            if i >= training.steps - graphs:
-                tape, state = self.steps.record(i, state)
-                tapes.append(tape)
-                return state
-            if i >= self.from_step:
-                kept.offer(i - self.from_step, state)
-            return self.steps.advance(i, state)
-
         self.steps.prepare(self._parts(graphs, count), self.start)
         with self._timed():
-            last = training.run(self.plain, self.seed, start=self.start, advance=advance)
-            if last is None:
-                reason = f"the weights stopped being finite by step {done}"
-                return Estimate.diverged(done, reason)
-            loss, adjoint = seed_adjoint(training, self.plain, last, self.start.buffers, self.sums)
+            with TrainingLoop(self.start, training.steps) as loop:
+                for i, state in loop:
+                    if i >= training.steps - graphs:
+                        tape, loop.state = self.steps.record(i, state)
+                        tapes.append(tape)
+                        continue
+                    if i >= self.from_step:
+                        kept.offer(i - self.from_step, state)
+                    loop.state = self.steps.advance(i, state)
+            if not loop.ok:
+                return Estimate.diverged(loop.done, loop.reason)
+            loss, adjoint = seed_adjoint(
+                training, self.plain, loop.state, self.start.buffers, self.sums
+            )
             if adjoint is None:
                 reason = (
                     f"the held-out loss of {training.problem.name} has no graph to the parameters"
@@ -176,7 +177,7 @@ class _ReplayPass:
             recomputed=kept.recomputed,
             how=f"{said}{self.how}",
         )
-        if isinstance(self.steps, Compiled) and self.steps.seconds:
+        if self.steps.seconds:
             remember(training, self.sums.names, self.start, self.steps.seconds)
         return finished(loss, self.sums.through(leaves), note)
 
@@ -208,7 +209,7 @@ class _ReplayPass:
             return eager, f"by autograd{f': {refused}' if refused else ''}"
         at, expect = (self.start, self.plain.at(0)), self.replay.expect
         why = ""
-        if want == "auto" and (parts := getattr(self.training.problem, "accumulate", 1)) > 1:
+        if want == "auto" and (parts := self.training.problem.accumulate) > 1:
             return eager, f"by autograd: accumulate={parts} is kept to, one graph would be of all"
         if want == "auto":
             why = why_not_compile(self.training, self.sums.names, *at, self.seed, expect)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.messages import unknown
-from ..training.training import State
+from ..training.state import State
 from .memory_budget import SHARE, comfortable
 
 S = TypeVar("S")

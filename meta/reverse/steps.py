@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from ..training.adjoint import Cotangents, carrying_adjoint, each_moving, leaf_values, leaves
-from ..training.training import Resolved, State, Training
+from ..training.state import Resolved, State
+from ..training.training import Training
 
 
 class Steps(Protocol):
@@ -21,6 +22,11 @@ class Steps(Protocol):
     An adjoint is d loss / d state as a list: of the weights, the slots, and the buffers that steps
     replace. A pullback also adds the share of the hypers to the sums it was made with.
     """
+
+    @property
+    def seconds(self) -> float:
+        """That went into generated code on this occasion."""
+        ...
 
     def graph_bytes(self, start: State) -> float:
         """What the graph of a step keeps in memory."""
@@ -67,6 +73,8 @@ class Eager:
     fixed: the buffers of the start. Until a step replaces one (frozen weights: never), it is a
     constant without an adjoint.
     """
+
+    seconds = 0.0
 
     def __init__(
         self, training: Training, plain: Resolved, seed: int, sums: Cotangents, fixed: Tensors

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -22,7 +22,9 @@ from ..tracing.step_graph import UnevenBatches
 from ..tracing.verify import Refused
 from ..training.coordinates import Coordinates
 from ..training.estimate import Estimate, Estimator, Note, finished
-from ..training.training import Resolved, State, Training, finite
+from ..training.loop import TrainingLoop
+from ..training.state import Resolved, State, finite
+from ..training.training import Training
 from .control_variate import Guess, GuessState
 from .population import BatchedTraining
 
@@ -31,7 +33,7 @@ _BETA = 2.0
 
 
 @dataclass(frozen=True)
-class ES:
+class ES(Estimator):
     """The gradient of the held-out loss after training, smoothed by normal noise on the hypers.
 
     pairs: of trainings at plus and minus the same noise, all under the same seed, and one without
@@ -112,7 +114,7 @@ class PESState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PES:
+class PES(Estimator):
     """The gradient of the smoothed held-out loss from a window of training at a time.
 
     Each call does `window` steps of the same trainings, from the states that the last one left, and
@@ -342,13 +344,13 @@ class _OneByOne:
 
     def run(self, states: list[State | None], first: int, last: int) -> list[State | None]:
         training = self._training
-        window = replace(training, steps=last - first)
 
         def go_on(state: State, resolved: Resolved) -> State | None:
-            def advance(i: int, state: State) -> State:
-                return training.step(state, resolved.at(first + i), first + i, self._seed)
-
-            return window.run(resolved, self._seed, start=state, advance=advance)
+            with TrainingLoop(state, last - first) as loop:
+                for i, state in loop:
+                    values = resolved.at(first + i)
+                    loop.state = training.step(state, values, first + i, self._seed)
+            return loop.state if loop.ok else None
 
         return [
             state and go_on(state, resolved)

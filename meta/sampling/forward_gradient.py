@@ -15,13 +15,13 @@ from ...inner.core.hyper import Tensors
 from ..forward.forward import Forward
 from ..problems.seeding import fold_in
 from ..training.coordinates import Coordinates
-from ..training.estimate import Estimate, finished
+from ..training.estimate import Estimate, Estimator, finished
 from ..training.training import Training
 from .control_variate import Guess, GuessState
 
 
 @dataclass(frozen=True)
-class ForwardGradient:
+class ForwardGradient(Estimator):
     """The gradient after training along random directions, each as dear as a number of Forward.
 
     For more numbers than Forward can carry, at memory that does not depend on the number of steps.

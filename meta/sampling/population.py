@@ -26,13 +26,14 @@ from ..tracing.machine import Machine, build_once, machine_of
 from ..tracing.step_graph import UnevenBatches
 from ..tracing.verify import Refused, check_against_autograd, directions, early_state
 from ..training.adjoint import Cotangents, norm_at_end, pull_back_start, seed_adjoint
-from ..training.estimate import Estimate, Note, finished
+from ..training.estimate import Estimate, Estimator, Note, finished
 from ..training.outcome import Outcome
-from ..training.training import State, Training, finite
+from ..training.state import State, finite
+from ..training.training import Training
 
 
 @dataclass(frozen=True)
-class Population:
+class Population(Estimator):
     """The mean metagradient of one point over several training seeds, all trained at once.
 
     memory, compile: as for Replay, but compile=False runs the traced step as it is. Trainings whose

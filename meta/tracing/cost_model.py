@@ -21,7 +21,8 @@ import torch
 from ...inner.core.hyper import Tensors
 from ..problems.problem import Problem
 from ..training.cache import cache_of
-from ..training.training import State, Training
+from ..training.state import State
+from ..training.training import Training
 
 
 class Mode(NamedTuple):

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from ...inner.core.hyper import Tensors
 from ..training.cache import cache_of
-from ..training.training import State, Training
+from ..training.state import State
+from ..training.training import Training
 from .codegen import generate
 from .cuda_graph import Run, captured
 from .fx_graph import CannotTrace, Graph

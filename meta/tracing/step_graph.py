@@ -21,7 +21,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...inner.core.hyper import Tensors
-from ..training.training import State, Training
+from ..training.state import State
+from ..training.training import Training
 from .fx_graph import (
     CannotTrace,
     Graph,

@@ -18,7 +18,8 @@ from torch import Tensor
 from ...inner.core.layout import Layout
 from ..problems.problem import Problem
 from ..training.cache import cache_of
-from ..training.training import State, Training
+from ..training.state import State
+from ..training.training import Training
 from .step_graph import UnevenBatches
 
 # How far a compiled vector may be from autograd's: units of its norm in the last place, and times

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from ...inner.core.rule import Rule
-from .training import Resolved, State, Training
+from .state import Resolved, State
+from .training import Training
 
 
 class Cotangents:

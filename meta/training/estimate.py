@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from .outcome import Outcome
+from .state import State
 from .training import Training
 
 
@@ -72,16 +73,48 @@ class Estimate:
         return Estimate(loss, {}, Note(Outcome.DIVERGED, reason, steps))
 
 
+@runtime_checkable
 class Estimator(Protocol):
-    """(training, point, carry, seed) -> (estimate, carry).
+    """(training, point, carry, seed) -> (estimate, carry); subclass it for one of your own.
 
-    point: the learned values by full name. carry: whatever the estimator wants back at its next
-    call, None at the first; a call may use it up.
+    Only the call has to be written. The other methods say what else an estimator can do, and by
+    default that is nothing.
     """
 
     def __call__(
         self, training: Training, point: Tensors, carry: Any = None, *, seed: int
-    ) -> tuple[Estimate, Any]: ...
+    ) -> tuple[Estimate, Any]:
+        """A hypergradient.
+
+        Args:
+            training: what is differentiated.
+            point: the learned values by full name.
+            carry: what the last call gave back, None at the first; a call may use it up.
+            seed: of the training.
+        """
+        ...
+
+    def expecting(self, seconds: float) -> Estimator:
+        """The same estimator, told for how long it will be called, where that changes how."""
+        return self
+
+    def train_on(
+        self, training: Training, point: Tensors, carry: Any, *, steps: int, seed: int
+    ) -> tuple[Estimate, Any]:
+        """A call that does the next `steps` steps of the one training that carry is in."""
+        return self(replace(training, steps=steps), point, carry, seed=seed)
+
+    def state(self, carry: Any) -> State | None:
+        """That of the one training which the next call goes on with; None where there is none."""
+        return None
+
+
+class GoingOn(Estimator, Protocol):
+    """An estimator whose calls go on with one training, where `carry.state` is."""
+
+    def state(self, carry: Any) -> State | None:
+        reached: State | None = carry and carry.state
+        return reached
 
 
 def finished(loss: Tensor, grad: Tensors, note: Note) -> Estimate:

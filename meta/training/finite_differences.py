@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from .loop import run_training
 from .training import Training
 
 
 def held_out_loss(training: Training, point: Tensors, seed: int) -> Tensor:
     """The held-out loss after training at a point; inf where training diverged."""
     resolved = training.resolve(point)
-    state = training.run(resolved, seed)
-    if state is None:
+    run = run_training(training, resolved, seed)
+    if not run.ok:
         return torch.tensor(float("inf"), dtype=torch.float64)
     with torch.no_grad():
-        return training.outer_loss(state, resolved.at(training.steps - 1))
+        return training.outer_loss(run.state, resolved.at(training.steps - 1))
 
 
 def directional_difference(

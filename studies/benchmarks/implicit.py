@@ -25,7 +25,8 @@ from ...meta.implicit.inner_solution import InnerSolution
 from ...meta.implicit.linear_solvers import Solve, conjugate_gradient, largest_eigenvalue, neumann
 from ...meta.problems.module_problem import problem_from_module
 from ...meta.problems.seeding import fork_rng
-from ...meta.training.training import State, Training
+from ...meta.training.state import State
+from ...meta.training.training import Training
 from ..measure.memory_meter import Meter
 from ..measure.timing import Grown, Say, check_repeats, interleaved, reason, run_isolated
 from .implicit_cases import Case

@@ -17,6 +17,7 @@ from ...inner.registry import find_rule
 from ...inner.schedules.schedule import find_schedule
 from ...meta.problems.data import Split
 from ...meta.problems.problem import Problem
+from ...meta.training.loop import run_training
 from ...meta.training.outcome import Outcome
 from ...meta.training.training import Training
 from ...search.folder_lock import sole_writer
@@ -168,13 +169,13 @@ def train_cell(cell: Cell) -> Record:
         training, point, tuned = _tune(training, cell)
     began = time.perf_counter()
     resolved = training.resolve(point)
-    state = training.run(resolved, cell.seed)
+    run = run_training(training, resolved, cell.seed)
     seconds = time.perf_counter() - began
     measures: Measures = {}
     for split in _held_out(training.problem):
         measured = {"loss": math.nan}
-        if state is not None:
-            measured = training.measure(state, resolved.at(cell.steps - 1), split)
+        if run.ok:
+            measured = training.measure(run.state, resolved.at(cell.steps - 1), split)
         measures[split] = {name: _finite(value) for name, value in measured.items()}
     trained = all(value is not None for split in measures.values() for value in split.values())
     return Record(
@@ -224,7 +225,7 @@ def _tune(training: Training, cell: Cell) -> tuple[Training, Tensors, Tuned]:
 
 def _held_out(problem: Problem) -> list[Split]:
     held_out: tuple[Split, ...] = ("valid", "test")
-    return [split for split in held_out if split in getattr(problem, "splits", ("valid",))]
+    return [split for split in held_out if split in problem.splits]
 
 
 def _finite(value: float) -> float | None:

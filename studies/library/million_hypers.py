@@ -9,6 +9,7 @@ the test data say.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...inner.core.hyper import Tensors, positive
-from ...meta.hypergradient import Trained, train
+from ...meta.hypergradient import train
 from ...meta.implicit.implicit import Implicit
 from ...meta.implicit.linear_solvers import Solve, conjugate_gradient, neumann
 from ...meta.online import train_online
 from ...meta.problems.module_problem import ModuleProblem, problem_from_module
-from ...meta.training.outcome import Outcome
+from ...meta.training.trained import Trained
 from ...search.provenance import provenance
 from ..benchmarks.metagradient_peers import started
 from ..benchmarks.workloads import SEED, perceptron
@@ -118,15 +119,15 @@ def learn_penalties(cell: MillionCell) -> Record:
     meter, began = Meter(), time.perf_counter()
     trained = go(SETTING.steps)
     seconds = time.perf_counter() - began
-    if trained is None:
-        return Record(cell.study, cell.inputs, Outcome.DIVERGED, provenance=provenance())
+    if not trained.ok:
+        return Record(cell.study, cell.inputs, trained.outcome, provenance=provenance())
     weights = sum(p.numel() for p in trained.params.values())
     cost["memory"] = {"MiB": meter.mib, "times": meter.mib * 2**20 / (_MODEL * weights)}
     quality: Measures = {split: dict(told) for split, told in trained.measures.items()}
     return Record(
         study=cell.study,
         inputs=cell.inputs,
-        outcome=Outcome.OK,
+        outcome=trained.outcome,
         measures=quality | cost,
         seconds=seconds,
         provenance=provenance(),
@@ -160,8 +161,8 @@ def _penalized(output: Tensor, target: Tensor, *, hypers: Tensors, params: Tenso
     return functional.cross_entropy(output, target) + torch.stack(penalties).sum() / 2
 
 
-def _trained(method: str, problem: ModuleProblem, steps: int) -> Trained | None:
-    """Trained for some steps by one of the methods; None if it diverged."""
+def _trained(method: str, problem: ModuleProblem, steps: int) -> Trained:
+    """Trained for some steps by one of the methods."""
     if method == PLAIN:
         return _by_torch(problem, steps)
     if method == GRID:
@@ -199,19 +200,18 @@ def _by_torch(problem: ModuleProblem, steps: int) -> Trained:
     return Trained(params, buffers, measures)
 
 
-def _best_of_grid(problem: ModuleProblem, steps: int) -> Trained | None:
+def _best_of_grid(problem: ModuleProblem, steps: int) -> Trained:
     """The lowest held-out loss with a single L2 weight."""
     low, high = (torch.tensor(edge).log10().item() for edge in _SEARCH)
-    best: Trained | None = None
-    for l2 in torch.logspace(low, high, SETTING.grid).tolist():
-        trained = train(problem, "adam", steps=steps, values={"lr": SETTING.lr, "l2": l2})
-        if trained and (best is None or _loss(trained) < _loss(best)):
-            best = trained
-    return best
+    each = [
+        train(problem, "adam", steps=steps, values={"lr": SETTING.lr, "l2": l2})
+        for l2 in torch.logspace(low, high, SETTING.grid).tolist()
+    ]
+    return min(each, key=_loss)
 
 
 def _loss(trained: Trained) -> float:
-    return trained.measures["valid"]["loss"]
+    return trained.measures["valid"]["loss"] if trained.ok else math.inf
 
 
 def _step_cost(problem: ModuleProblem, go: Callable[[int], object]) -> float:

@@ -17,12 +17,12 @@ from functools import partial
 
 import torch
 
-from ...meta.hypergradient import Trained, train
+from ...meta.hypergradient import train
 from ...meta.implicit.hypergradient_descent import HypergradientDescent
 from ...meta.online import train_online
 from ...meta.problems.problem import Problem
 from ...meta.training.estimate import Estimator
-from ...meta.training.outcome import Outcome
+from ...meta.training.trained import Trained
 from ...search.provenance import provenance
 from ..engine.record import Json, Measures, Record, plain
 from ..problems import load_problem
@@ -86,13 +86,11 @@ def train_from_start(cell: OnePassCell) -> Record:
     began = time.perf_counter()
     trained = METHODS[cell.method](problem, start, cell.seed)
     seconds = time.perf_counter() - began
-    measures: Measures = {}
-    if trained is not None:
-        measures = {split: dict(told) for split, told in trained.measures.items()}
+    measures: Measures = {split: dict(told) for split, told in trained.measures.items()}
     return Record(
         study=cell.study,
         inputs=cell.inputs,
-        outcome=Outcome.DIVERGED if trained is None else Outcome.OK,
+        outcome=trained.outcome,
         measures=measures,
         seconds=seconds,
         provenance=provenance(),
@@ -115,13 +113,13 @@ def _log_uniform(edges: tuple[float, float], draw: torch.Generator) -> float:
     return math.exp(low + share * (high - low))
 
 
-def _as_it_is(problem: Problem, start: Values, seed: int) -> Trained | None:
+def _as_it_is(problem: Problem, start: Values, seed: int) -> Trained:
     return train(problem, _RULE, steps=SETTING.steps, values=start, seed=seed)
 
 
 def _online(
     problem: Problem, start: Values, seed: int, *, learn: str, method: str | Estimator
-) -> Trained | None:
+) -> Trained:
     return train_online(
         problem,
         _RULE,
@@ -135,7 +133,7 @@ def _online(
     ).trained
 
 
-def _by_optuna(problem: Problem, start: Values, seed: int) -> Trained | None:
+def _by_optuna(problem: Problem, start: Values, seed: int) -> Trained:
     """The best of so many trainings."""
     import optuna  # Here, because the other methods have no use for it.
 
@@ -145,22 +143,22 @@ def _by_optuna(problem: Problem, start: Values, seed: int) -> Trained | None:
     def objective(trial: optuna.Trial) -> float:
         given = {n: trial.suggest_float(n, *edges, log=True) for n, edges in _ranges().items()}
         trained = _as_it_is(problem, given, seed)
-        if trained is None:
-            raise optuna.TrialPruned  # It diverged.
         found.append(trained)
+        if not trained.ok:
+            raise optuna.TrialPruned
         return _loss(trained)
 
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     study.enqueue_trial(dict(start))
     study.optimize(objective, n_trials=_TRIALS)
-    return min(found, key=_loss, default=None)
+    return min(found, key=_loss)
 
 
 def _loss(trained: Trained) -> float:
-    return trained.measures["valid"]["loss"]
+    return trained.measures["valid"]["loss"] if trained.ok else math.inf
 
 
-METHODS: Mapping[str, Callable[[Problem, Values, int], Trained | None]] = {
+METHODS: Mapping[str, Callable[[Problem, Values, int], Trained]] = {
     "random": _as_it_is,
     "one-pass": partial(_online, learn="lr,weight_decay", method="one-pass"),
     "hypergradient descent": partial(_online, learn="lr", method=HypergradientDescent()),

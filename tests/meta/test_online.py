@@ -15,6 +15,7 @@ from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.online import train_online
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.estimate import Estimate
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 
@@ -52,7 +53,9 @@ class TestHypergradientDescent:
         cut, _ = Replay(window=1)(replace(run, problem=same), point, seed=0)
         for name in point:
             torch.testing.assert_close(estimate.grad[name], cut.grad[name])
-        assert carry.steps == 6 and torch.equal(carry.state.p, run.run(run.resolve(point), 0).p)
+        assert carry.steps == 6 and torch.equal(
+            carry.state.p, run_training(run, run.resolve(point), 0).state.p
+        )
 
     def test_a_hyper_of_the_loss_would_be_switched_off(self):
         with pytest.raises(ValueError, match="x is in the training loss"):
@@ -155,24 +158,27 @@ class TestLoop:
             method=never,
             values={"lr": 0.5},
         )
-        assert found.trained is not None and list(found.skipped) == [10, 20]
+        assert found.trained.ok and list(found.skipped) == [10, 20]
         assert "residual" in found.skipped[10]
         assert len(set(found.values["l2"].tolist())) == 1
 
     def test_a_gradient_that_overflows_does_not_end_a_healthy_training(self):
-        def overflowing(training, point, carry=None, *, seed):
-            _, carry = OnePass()(training, point, carry, seed=seed)
-            return Estimate.diverged(training.steps, "the metagradient is not finite"), carry
+        class Overflowing(OnePass):
+            def __call__(self, training, point, carry=None, *, seed):
+                _, carry = super().__call__(training, point, carry, seed=seed)
+                return Estimate.diverged(training.steps, "the metagradient is not finite"), carry
 
         given = {"lr": 0.1, "x": X}
-        found = train_online(quadratic(), "sgd", steps=20, method=overflowing, values=given)
+        found = train_online(quadratic(), "sgd", steps=20, method=Overflowing(), values=given)
         plain = descent(quadratic(), 20, 0.1, values={"x": X})
         assert found.outcome is Outcome.OK and list(found.skipped) == [10, 20]
-        assert torch.equal(found.trained.params["w"], plain.run(plain.resolve({}), 0).p)
+        assert torch.equal(
+            found.trained.params["w"], run_training(plain, plain.resolve({}), 0).state.p
+        )
 
     def test_divergence_keeps_what_there_is(self):
         found = train_online(quadratic(), "sgd", steps=800, every=400, values={"lr": 1e3, "x": X})
-        assert found.trained is None and found.outcome is Outcome.DIVERGED
+        assert found.outcome is Outcome.DIVERGED and not found.trained.params
         assert found.values["lr"].shape == (1,) and "finite" in found.reason
 
     def test_of_many_numbers_the_last_are_kept(self):

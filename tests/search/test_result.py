@@ -13,6 +13,7 @@ from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.inner.torch_form import optimizer as optim
 from hyperdescent.meta.problems.module_problem import problem_from_module
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 from hyperdescent.search.result import Result
@@ -76,7 +77,7 @@ def both_ways(rule, point, *, schedules=None, granularity=None, values=None, dty
     rule = find_rule(rule) if isinstance(rule, str) else rule
     training = Training(problem, rule, STEPS, found, granularity or {}, values or {})
     point = {name: torch.tensor(value, dtype=torch.float64) for name, value in point.items()}
-    end = training.run(training.resolve(point), SEED)
+    end = run_training(training, training.resolve(point), SEED).state
     batches = [data.asked[20 * i : 20 * i + 20] for i in range(STEPS)]
     assert len(data.asked) == 20 * STEPS
 

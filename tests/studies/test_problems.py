@@ -10,6 +10,7 @@ import torch
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 from hyperdescent.studies.problems import PROBLEMS, load_problem
@@ -32,12 +33,11 @@ class TestProblem:
 
     def test_training_lowers_the_loss_on_every_split(self, name):
         training = short(load_problem(name))
-        states = []
         resolved = training.resolve({})
         values = resolved.at(0)
-        training.run(resolved, 0, watch=lambda i, state: states.append(state))
+        ends = training.begin(values, 0), run_training(training, resolved, 0).state
         for split in ("train", "valid", "test"):
-            first, last = (training.measure(states[i], values, split)["loss"] for i in (0, -1))
+            first, last = (training.measure(state, values, split)["loss"] for state in ends)
             assert last < first
 
     def test_parts_are_disjoint_float32_and_all_of_the_data(self, name):
@@ -57,7 +57,10 @@ class TestProblem:
     def test_a_pickled_copy_trains_alike(self, name):
         problem = load_problem(name)
         copy = cloudpickle.loads(cloudpickle.dumps(problem))
-        ends = [short(each).run(short(each).resolve({}), 3).p for each in (problem, copy)]
+        ends = [
+            run_training(short(each), short(each).resolve({}), 3).state.p
+            for each in (problem, copy)
+        ]
         assert torch.equal(*ends)
 
     def test_every_choice_is_taken(self, name):

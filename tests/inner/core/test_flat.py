@@ -13,6 +13,7 @@ from hyperdescent.inner.core.slots import Slot, zeros
 from hyperdescent.inner.kernels import execute as running
 from hyperdescent.inner.registry import RULES
 from hyperdescent.meta.problems.module_problem import problem_from_module
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.training import Training
 
 SIZE = 200  # Three blocks, and a part of one.
@@ -101,8 +102,8 @@ def test_a_state_that_shares_memory_is_not_overwritten(make, of, monkeypatch):
     )
     run = Training(problem, of, 6, values={"lr": 1e-3})
     resolved = run.resolve({})
-    here = run.run(resolved, 0, start=run.begin(resolved.at(0), 0), overwrite=True)
+    here = run_training(run, resolved, 0, start=run.begin(resolved.at(0), 0), overwrite=True).state
     monkeypatch.setattr(running, "LONG", 2**30)
-    apart = run.run(resolved, 0)
+    apart = run_training(run, resolved, 0).state
     assert torch.equal(here.p, apart.p)
     assert all(torch.equal(b, here.buffers[n]) for n, b in apart.buffers.items())

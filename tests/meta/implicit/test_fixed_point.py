@@ -10,6 +10,7 @@ from hyperdescent.meta.hypergradient import hypergradient
 from hyperdescent.meta.implicit.fixed_point import FixedPoint, OnePass
 from hyperdescent.meta.implicit.implicit import Unconverged
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 
@@ -79,7 +80,8 @@ class TestOtherMaps:
         estimate, _ = FixedPoint(3000)(run, point, seed=0)
 
         w, x, d = (
-            z.clone().requires_grad_() for z in (run.run(run.resolve(point), 0).p, X, vector(decay))
+            z.clone().requires_grad_()
+            for z in (run_training(run, run.resolve(point), 0).state.p, X, vector(decay))
         )
         g = SCALE * (w - x)
         still = g / (g.abs() + eps) + d * w
@@ -127,7 +129,7 @@ class TestOnePass:
         _, twice = OnePass()(run, point, once, seed=0)
         whole = descent(quadratic(), 20, RATE)
         assert twice.steps == 20
-        assert torch.equal(twice.state.p, whole.run(whole.resolve(point), 0).p)
+        assert torch.equal(twice.state.p, run_training(whole, whole.resolve(point), 0).state.p)
 
     def test_refuses_a_schedule(self):
         run = Training(quadratic(), find_rule("sgd"), 10, schedules={"lr": find_schedule("cosine")})

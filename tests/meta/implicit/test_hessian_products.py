@@ -17,6 +17,7 @@ from hyperdescent.meta.implicit.inner_solution import InnerSolution
 from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.tracing import cost_model as price
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.training import Training
 
 DOUBLE = torch.float64
@@ -134,7 +135,7 @@ class TestConstants:
             Implicit(solve=SOLVE, tolerance=10.0, compile=compile).at(
                 run,
                 run.start(["l2", "l1"]),
-                InnerSolution(run.run(run.resolve({}), 3), run.steps),
+                InnerSolution(run_training(run, run.resolve({}), 3).state, run.steps),
                 seed=3,
             )
             for compile in ("trace", False)

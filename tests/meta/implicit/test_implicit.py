@@ -21,6 +21,7 @@ from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient, neuman
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.training.finite_differences import directional_difference
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 from hyperdescent.studies.library.data_cleaning import cleaning_problem
@@ -164,7 +165,7 @@ def logistic(steps=400, batch_size=80, **options):
 
 def dense(run, point, seed, batches=1):
     """The implicit hypergradient with the whole Hessian, at the weights training ends at."""
-    state = run.run(run.resolve(point), seed)
+    state = run_training(run, run.resolve(point), seed).state
     hypers = run.resolve(point).constant
 
     def inner(w, l2):
@@ -207,7 +208,7 @@ class TestPerFeatureLogistic:
         estimate, _ = Implicit(solve=TIGHT, batches=batches)(run, point, seed=0)
         expected = dense(run, point, 0, batches)
         torch.testing.assert_close(estimate.grad["l2"], expected, rtol=1e-9, atol=1e-12)
-        w = run.run(run.resolve(point), 0).p.requires_grad_()
+        w = run_training(run, run.resolve(point), 0).state.p.requires_grad_()
         losses = [
             loss_at(run.problem, run.layout.unflatten(w), {}, point, i, 0)[0]
             for i in range(30, 30 + batches)
@@ -354,7 +355,8 @@ class TestConvergence:
     def test_the_gap_is_what_is_left_of_the_loss(self):
         early, _ = Implicit(solve=TIGHT)(ridge(steps=40), self.point, seed=0)
         far = ridge_closed_form(0.1)[0]
-        state = (run := ridge(steps=40)).run(run.resolve(self.point), 0)
+        run = ridge(steps=40)
+        state = run_training(run, run.resolve(self.point), 0).state
         outer = 2 * X_VALID.T @ (X_VALID @ state.p[:, None] - Y_VALID) / len(X_VALID)
         expected = float(outer.T @ (far - state.p[:, None]))
         assert early.note.gap == pytest.approx(expected, rel=1e-6)
@@ -401,7 +403,7 @@ class TestGaussNewton:
         solver = linear.dense()
         found = Implicit(solve=solver, curvature="gauss-newton")(run, point, seed=0)[0]
 
-        state = run.run(run.resolve(point), 0)
+        state = run_training(run, run.resolve(point), 0).state
         inputs, target = run.problem.batch(run.steps, 0)
         net = small_net()
 
@@ -520,7 +522,7 @@ def test_a_scheduled_hyper_of_the_loss_counts_at_its_last_value():
         schedules={"extra": schedule},
         values={"lr": 0.6, "extra.knots": knots},
     )
-    state = run.run(run.resolve({}), 0)
+    state = run_training(run, run.resolve({}), 0).state
     estimate, _ = Implicit(solve=TIGHT)(run, {"l2": torch.tensor(0.1, dtype=DOUBLE)}, seed=0)
     hessian = X.T @ X / len(X) + (0.1 + 0.1) * torch.eye(6, dtype=DOUBLE)
     w = state.p[:, None]

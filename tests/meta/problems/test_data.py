@@ -15,6 +15,7 @@ from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.training import Training
 
 DOUBLE = torch.float64
@@ -261,7 +262,7 @@ class TestRefusals:
     def test_an_iterator_that_runs_out(self):
         run = Training(build(iter([data()] * 3)), find_rule("sgd"), 4)
         with pytest.raises(ValueError, match="list_iterator of batches ran out after 3"):
-            run.run(run.resolve({}), 0)
+            run_training(run, run.resolve({}), 0)
 
     def test_one_that_is_empty_the_second_time(self):
         left = [data()]

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.training import Training
 
 EXAMPLES, BATCH = 12, 4
@@ -45,7 +46,7 @@ def test_every_weight_against_finite_differences(compile, graphs, accumulate):
     def loss(weights):
         with torch.no_grad():
             resolved = run.resolve({"data_weights": weights})
-            return float(run.outer_loss(run.run(resolved, 0), resolved.at(0)))
+            return float(run.outer_loss(run_training(run, resolved, 0).state, resolved.at(0)))
 
     h = 1e-5
     for k, unit in enumerate(torch.eye(EXAMPLES, dtype=torch.float64)):
@@ -65,7 +66,7 @@ def test_a_step_is_one_jvp_of_the_losses_along_the_adjoint():
 
     resolved = run.resolve(point)
     state = run.begin(resolved.at(0), 0)
-    last = run.run(resolved, 0)
+    last = run_training(run, resolved, 0).state
     p = last.p.detach().requires_grad_()
     (adjoint,) = torch.autograd.grad(run.outer_loss(last._replace(p=p), resolved.at(0)), p)
     (inputs, index), target = run.problem.batch(0, 0)

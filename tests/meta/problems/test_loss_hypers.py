@@ -13,6 +13,7 @@ from hyperdescent.meta.implicit.linear_solvers import conjugate_gradient
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.finite_differences import directional_difference
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.training import Training
 
 SIZE = sum(p.numel() for p in mlp().parameters())
@@ -134,7 +135,7 @@ def test_a_module_as_loss_is_not_asked_to_take_hypers():
 
 def test_the_held_out_loss_sees_no_augmentation():
     run, name = run_of("noise")
-    state = run.run(run.resolve({}), 0)
+    state = run_training(run, run.resolve({}), 0).state
     params = run.layout.unflatten(state.p)
     plain, strong = (
         run.problem.outer_loss(params, {}, {name: torch.tensor(v).double()}) for v in (0.0, 5.0)
@@ -166,7 +167,7 @@ def test_a_penalty_per_weight_by_implicit_differentiation():
     solve = conjugate_gradient(steps=60, tol=1e-14)
     estimate, _ = Implicit(solve=solve)(run, point, seed=0)
 
-    state, values = run.run(run.resolve(point), 0), run.resolve(point).at(0)
+    state, values = run_training(run, run.resolve(point), 0).state, run.resolve(point).at(0)
     hessian = torch.autograd.functional.hessian(
         lambda p: run.inner_loss(state._replace(p=p), values, 400, 0)[0], state.p
     )

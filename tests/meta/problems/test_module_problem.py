@@ -16,6 +16,7 @@ from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.problems.problem import Problem, loss_at
 from hyperdescent.meta.problems.seeding import fold_in
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 
@@ -229,7 +230,7 @@ class TestPurity:
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
         before = {name: x.clone() for name, x in model.state_dict().items()}
         run = Training(build(lambda: model), find_rule("adamw"), 7)
-        assert run.run(run.resolve({}), 0) is not None
+        assert run_training(run, run.resolve({}), 0).ok
         assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
     def test_a_kept_model_is_not_touched(self):
@@ -265,7 +266,7 @@ class TestPurity:
         _, after = loss_at(made, params, buffers, {}, 0, 0)
         assert float(buffers["seen"]) == 0 and float(after["seen"]) == 1
         run = Training(made, find_rule("sgd"), 7)
-        assert float(run.run(run.resolve({}), 0).buffers["seen"]) == 7
+        assert float(run_training(run, run.resolve({}), 0).state.buffers["seen"]) == 7
 
     def test_seeds_mix_without_collisions(self):
         mixed = {fold_in(a, b, c) for a in range(30) for b in range(30) for c in range(3)}
@@ -438,7 +439,7 @@ class TestPrecision:
 
         made = build(Spy, loss_fn, autocast=torch.bfloat16)
         run = Training(made, find_rule("adamw"), 2)
-        state = run.run(run.resolve({}), 0)
+        state = run_training(run, run.resolve({}), 0).state
         assert made._model.seen == [(5, torch.bfloat16)] * 2
         assert types == [(torch.float32, torch.bfloat16)] * 2
         assert all(x.dtype == torch.float32 for x in (state.p, *state.slots.values()))
@@ -483,7 +484,7 @@ class TestDivergence:
             return loss_fn(output, target) * 1e30
 
         run = Training(build(make, far), find_rule("sgd"), 20, values={"lr": 1e30})
-        assert run.run(run.resolve({}), 0) is None
+        assert run_training(run, run.resolve({}), 0).outcome is Outcome.DIVERGED
         assert run.curve(run.start(["lr"]), 0)
         estimate, _ = Replay()(run, run.start(["lr"]), seed=0)
         assert estimate.note.outcome is Outcome.DIVERGED
@@ -500,4 +501,4 @@ class TestDivergence:
 
         run = Training(build(loss_fn=broken), find_rule("sgd"), 3)
         with pytest.raises(ArithmeticError, match="a bug"):
-            run.run(run.resolve({}), 0)
+            run_training(run, run.resolve({}), 0)

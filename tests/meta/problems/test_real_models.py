@@ -20,6 +20,7 @@ from hyperdescent.meta.implicit.implicit import Implicit
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.finite_differences import directional_difference, held_out_loss
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 from hyperdescent.studies.problems import load_problem
@@ -238,7 +239,7 @@ def test_a_row_that_is_never_used_has_no_share():
     """At eps = 1e-8 as well, where its second moment is 0."""
     made = problem(Words, tokens)
     run = Training(made, find_rule("adamw"), STEPS, values={"weight_decay": 0.0})
-    state = run.run(run.resolve({}), 0)
+    state = run_training(run, run.resolve({}), 0).state
     rows, start = run.layout.unflatten(state.p)["rows.weight"], made.start(0)[0]["rows.weight"]
     assert torch.equal(rows[7], start[7]) and not (rows[:7] == start[:7]).any()
     point = {name: run.defaults()[name] for name in ("lr", "beta1", "beta2", "eps")}
@@ -334,7 +335,7 @@ class TestAccumulation:
         """Statistics of one part after the other, and the gradient of loss / parts added up."""
         made = problem(normed, train=loader(), batch_size=None, accumulate=2)
         run = training(made)
-        state = run.run(run.resolve({}), 0)
+        state = run_training(run, run.resolve({}), 0).state
         model = normed().double()
         params, buffers = made.start(0)
         model.load_state_dict({**params, **buffers})

@@ -22,6 +22,7 @@ from hyperdescent.meta.reverse.memory_budget import state_bytes
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.tracing.machine import Machine
 from hyperdescent.meta.training.estimate import Note
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 
@@ -447,7 +448,7 @@ class TestBlowsUp:
             run_of(), rule=find_rule(rule), values={"lr": 0.1}, schedules={}, granularity={}
         )
         resolved = run.resolve({})
-        state, values = run.run(resolved, 1), resolved.at(run.steps - 1)
+        state, values = run_training(run, resolved, 1).state, resolved.at(run.steps - 1)
         used = run.layout.flatten(run.params(state, values)).requires_grad_()
         (g,) = torch.autograd.grad(run.outer_loss_at(used, state, values), used)
         note = estimate_of(run, ["lr"], compile=how).note

@@ -17,7 +17,8 @@ from hyperdescent.meta.reverse import memory_budget as memory
 from hyperdescent.meta.reverse.checkpointing import revolve_steps
 from hyperdescent.meta.reverse.memory_budget import bytes_of, comfortable, state_bytes
 from hyperdescent.meta.reverse.replay import Replay
-from hyperdescent.meta.training.training import State, Training
+from hyperdescent.meta.training.state import State
+from hyperdescent.meta.training.training import Training
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -25,6 +25,7 @@ from hyperdescent.meta.problems.module_problem import _draw, problem_from_module
 from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.finite_differences import directional_difference, held_out_loss
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 
@@ -544,7 +545,7 @@ class TestParameters:
         run = training(of=problem(Frozen))
         assert run.layout.names == ("head.weight", "head.bias")
         assert_exact(run, ["lr", "weight_decay"])
-        state = run.run(run.resolve({}), 0)
+        state = run_training(run, run.resolve({}), 0).state
         _, buffers = run.problem.start(0)
         assert torch.equal(state.buffers["body.weight"], buffers["body.weight"])
 
@@ -587,7 +588,7 @@ class TestParameters:
 
         for rule in EVERY_RULE.values():
             run = training(rule, problem(Scaled))
-            state = run.run(run.resolve({}), 0)
+            state = run_training(run, run.resolve({}), 0).state
             assert state.p.dtype == torch.float32
             estimate, _ = Replay()(run, run.start(["lr"]), seed=0)
             assert estimate.ok and estimate.grad["lr"].dtype == DOUBLE

@@ -9,7 +9,7 @@ import torch
 
 from hyperdescent.meta.reverse.checkpointing import Checkpoints, every, keep_all, online, revolve
 from hyperdescent.meta.reverse.state_store import OnDisk, OnHost, find_store
-from hyperdescent.meta.training.training import State
+from hyperdescent.meta.training.state import State
 
 SPECS = ["device", "cpu", "disk", "folder"]
 DEVICES = [

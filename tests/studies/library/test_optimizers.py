@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.inner.torch_form import optimizer as optim
+from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 from hyperdescent.scripts.command import app
@@ -77,7 +78,7 @@ def test_the_plain_loop_trains_as_the_package_does(name, given):
     rule, problem, seed, steps = find_rule(name), load_problem("digits-mlp"), 3, 20
     training = Training(problem, rule, steps, values=given)
     resolved = training.resolve({})
-    expected = training.params(training.run(resolved, seed), resolved.at(steps - 1))
+    expected = training.params(run_training(training, resolved, seed).state, resolved.at(steps - 1))
 
     model = make_model(0)
     model.load_state_dict(problem.start(seed)[0])
