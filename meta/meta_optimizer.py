@@ -14,6 +14,7 @@ from ..inner.core.flat import flat_step, initial_slots
 from ..inner.core.hyper import Tensors
 from ..inner.core.rule import Rule
 from ..inner.registry import find_rule
+from .estimators import find_estimator
 from .reverse.replay import Replay
 from .training.coordinates import Coordinates
 from .training.estimate import Estimate, Estimator
@@ -89,6 +90,9 @@ class MetaOptimizer:
     drift: float = 0.15
     cut: float = 0.7
     patience: int = 12
+
+    def __post_init__(self) -> None:
+        find_estimator(self.estimator)
 
     def begin(
         self, coordinates: Coordinates, start: Tensors, refuge: Tensors | None = None
@@ -200,6 +204,6 @@ class MetaOptimizer:
 
     def _values(self, rate: float) -> Tensors:
         own = {"lr": rate, "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
-        # Muon and its kind have an Adam of their own for what is no matrix, with names in aux_.
-        bare = {n: n.removeprefix("rest_").removeprefix("aux_") for n in self.rule.hypers}
-        return self.rule.values({n: own[name] for n, name in bare.items() if name in own})
+        # A rule may be made of several, such as Muon, which has an Adam for what is no matrix.
+        roles = {name: hyper.role or name for name, hyper in self.rule.hypers.items()}
+        return self.rule.values({n: own[role] for n, role in roles.items() if role in own})

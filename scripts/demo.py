@@ -4,6 +4,7 @@ comparison of what they found on seeds and examples that neither has seen.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -89,15 +90,14 @@ def _tune(route: str, out: Path, budget: str, seed: int) -> Result:
 
 def _train(study: Study, out: Path, address: str | None) -> Records:
     """Every cell on Ray, the last one shown where there is a terminal, some as lines elsewhere."""
-    screen, ended = console(), 0
+    screen, counted = console(), itertools.count(1)
     cells = len(study.arms) * len(study.seeds)
     told = f"Training {len(study.arms)} arms with {len(study.seeds)} fresh seeds each, on Ray"
     screen.print(told)
     with screen.status(told) as status:
 
         def progress(record: Record) -> None:
-            nonlocal ended
-            ended += 1
+            ended = next(counted)
             line = Text(f"{ended} of {cells}: {one_line(record)}")
             status.update(line)
             if not screen.is_terminal and ended % _CELLS_PER_LINE == 0:

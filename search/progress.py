@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -58,12 +59,11 @@ def _bar() -> Iterator[Callable[[Event], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("start", total=1.0, told="")
-        count = 0
+        counted = itertools.count(1)
 
         def watch(event: Event) -> None:
-            nonlocal count
-            count += 1
+            told = _told(next(counted), event)
             share = min(event.progress, 1.0)
-            bar.update(task, description=event.route, completed=share, told=_told(count, event))
+            bar.update(task, description=event.route, completed=share, told=told)
 
         yield watch

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..meta.problems.seeding import fold_in
 from ..meta.training.outcome import Outcome
 from .optuna_journal import open_journal
+from .optuna_space import distributions, parameters, suggest
 from .space import Point, Space
 
 if TYPE_CHECKING:
@@ -58,17 +59,17 @@ class OptunaSearcher:
         if before:
             self._ask_again()
             return
-        distributions = space.distributions()
+        ranges = distributions(space)
         for point, loss in known or []:
-            numbers = space.numbers(point)
+            numbers = parameters(space, point)
             self._study.add_trial(
                 optuna.create_trial(
                     params=numbers,
-                    distributions={key: distributions[key] for key in numbers},
+                    distributions={key: ranges[key] for key in numbers},
                     value=loss,
                 )
             )
-        self._study.enqueue_trial(space.numbers(start))
+        self._study.enqueue_trial(parameters(space, start))
 
     def _ask_again(self) -> None:
         """Put what an earlier session asked for but never told first in line."""
@@ -81,7 +82,7 @@ class OptunaSearcher:
 
     def ask(self) -> Point:
         self._trial = self._study.ask()
-        return self._space.suggest(self._trial)
+        return suggest(self._space, self._trial)
 
     def tell(self, value: float | Outcome) -> None:
         from optuna.trial import TrialState

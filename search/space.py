@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,10 +11,6 @@ from torch import Tensor
 from ..inner.core.hyper import Choice, Discrete, Hyper, Tensors
 from ..inner.core.messages import unknown
 from ..meta.training.training import Training
-
-if TYPE_CHECKING:
-    from optuna import Trial
-    from optuna.distributions import BaseDistribution
 
 # Beyond this many numbers a sampler learns nothing from the trials anyone can pay for.
 SEARCHABLE = 1000
@@ -48,7 +42,7 @@ class Space:
             option = self.discrete[name]
             for value in option.options if isinstance(option, Choice) else ():
                 # An option that contradicts the values it is to be tried with is told now.
-                point = self._settled(self.start().smooth, {name: value})
+                point = self.settled(self.start().smooth, {name: value})
                 self.at(point.discrete).complain(point.smooth)
 
     @cached_property
@@ -73,7 +67,7 @@ class Space:
     @property
     def size(self) -> int:
         """How many numbers the smooth hypers are."""
-        return sum(map(_size, self.smooth.values()))
+        return sum(map(numel, self.smooth.values()))
 
     def start(self) -> Point:
         """Where both routes begin."""
@@ -103,66 +97,17 @@ class Space:
             problem=problem.choose(**of_problem) if of_problem else problem,
         )
 
-    # How the space looks to Optuna.
-
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's distribution of every number and option, conditional ones included."""
-        from optuna import distributions as d
-
-        if self.size > SEARCHABLE:
-            raise ValueError(
-                f"{self.size} numbers are too many to search without gradients (limit "
-                f"{SEARCHABLE}); use a coarser granularity or fewer knots"
-            )
-        out: dict[str, BaseDistribution] = {}
-        for name, option in self.discrete.items():
-            out[name] = (
-                d.CategoricalDistribution(option.options)  # type: ignore[arg-type]  # any object
-                if isinstance(option, Choice)
-                else d.IntDistribution(option.low, option.high, log=option.log)
-            )
-        for name, hyper in self.smooth.items():
-            for key in _keys(name, hyper):
-                out[key] = _float(hyper)
-        return out
-
-    def suggest(self, trial: Trial) -> Point:
-        """A point from the sampler, asking only for what its options make meaningful."""
-        distributions = self.distributions()
-        start = self.start()
-        discrete: dict[str, object] = dict(start.discrete)
-        for name, option in _conditions_first(self.discrete):
-            if self._active(option, discrete):
-                discrete[name] = _ask(trial, name, distributions[name])
-        smooth = {}
-        for name, hyper in self.smooth.items():
-            if self._active(hyper, discrete):
-                numbers = [float(_ask(trial, k, distributions[k])) for k in _keys(name, hyper)]
-                smooth[name] = _from_numbers(hyper, numbers)
-        return self._settled(start.smooth | smooth, discrete)
-
-    def _settled(self, smooth: Tensors, discrete: dict[str, object]) -> Point:
+    def settled(self, smooth: Tensors, discrete: dict[str, object]) -> Point:
         """A point in which hypers that mean nothing have their default."""
         idle = {
             name: torch.full(hyper.shape, hyper.default, dtype=torch.float64)
             for name, hyper in self.smooth.items()
-            if not self._active(hyper, discrete)
+            if not self.is_active(hyper, discrete)
         }
         return Point(smooth | idle, discrete)
 
-    def numbers(self, point: Point) -> dict[str, object]:
-        """A point as Optuna's parameters, only the meaningful ones."""
-        out: dict[str, object] = {
-            name: point.discrete[name]
-            for name, option in self.discrete.items()
-            if self._active(option, point.discrete)
-        }
-        for name, hyper in self.smooth.items():
-            if self._active(hyper, point.discrete):
-                out |= zip(_keys(name, hyper), _to_numbers(hyper, point.smooth[name]), strict=True)
-        return out
-
-    def _active(self, declared: Hyper | Discrete, discrete: dict[str, object]) -> bool:
+    def is_active(self, declared: Hyper | Discrete, discrete: dict[str, object]) -> bool:
+        """Whether a hyper or option has any effect among these options."""
         if declared.when is None:
             return True
         option, wanted = declared.when
@@ -175,43 +120,9 @@ def _around(hyper: Hyper, start: Tensor) -> Hyper:
     return replace(hyper, search=(min(low, float(start.min())), max(high, float(start.max()))))
 
 
-def _size(hyper: Hyper) -> int:
+def numel(hyper: Hyper) -> int:
+    """The numbers that a hyper is."""
     return torch.Size(hyper.shape).numel()
 
 
-def _keys(name: str, hyper: Hyper) -> list[str]:
-    return [f"{name}[{i}]" for i in range(_size(hyper))] if hyper.shape else [name]
-
-
-def _float(hyper: Hyper) -> BaseDistribution:
-    from optuna.distributions import FloatDistribution
-
-    # Optuna has no logit scale, so such a hyper is sampled in its coordinate.
-    low, high = hyper.box() if hyper.scale == "logit" else hyper.search
-    return FloatDistribution(low, high, log=hyper.scale == "log")
-
-
-def _ask(trial: Trial, key: str, distribution: Any) -> Any:
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    if isinstance(distribution, FloatDistribution):
-        return trial.suggest_float(key, distribution.low, distribution.high, log=distribution.log)
-    if isinstance(distribution, IntDistribution):
-        return trial.suggest_int(key, distribution.low, distribution.high, log=distribution.log)
-    return trial.suggest_categorical(key, distribution.choices)
-
-
-def _to_numbers(hyper: Hyper, value: Tensor) -> list[float]:
-    low, high = hyper.box() if hyper.scale == "logit" else hyper.search
-    numbers = hyper.free(value) if hyper.scale == "logit" else value
-    return [min(max(x, low), high) for x in numbers.flatten().tolist()]
-
-
-def _from_numbers(hyper: Hyper, numbers: list[float]) -> Tensor:
-    tensor = torch.tensor(numbers, dtype=torch.float64).reshape(hyper.shape)
-    return hyper.value(tensor) if hyper.scale == "logit" else tensor
-
-
-def _conditions_first(options: dict[str, Discrete]) -> Iterable[tuple[str, Discrete]]:
-    """Options ordered so that one comes after the option it depends on."""
-    return sorted(options.items(), key=lambda item: item[1].when is not None)
+__all__ = ["SEARCHABLE", "Point", "Space", "numel"]

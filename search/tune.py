@@ -175,34 +175,43 @@ def _descend(
 
 def _scan(space: Space, start: Point, log: Log, seed: int) -> Point:
     """Where the descent begins."""
-    # What an earlier call on the same folder has found, in its order.
-    known = [row for row in log.rows if row["route"] == "scan"]
-    # Under one seed alone, luck may lead to where others diverge.
-    seeds = next((k for k, row in enumerate(known) if k and row["seed"] == 0), len(known))
-    known.reverse()
-
-    def trained(point: Point, k: int) -> float:
-        if known:
-            loss = known.pop()["loss"]
-            return math.inf if loss is None else loss
-        loss, outcome = _plain(space, point, fold_in(seed, k))
-        log.note("scan", loss, point, outcome=str(outcome), seed=k)
-        return loss
-
-    def loss_at(point: Point) -> float:
-        nonlocal seeds
-        began = log.clock.spent
-        losses = [trained(point, 0)]
-        if not seeds:
-            cost = max(log.clock.spent - began, 1e-9)
-            seeds = min(_SEEDS, max(1, int(_POINT * log.clock.budget / cost)))
-        losses += [trained(point, k) for k in range(1, seeds)]
-        return sum(losses) / len(losses)
+    losses = _ScanLosses(space, log, seed)
 
     def more() -> bool:
-        return bool(known) or (log.descent is None and log.clock.progress < _SCANNING)
+        return bool(losses.known) or (log.descent is None and log.clock.progress < _SCANNING)
 
-    return scan(space, start, loss_at, more)
+    return scan(space, start, losses, more)
+
+
+class _ScanLosses:
+    """The mean loss at a point under as many seeds as there is time for. known: what an earlier
+    call on the same folder has found, the next one last.
+    """
+
+    def __init__(self, space: Space, log: Log, seed: int) -> None:
+        self._space, self._log, self._seed = space, log, seed
+        known = [row for row in log.rows if row["route"] == "scan"]
+        # Under one seed alone, luck may lead to where others diverge.
+        self._seeds = next((k for k, row in enumerate(known) if k and row["seed"] == 0), len(known))
+        self.known = known[::-1]
+
+    def __call__(self, point: Point) -> float:
+        clock = self._log.clock
+        began = clock.spent
+        losses = [self._trained(point, 0)]
+        if not self._seeds:
+            cost = max(clock.spent - began, 1e-9)
+            self._seeds = min(_SEEDS, max(1, int(_POINT * clock.budget / cost)))
+        losses += [self._trained(point, k) for k in range(1, self._seeds)]
+        return sum(losses) / len(losses)
+
+    def _trained(self, point: Point, k: int) -> float:
+        if self.known:
+            loss = self.known.pop()["loss"]
+            return math.inf if loss is None else float(loss)
+        loss, outcome = _plain(self._space, point, fold_in(self._seed, k))
+        self._log.note("scan", loss, point, outcome=str(outcome), seed=k)
+        return loss
 
 
 def _search(space: Space, start: Point, log: Log, seed: int) -> None:

@@ -110,6 +110,8 @@ class PartitionedUpdate:
     def hyper(self, name: str) -> Hyper:
         """A hyper of the other in the whole."""
         hyper = self.other.hypers[name]
+        if self.called(name) != name:
+            hyper = replace(hyper, role=hyper.role or name)
         if hyper.when is None:
             return hyper
         option, value = hyper.when

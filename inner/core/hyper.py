@@ -51,6 +51,8 @@ class Hyper:
             enters through a sign.
         smoothed: whether it is a guide under a rule's option `smooth`.
         finest: the smallest things that may have a value each.
+        role: what it is called in the rule that it is of, where a composed rule calls it otherwise,
+            such as "lr" of "aux_lr".
     """
 
     default: float
@@ -66,6 +68,7 @@ class Hyper:
     rough: str = ""
     smoothed: bool = True
     finest: Granularity = "element"
+    role: str = ""
 
     def free(self, value: Tensor) -> Tensor:
         """The unconstrained coordinate of a value."""

@@ -44,10 +44,10 @@ def with_adam(title, matrix, *, slots=None, **declared):
     rest = rule(
         "AdamForTheRest",
         slots={"aux_m": zeros, "aux_v": zeros},
-        aux_lr=learning_rate(3e-4),
-        aux_beta1=decay(0.9),
-        aux_beta2=decay(0.95),
-        aux_eps=positive(1e-10, search=(1e-12, 1e-2)),
-        aux_weight_decay=weight_decay(0.0),
+        aux_lr=replace(learning_rate(3e-4), role="lr"),
+        aux_beta1=replace(decay(0.9), role="beta1"),
+        aux_beta2=replace(decay(0.95), role="beta2"),
+        aux_eps=replace(positive(1e-10, search=(1e-12, 1e-2)), role="eps"),
+        aux_weight_decay=replace(weight_decay(0.0), role="weight_decay"),
     )(adam_for_the_rest)
     return replace(partition(one, rest), name=title.lower(), title=title, doc=one.doc)

@@ -22,8 +22,10 @@ Curvature = Literal["hessian", "gauss-newton"]
 class Parted(Protocol):
     """A problem whose training loss is a function of the model's output and of the weights."""
 
-    def output(self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: object) -> Tensor:
-        """What the model makes of a batch in training."""
+    def output(
+        self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: object
+    ) -> tuple[Tensor, Tensors]:
+        """What the model makes of a batch in training, and the buffers after it."""
         ...
 
     def loss_of(self, output: Tensor, params: Tensors, hypers: Tensors, batch: object) -> Tensor:
@@ -76,7 +78,7 @@ def _gauss_newton(training: Training, state: State, values: Tensors, i: int, see
     # Constants here: what a graph to them would keep may be as long as the weights.
     hypers = training.of_loss({name: x.detach() for name, x in values.items()})
     with draws_of(i, seed, state.p.device):
-        z = problem.output(training.layout.unflatten(state.p), state.buffers, hypers, batch)
+        z, _ = problem.output(training.layout.unflatten(state.p), state.buffers, hypers, batch)
     if not isinstance(z, Tensor):
         raise TypeError(
             f"curvature='gauss-newton' needs one tensor as the model's output, and that of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .seeding import fork_all_rngs
+from .seeding import fold_in, fork_all_rngs
 
 Split = Literal["train", "valid", "test"]
 Inputs = Tensor | tuple[Tensor, ...]
@@ -169,6 +170,18 @@ def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     return tuple(change(x) for x in inputs), change(target)
 
 
+def example_indices(examples: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """The example indices of a step: consecutive parts of the epoch's permutation."""
+    epoch, part = divmod(step, examples // batch_size)
+    return _permutation(examples, seed, epoch)[part * batch_size : (part + 1) * batch_size]
+
+
+@lru_cache(maxsize=256)
+def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(fold_in(seed, epoch, 3))
+    return torch.randperm(examples, generator=generator)
+
+
 __all__ = [
     "Batch",
     "Data",
@@ -180,6 +193,7 @@ __all__ = [
     "as_data",
     "as_pair",
     "each_tensor",
+    "example_indices",
     "is_pair",
     "to_device",
     "to_device_async",

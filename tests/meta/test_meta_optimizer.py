@@ -9,7 +9,7 @@ from hyperdescent.inner.core.hyper import decay, learning_rate
 from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.meta.meta_optimizer import MetaOptimizer
 from hyperdescent.meta.training.coordinates import Coordinates
-from hyperdescent.meta.training.estimate import Estimate, Note
+from hyperdescent.meta.training.estimate import Estimate, Estimator, Note
 from hyperdescent.meta.training.outcome import Outcome
 
 COORDINATES = Coordinates({"lr": learning_rate(1e-3), "lr.knots": learning_rate(1e-3).shaped(2)})
@@ -25,7 +25,7 @@ def quadratic(point, minimum=MINIMUM, scale=1.0):
     return Estimate(float(loss.detach()), dict(zip(leaves, grads, strict=True)))
 
 
-class Stub:
+class Stub(Estimator):
     """An estimator that asks `judge` at every coordinates, counting from call 0."""
 
     def __init__(self, judge=lambda call, point: quadratic(point)):

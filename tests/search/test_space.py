@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.training.training import Training
+from hyperdescent.search.optuna_space import distributions, parameters, suggest
 from hyperdescent.search.space import Point, Space
 
 
@@ -36,7 +37,7 @@ def trial(space, numbers):
 
 def drawn(space, count=30):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    return [space.suggest(study.ask()) for _ in range(count)]
+    return [suggest(space, study.ask()) for _ in range(count)]
 
 
 def test_smooth_and_discrete_are_told_apart(space):
@@ -80,10 +81,10 @@ def test_nothing_to_learn_lists_what_there_is(space):
 class TestStart:
     def test_it_is_inside_every_distribution(self, space):
         found = space(*EVERYTHING, schedules={"lr": "piecewise:3"})
-        numbers, distributions = found.numbers(found.start()), found.distributions()
-        assert set(numbers) == set(distributions)
+        numbers, ranges = parameters(found, found.start()), distributions(found)
+        assert set(numbers) == set(ranges)
         for key, number in numbers.items():
-            assert distributions[key]._contains(distributions[key].to_internal_repr(number))
+            assert ranges[key]._contains(ranges[key].to_internal_repr(number))
 
     def test_given_values_and_chosen_options_are_where_it_begins(self, space):
         found = space(
@@ -95,8 +96,8 @@ class TestStart:
 
     def test_a_start_outside_the_search_range_widens_it(self, space):
         found = space("lr", values={"lr": 50.0})
-        assert found.numbers(found.start()) == {"lr": 50.0}
-        assert found.distributions()["lr"].high == 50.0
+        assert parameters(found, found.start()) == {"lr": 50.0}
+        assert distributions(found)["lr"].high == 50.0
         assert found.smooth["lr"].box()[1] == pytest.approx(math.log(50.0))
 
 
@@ -109,7 +110,7 @@ class TestNumbers:
         smooth = {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()}
         smooth["lr.knots"] = torch.tensor([lr, 1e-3], dtype=torch.float64)
         point = Point(smooth, {"nesterov": False, "width": 5, "activation": "gelu"})
-        back = found.suggest(trial(found, found.numbers(point)))
+        back = suggest(found, trial(found, parameters(found, point)))
         assert back.discrete == point.discrete
         assert set(back.smooth) == set(smooth)
         for name, value in smooth.items():
@@ -119,18 +120,22 @@ class TestNumbers:
     def test_a_vector_has_a_number_for_each_entry(self, space):
         found = space("lr", schedules={"lr": "piecewise:3"})
         point = Point({"lr.knots": torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)})
-        assert found.numbers(point) == {"lr.knots[0]": 0.1, "lr.knots[1]": 0.2, "lr.knots[2]": 0.3}
+        assert parameters(found, point) == {
+            "lr.knots[0]": 0.1,
+            "lr.knots[1]": 0.2,
+            "lr.knots[2]": 0.3,
+        }
 
     def test_a_matrix_keeps_its_shape(self, space):
         found = space("lr", granularity={"lr": "tensor"}, schedules={"lr": "piecewise:2"})
         knots = torch.linspace(0.1, 0.8, 8, dtype=torch.float64).reshape(2, 4)
-        back = found.suggest(trial(found, found.numbers(Point({"lr.knots": knots}))))
+        back = suggest(found, trial(found, parameters(found, Point({"lr.knots": knots}))))
         torch.testing.assert_close(back.smooth["lr.knots"], knots)
 
 
 class TestDistributions:
     def test_each_kind(self, space):
-        found = space(*EVERYTHING).distributions()
+        found = distributions(space(*EVERYTHING))
         d = optuna.distributions
         assert found["lr"] == d.FloatDistribution(1e-4, 10.0, log=True)
         assert found["dampening"] == d.FloatDistribution(0.0, 0.9)
@@ -163,7 +168,7 @@ class TestDistributions:
     def test_too_many_numbers_say_how_many_and_what_to_do(self, space):
         found = space("lr", schedules={"lr": "piecewise:1001"})
         with pytest.raises(ValueError, match="1001 numbers are too many") as told:
-            found.distributions()
+            distributions(found)
         assert "coarser granularity or fewer knots" in str(told.value)
 
 
@@ -174,10 +179,10 @@ class TestConditions:
         seen = set()
         for _ in range(20):
             asked = study.ask()
-            point = found.suggest(asked)
+            point = suggest(found, asked)
             nesterov = point.discrete["nesterov"]
             assert ("dampening" in asked.params) == (not nesterov)
-            assert ("dampening" in found.numbers(point)) == (not nesterov)
+            assert ("dampening" in parameters(found, point)) == (not nesterov)
             if nesterov:
                 assert point.smooth["dampening"] == 0
             seen.add(nesterov)
@@ -188,7 +193,7 @@ class TestConditions:
         found = space(
             "momentum", "dampening", options={"nesterov": nesterov}, values={"dampening": 0.0}
         )
-        assert ("dampening" in found.numbers(found.start())) == asked_for
+        assert ("dampening" in parameters(found, found.start())) == asked_for
 
     def test_every_drawn_point_makes_an_optimizer(self, space):
         from hyperdescent.inner.torch_form.optimizer import torch_form

@@ -15,7 +15,7 @@ from hyperdescent.inner.core.hyper import positive
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.meta_optimizer import MetaOptimizer
 from hyperdescent.meta.reverse.replay import Replay
-from hyperdescent.meta.training.estimate import Estimate
+from hyperdescent.meta.training.estimate import Estimate, Estimator
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.search import tune as module
 from hyperdescent.search.folder_lock import sole_writer
@@ -55,15 +55,16 @@ def giving_up_after(count):
     """A meta-optimizer whose estimates fail after this many."""
     made = []
 
-    def estimator(training, point, carry=None, *, seed):
-        if training.steps < SHORT["steps"]:  # The probe's.
+    class Failing(Estimator):
+        def __call__(self, training, point, carry=None, *, seed):
+            if training.steps < SHORT["steps"]:  # The probe's.
+                return Replay()(training, point, seed=seed)
+            made.append(seed)
+            if len(made) > count:
+                return Estimate.diverged(0, "the test says so"), None
             return Replay()(training, point, seed=seed)
-        made.append(seed)
-        if len(made) > count:
-            return Estimate.diverged(0, "the test says so"), None
-        return Replay()(training, point, seed=seed)
 
-    return MetaOptimizer(estimator, patience=1)
+    return MetaOptimizer(Failing(), patience=1)
 
 
 def error_rate(output, target):
@@ -484,11 +485,12 @@ class TestInterrupt:
 class TestConfirm:
     @pytest.mark.usefixtures("ticking")
     def test_a_gradient_that_was_no_guide_loses_to_where_it_began(self, make_problem):
-        def uphill(training, point, carry=None, *, seed):
-            estimate, carry = Replay()(training, point, seed=seed)
-            return replace(estimate, grad={n: -g for n, g in estimate.grad.items()}), carry
+        class Uphill(Estimator):
+            def __call__(self, training, point, carry=None, *, seed):
+                estimate, carry = Replay()(training, point, seed=seed)
+                return replace(estimate, grad={n: -g for n, g in estimate.grad.items()}), carry
 
-        meta = MetaOptimizer(uphill, drift=math.inf, jump=math.inf)
+        meta = MetaOptimizer(Uphill(), drift=math.inf, jump=math.inf)
         result = run(make_problem(), meta=meta, steps=10, budget="4s")
         means = defaultdict(list)
         for row in result.history:

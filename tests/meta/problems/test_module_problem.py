@@ -16,7 +16,7 @@ from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.problems.problem import Problem, loss_at
 from hyperdescent.meta.problems.seeding import fold_in
 from hyperdescent.meta.reverse.replay import Replay
-from hyperdescent.meta.training.loop import run_training
+from hyperdescent.meta.training.loop import held_out_curve, run_training
 from hyperdescent.meta.training.outcome import Outcome
 from hyperdescent.meta.training.training import Training
 
@@ -366,7 +366,7 @@ class TestAccumulation:
         made = build(Spy, batch_size=10, accumulate=5)
         with torch.no_grad():
             loss_at(made, *made.start(0), {}, 0, 0)
-        assert made._model.seen == [(2, torch.float32)] * 5
+        assert made._model.module.seen == [(2, torch.float32)] * 5
 
     def test_every_part_draws_its_own_mask(self):
         def seen(output, target):
@@ -440,11 +440,11 @@ class TestPrecision:
         made = build(Spy, loss_fn, autocast=torch.bfloat16)
         run = Training(made, find_rule("adamw"), 2)
         state = run_training(run, run.resolve({}), 0).state
-        assert made._model.seen == [(5, torch.bfloat16)] * 2
+        assert made._model.module.seen == [(5, torch.bfloat16)] * 2
         assert types == [(torch.float32, torch.bfloat16)] * 2
         assert all(x.dtype == torch.float32 for x in (state.p, *state.slots.values()))
         assert made.outer_loss(*made.start(0), {}).dtype == torch.float32
-        assert made._model.seen[2:] == [(20, torch.bfloat16)]
+        assert made._model.module.seen[2:] == [(20, torch.bfloat16)]
         assert not torch.is_autocast_enabled("cpu")
 
     def test_metrics_see_numbers_that_are_not_low(self):
@@ -485,7 +485,7 @@ class TestDivergence:
 
         run = Training(build(make, far), find_rule("sgd"), 20, values={"lr": 1e30})
         assert run_training(run, run.resolve({}), 0).outcome is Outcome.DIVERGED
-        assert run.curve(run.start(["lr"]), 0)
+        assert held_out_curve(run, run.start(["lr"]), 0)
         estimate, _ = Replay()(run, run.start(["lr"]), seed=0)
         assert estimate.note.outcome is Outcome.DIVERGED
 

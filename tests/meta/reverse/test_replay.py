@@ -21,7 +21,8 @@ from torch import nn
 from hyperdescent.inner.core.hyper import fraction, positive
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import SCHEDULES, find_schedule
-from hyperdescent.meta.problems.module_problem import _draw, problem_from_module
+from hyperdescent.meta.problems.data import example_indices
+from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.problems.problem import loss_at
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.training.finite_differences import directional_difference, held_out_loss
@@ -351,7 +352,7 @@ class TestKernels:
         inside = []
         made = problem(Attention)
         hook = lambda *_: inside.append(flags.flash_sdp_enabled())  # noqa: E731  # one use
-        made._model.register_forward_pre_hook(hook)
+        made._model.module.register_forward_pre_hook(hook)
         loss_at(made, *made.start(0), {}, 0, 0)
         assert inside == [False]
         assert (flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled()) == before
@@ -509,7 +510,9 @@ class TestDatasets:
             batch_size=10,
         )
         seen = []
-        made._model.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 0]))
+        made._model.module.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][:, 0])
+        )
         params, buffers = made.start(0)
         for step in range(8):
             loss_at(made, params, buffers, {}, step, 0)
@@ -603,7 +606,7 @@ def plain_loop(make, optimizer, seed):
     opt = optimizer(model.parameters())
     inputs, target = examples(40, *SHAPES[make.__name__])
     for step in range(STEPS):
-        index = _draw(40, 10, step, seed)
+        index = example_indices(40, 10, step, seed)
         opt.zero_grad()
         F.cross_entropy(model(inputs[index]), target[index]).backward()
         opt.step()
