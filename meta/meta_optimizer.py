@@ -58,24 +58,33 @@ class Descent:
 class MetaOptimizer:
     """Descends the held-out loss in unconstrained coordinates (logarithms, logits).
 
-    rule: any rule of the catalogue, by default Adam. It is given d log(loss) / d coordinate, the
-    share by which the loss changes, over the root mean square of its largest entry so far, so that
-    no units matter. rate: the rule's learning rate at the start, so 0.2 is at most about 20 % of a
-    learning rate per step; it falls to 0 with the budget along half a cosine. eps: the share of
-    the largest entry below which a coordinate is left to rest; without it Adam would march the
-    ones that do not matter as fast as the ones that do. bound: the most that a coordinate moves
-    along the gradient in one step.
-
     Every metagradient has a training seed of its own, so that the expected loss is descended and
-    not one seed's. An estimate is not trusted if training diverged, if the adjoint grew more than
-    blow_up on its way back (chaos, not a direction: Metz et al. 2021, arXiv:2111.05803), or if the
-    loss jumped by more than `jump` of the recent median and far out of its spread. Such a step is
-    taken back half the way to the anchor and the next are cut to `cut` of their length; `patience`
-    failures in a row, or one before anything was trusted where no refuge was given, end the
-    descent. Losses under different seeds are too noisy to accept or refuse a single step by, but
-    where their recent median has risen by more than `drift` over its lowest, the descent goes back
+    not one seed's. An estimate is not trusted if training diverged, if the adjoint grew too much on
+    its way back (chaos, not a direction: Metz et al. 2021, arXiv:2111.05803), or if the loss
+    jumped. Such a step is taken back half the way to the anchor, a running average of trusted
+    points, and the next are cut. Losses under different seeds are too noisy to accept or refuse a
+    single step by, but where their recent median has risen over its lowest, the descent goes back
     to where that was, with a cut step: the gradient of runs that go well does not see the ones that
     are about to diverge.
+
+    Args:
+        estimator: what makes the metagradients.
+        rule: any rule of the catalogue. It is given d log(loss) / d coordinate, the share by which
+            the loss changes, over the root mean square of its largest entry so far, so that no
+            units matter.
+        rate: the rule's learning rate at the start, so 0.2 is at most about 20 % of a learning rate
+            per step; it falls to 0 with the budget along half a cosine.
+        eps: the share of the largest entry below which a coordinate is left to rest; without it
+            Adam would march the ones that do not matter as fast as the ones that do.
+        beta1, beta2: the rule's, where it has them.
+        bound: the most that a coordinate moves along the gradient in one step.
+        blow_up: the growth of the adjoint from which on an estimate is not trusted.
+        jump: by how much of the recent median a loss must jump, and far out of its spread, for the
+            same.
+        drift: by how much of itself the recent median may be over its lowest.
+        cut: what a failure leaves of the length of the next steps.
+        patience: failures in a row that end the descent; one does before anything was trusted where
+            no refuge was given.
     """
 
     estimator: Estimator = field(default_factory=Replay)

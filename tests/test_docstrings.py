@@ -35,7 +35,7 @@ def listed(of):
     section = re.split(r"\n(?=\S)", section)[0]
     return [
         name
-        for names in re.findall(r"^ {4}([\w*, ]+):", section, re.M)
+        for names in re.findall(r"^ {4}([\w*][\w*, ]*):", section, re.M)
         for name in re.split(r",\s*", names.replace("*", ""))
     ]
 

@@ -38,11 +38,17 @@ class BAMM(GoingOn):
     """The gradient of F - <d psi / dy, v> in the hypers, psi = mu F + (1 - mu) f, f the training
     loss and F the held-out one, where v is on its way to the solution of psi's Hessian v = dF/dy.
 
-    Every step of the training is one of v, of length `rate` * (steps + 1) ** -tau/2, and one of the
-    weights on psi by its rule. mu falls as mu0 (steps + 1) ** -1/p: slowly, and with it the bias,
-    which is that of F's say in where the weights go. A weight decay of the rule is not seen by v:
-    put it into the training loss. Calls go on from the last one; with steps=1 it is the paper's
-    algorithm, for which its outer steps must shrink as (steps + 1) ** -1.5 tau mu^3.
+    Every step of the training is one of v and one of the weights on psi by its rule. mu falls
+    slowly, and with it the bias, which is that of F's say in where the weights go. A weight decay
+    of the rule is not seen by v: put it into the training loss. Calls go on from the last one; with
+    steps=1 it is the paper's algorithm, for which its outer steps must shrink as (steps + 1) **
+    -1.5 tau mu^3.
+
+    Args:
+        mu0: mu is mu0 (steps + 1) ** -1/p; between 0 and 1.
+        p: the larger, the slower mu falls.
+        rate: a step of v is rate * (steps + 1) ** -tau/2 long.
+        tau: how fast steps of v become shorter; at least 0.
     """
 
     mu0: float = 0.9

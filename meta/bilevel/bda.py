@@ -58,9 +58,15 @@ class BDA(Estimator):
 
     Where f has many minimisers, plain training ends in one that F had no say in, and neither its
     metagradient nor implicit differentiation leads to the best of them; this does, and is biased
-    where f has one. A decay below 1 lets f have the last word, but takes away the effect if it is
-    fast. What is differentiated is not what `train` will do: train the result in the same way. F is
-    read at every step, and its second derivative on the way back.
+    where f has one. What is differentiated is not what `train` will do: train the result in the
+    same way. F is read at every step, and its second derivative on the way back.
+
+    Args:
+        weight: F's share at the first step, between 0 and 1.
+        decay: of the share per step; below 1, f has the last word, but the effect goes if it is
+            fast.
+        scale: a factor of F, such as where it is the sum of more examples than f.
+        replay: how the training is differentiated.
     """
 
     weight: float = 0.5

@@ -41,10 +41,16 @@ class MEHA(Estimator):
 
     For training losses that are no more than weakly convex, many minimisers included. Every step of
     the training is a step of y on F / c + f - v and one of theta, both by its rule and learning
-    rate; theta's is `speed` times as long, for theta must be faster than y or both diverge. c grows
-    as c0 (steps + 1) ** power, the paper's way (its published code multiplies where it should
-    divide). A fixed c leaves a bias of the order of 1 / c. Calls go on from the last one; with
-    steps=1 it is the paper's algorithm.
+    rate. c grows as c0 (steps + 1) ** power, the paper's way (its published code multiplies where
+    it should divide). Calls go on from the last one; with steps=1 it is the paper's algorithm.
+
+    Args:
+        gamma: of the envelope; the larger, the farther theta may be from y.
+        c0: the penalty c at the start.
+        power: of its growth, at least 0 and below 1/2; a fixed c leaves a bias of the order of 1 /
+            c.
+        speed: theta's steps are so many times as long as y's, for it must be faster or both
+            diverge.
     """
 
     gamma: float = 1.0

@@ -38,15 +38,19 @@ class Penalty(Estimator):
     """The gradient of F(x, y) + penalty (f(x, y) - f(x, z)) in the hypers x, where y is trained on
     F + penalty f, z on f, f is the training loss and F the held-out one.
 
-    For f with one minimiser it tends to the implicit hypergradient with an error of the order of
-    1 / penalty; symmetric=True trains z on penalty f - F, for an error of the order of its square,
-    where that still has a minimum. No second derivative, two trainings. Differences of nearly equal
-    numbers are multiplied by the penalty: in float32 do not go beyond a thousand.
+    For f with one minimiser it tends to the implicit hypergradient with an error of the order of 1
+    / penalty. No second derivative, two trainings. Differences of nearly equal numbers are
+    multiplied by the penalty: in float32 do not go beyond a thousand. Starting at 0 with a slow
+    growth to a limit, and warm, this is V-PBGD.
 
-    The penalty is `penalty` at the first call and grows by `growth` at each, up to `limit`; with
-    warm_start trainings go on from the last call, a few steps at a time. batches: of the training
-    loss, the same for y and z, that the difference is over. Starting at 0 with a slow growth to a
-    limit this is V-PBGD.
+    Args:
+        penalty: at the first call.
+        growth: added to it at each call.
+        limit: up to which it grows.
+        symmetric: train z on penalty f - F, for an error of the order of 1 / penalty^2, where that
+            still has a minimum.
+        batches: of the training loss, the same for y and z, that the difference is over.
+        warm_start: trainings go on from the last call, a few steps at a time.
     """
 
     penalty: float = 10.0

@@ -31,10 +31,13 @@ class SAMA(GoingOn):
     """The gradient of the held-out loss with the inverse Hessian taken for what the rule itself
     makes of a gradient, and the mixed derivative for a difference.
 
-    With v = (d step / d gradient)' dF/dw it is dF/dhypers - (df/dhypers at w + h v, minus that at
-    w - h v) / 2h, where h |v| = radius. Two more gradients and no second derivative, whatever the
-    model; no size and no sign of it is sure. warm_start: go on from where the last call ended. Only
-    hypers of the training loss; others raise ValueError.
+    With v = (d step / d gradient)' dF/dw it is dF/dhypers - (df/dhypers at w + h v, minus that at w
+    - h v) / 2h. Two more gradients and no second derivative, whatever the model; no size and no
+    sign of it is sure. Only hypers of the training loss; others raise ValueError.
+
+    Args:
+        radius: h |v|, the length of the difference in the weights.
+        warm_start: go on from where the last call ended.
     """
 
     radius: float = 0.01

@@ -62,12 +62,15 @@ class ForwardState(NamedTuple):
 class Forward(GoingOn):
     """Exact in every hyperparameter, one column of tangents per learned number.
 
-    compile: as for Replay. every: the real-time variant: a call goes on from where the last one
-    ended for so many steps, with hypers and tangents as they are by then, until training.steps are
-    done and a new run begins. Its gradient is that of a run whose hypers had been these all along.
-    discount: below 1, what earlier steps did counts so much less with every step (MARTHE, Donini et
-    al. 2020, arXiv:1910.08525): less stale and less noisy, but blind to what acts late; at 0 only
-    the last step counts.
+    Args:
+        compile: as for Replay.
+        expect: as for Replay.
+        every: the real-time variant: a call goes on from where the last one ended for so many
+            steps, with hypers and tangents as they are by then, until training.steps are done and a
+            new run begins. Its gradient is that of a run whose hypers had been these all along.
+        discount: below 1, what earlier steps did counts so much less with every step (MARTHE,
+            Donini et al. 2020, arXiv:1910.08525): less stale and less noisy, but blind to what acts
+            late; at 0 only the last step counts.
     """
 
     compile: bool | Literal["auto"] = "auto"

@@ -37,10 +37,15 @@ class FixedPoint(GoingOn):
 
     The step is the rule's own, slots and moving buffers included, so that decoupled weight decay
     counts as it does in training; other hypers of the rule, of which hardly one moves its fixed
-    point, raise ValueError. terms: of the series for x; what they leave is note.residual, and more
-    than `tolerance` is NOISY. It falls as the step's contraction to the power of terms + 1: a map
-    that does not contract, as Adam's with a small eps near an exact optimum, has no such series.
-    note.gap, warm_start: as for Implicit. Every term costs one pass back through a step.
+    point, raise ValueError. What the series leaves, note.residual, falls as the step's contraction
+    to the power of terms + 1: a map that does not contract, as Adam's with a small eps near an
+    exact optimum, has no such series. note.gap: as for Implicit. Every term costs one pass back
+    through a step.
+
+    Args:
+        terms: of the series.
+        tolerance: a larger residual is NOISY, not used.
+        warm_start: as for Implicit.
     """
 
     terms: int = 20

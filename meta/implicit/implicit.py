@@ -56,20 +56,23 @@ class Implicit(GoingOn):
     answer is that of the optimum and not of `training.steps` steps: its error is of the order of
     note.inner_gradient, the gradient's norm where 0 is assumed; note.gap is what reaching the
     optimum would change in the held-out loss, to first order, and a warning says so where that is
-    much. Memory does not grow with steps.
+    much. Memory does not grow with steps. Buffers are constants here: the path through batch norm's
+    running statistics is left out. So is a weight decay of the rule, which is not in the training
+    loss: FixedPoint goes through it.
 
-    curvature: "gauss-newton" for the Hessian without the model's own curvature, which is positive
-    where the Hessian may not be; the limit of training has the Hessian's. batches: the curvature is
-    that of the mean loss over so many batches, those that training would draw next. tolerance: a
-    larger residual of the solve is NOISY, not used; inf takes any. warm_start: go on from where the
-    last call ended, its optimizer state included, so that few steps follow small moves.
-    Buffers are constants here: the path through batch norm's running statistics is left out. So is
-    a weight decay of the rule, which is not in the training loss: FixedPoint goes through it.
-
-    compile: True runs products with the Hessian as generated code and "trace" as traced operations,
-    both with what all products share computed once; "auto" traces once autograd's products on this
-    problem have taken as long as that takes to pay. What cannot be traced, or first disagrees with
-    autograd, is done by autograd, and note.how says so.
+    Args:
+        solve: the linear solver, one of `hyperdescent.solvers`.
+        batches: the curvature is that of the mean loss over so many batches, those that training
+            would draw next.
+        warm_start: go on from where the last call ended, its optimizer state included, so that few
+            steps follow small moves.
+        tolerance: a larger residual of the solve is NOISY, not used; inf takes any.
+        curvature: "hessian", or "gauss-newton" for the Hessian without the model's own curvature,
+            which is positive where the Hessian may not be; the limit of training has the Hessian's.
+        compile: True runs products with the Hessian as generated code and "trace" as traced
+            operations, both with what all products share computed once; "auto" traces once
+            autograd's products on this problem have taken as long as that takes to pay. What cannot
+            be traced, or first disagrees with autograd, is done by autograd, and note.how says so.
     """
 
     solve: Solve = field(default_factory=conjugate_gradient)

@@ -53,22 +53,25 @@ from .steps import Eager, Steps
 class Replay(Estimator):
     """Exact in every hyperparameter of rule, schedule and loss, for any number of them.
 
-    memory: for graphs and states, such as "2GiB" or bytes; by default a quarter of what is free,
-    on a CPU at most 2 GiB, and for states a quarter of what is free where the store is. graphs:
-    "keep" that of every step, "recompute" all on the way back, "auto" keeps what fits. checkpoints:
-    the states to recompute from: "all", "every:K", "revolve:S", "online:S" or the number S; "auto"
-    as many as fit, all or by revolve. store: where they are kept, "device", "cpu", "disk" or a
-    folder. All of these give the same bits; compiled, kept and recomputed graphs differ by
+    What is kept changes no bit of the gradient; compiled, kept and recomputed graphs differ by
     rounding.
 
-    compile: True and "auto" run generated code, "auto" where that pays for the time to make it;
-    "trace" runs the traced operations as they are, on small models in half of autograd's time, for
-    a few seconds to make; "auto" does so where compiling would not pay and 1000 steps are ahead. A
-    step that cannot be compiled, or whose first results differ from autograd's, is done by
-    autograd, and note.how says so. expect: seconds of metagradients still to come, if known.
-
-    window: differentiate the last so many steps only, the earlier ones as constants. clip: the
-    largest norm that the weights' adjoint may have; both bias the gradient and are off by default.
+    Args:
+        memory: for graphs and states, such as "2GiB" or bytes; by default a quarter of what is
+            free, on a CPU at most 2 GiB, and for states a quarter of what is free where the store
+            is.
+        graphs: "keep" that of every step, "recompute" all on the way back, "auto" keeps what fits.
+        checkpoints: the states to recompute from: "all", "every:K", "revolve:S", "online:S" or the
+            number S; "auto" as many as fit, all or by revolve.
+        store: where they are kept, "device", "cpu", "disk" or a folder.
+        compile: True and "auto" run generated code, "auto" where that pays for the time to make it;
+            "trace" runs the traced operations as they are, on small models in half of autograd's
+            time, for a few seconds to make; "auto" does so where compiling would not pay and 1000
+            steps are ahead. A step that cannot be compiled, or whose first results differ from
+            autograd's, is done by autograd, and note.how says so.
+        expect: seconds of metagradients still to come, if known.
+        window: differentiate the last so many steps only, the earlier ones as constants; biased.
+        clip: the largest norm that the weights' adjoint may have; biased.
     """
 
     memory: str | float | None = None

@@ -29,7 +29,13 @@ class Guess:
     """The gradient c at z with the least sum of weight (slope - <c, direction>)^2 + ridge |c|^2.
 
     The weight of a slope falls with its distance from z as exp(-(distance / length)^2 / 2), in
-    unconstrained coordinates. nearest: as many enter. kept: so many are remembered, the latest.
+    unconstrained coordinates.
+
+    Args:
+        nearest: as many slopes enter.
+        length: the distance at which a slope counts 0.6.
+        ridge: the weight of the guess's own size.
+        kept: so many slopes are remembered, the latest.
     """
 
     nearest: int = 64

@@ -36,18 +36,23 @@ _BETA = 2.0
 class ES(Estimator):
     """The gradient of the held-out loss after training, smoothed by normal noise on the hypers.
 
-    pairs: of trainings at plus and minus the same noise, all under the same seed, and one without
-    noise, whose loss is returned. sigma: the noise's standard deviation in unconstrained
-    coordinates, so relative for hypers on a log scale; the gradient is that of the loss averaged
-    over it, too small where noise had to be cut to keep a hyper on a linear scale legal.
-    note.stderr: the standard error of every number, from the spread between pairs. A pair that
-    diverged is left out.
+    It is too small where noise had to be cut to keep a hyper on a linear scale legal. note.stderr:
+    the standard error of every number, from the spread between pairs. A pair that diverged is left
+    out.
 
-    guess: what earlier calls tell of the gradient, as a control variate: of what noise does to the
-    loss only the part that was not expected is left to average. Slopes go on in the carry.
-    guide: a cheap estimator; a `share` of the noise's variance is then isotropic, the rest along
-    its gradient. What comes out is no longer the gradient but a mixture with the part along the
-    guide, with less noise where the guide knows something.
+    Args:
+        pairs: of trainings at plus and minus the same noise, all under the same seed, and one
+            without noise, whose loss is returned.
+        sigma: the noise's standard deviation in unconstrained coordinates, so relative for hypers
+            on a log scale; the gradient is that of the loss averaged over it.
+        guess: what earlier calls tell of the gradient, as a control variate: of what noise does to
+            the loss only the part that was not expected is left to average. Slopes go on in the
+            carry.
+        guide: a cheap estimator along whose gradient a part of the noise is. What comes out is no
+            longer the gradient but a mixture with the part along the guide, with less noise where
+            the guide knows something.
+        share: of the noise's variance that is isotropic where there is a guide.
+        compile: do all trainings at once, by generated code.
     """
 
     pairs: int = 8
@@ -117,16 +122,23 @@ class PESState(NamedTuple):
 class PES(Estimator):
     """The gradient of the smoothed held-out loss from a window of training at a time.
 
-    Each call does `window` steps of the same trainings, from the states that the last one left, and
+    Each call does a window of the same trainings, from the states that the last one left, and
     begins new ones when training.steps are done: the mean over a training's windows is unbiased,
-    though no call sees more than one. kind: "pes" draws new noise in every window and remembers the
-    sum; "single" (ES-Single) draws once per training, for a variance that does not grow with the
-    number of windows; "truncated" starts every window from the training without noise and forgets
-    what was before, which is biased, even in sign, and there to be compared with. objective: the
-    "final" loss after training, as a sum of what each window adds to it, or the "mean" of the
-    losses at the ends of the windows. Hypers that moved between the calls leave trainings behind
+    though no call sees more than one. Hypers that moved between the calls leave trainings behind
     that began under older ones. The loss returned is what the last whole training ended with, once
-    there is one: those on the way are not to be compared. pairs, sigma, note.stderr: as for ES.
+    there is one: those on the way are not to be compared. note.stderr: as for ES.
+
+    Args:
+        window: steps of a call.
+        pairs: as for ES.
+        sigma: as for ES.
+        kind: "pes" draws new noise in every window and remembers the sum; "single" (ES-Single)
+            draws once per training, for a variance that does not grow with the number of windows;
+            "truncated" starts every window from the training without noise and forgets what was
+            before, which is biased, even in sign, and there to be compared with.
+        objective: the "final" loss after training, as a sum of what each window adds to it, or the
+            "mean" of the losses at the ends of the windows.
+        compile: as for ES.
     """
 
     window: int = 10

@@ -27,9 +27,14 @@ class ForwardGradient(Estimator):
     For more numbers than Forward can carry, at memory that does not depend on the number of steps.
     The directions are orthogonal in unconstrained coordinates; without a guess the squared error of
     the mean is n / directions - 1 times the squared norm of the gradient of n numbers, and with one
-    as many times that of gradient minus guess, unbiased whatever the guess is. It is made from the
-    slopes of earlier calls, which the carry holds: None as guess is a call by itself. note.stderr:
-    from the spread between directions.
+    as many times that of gradient minus guess, unbiased whatever the guess is. note.stderr: from
+    the spread between directions.
+
+    Args:
+        directions: per call.
+        guess: of the gradient, made from the slopes of earlier calls, which the carry holds; None
+            is a call by itself.
+        compile: as for Forward.
     """
 
     directions: int = 4

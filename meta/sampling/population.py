@@ -36,8 +36,13 @@ from ..training.training import Training
 class Population(Estimator):
     """The mean metagradient of one point over several training seeds, all trained at once.
 
-    memory, compile: as for Replay, but compile=False runs the traced step as it is. Trainings whose
-    step cannot be traced are done one after the other. note.adjoint: the largest of theirs.
+    Trainings whose step cannot be traced are done one after the other. note.adjoint: the largest of
+    theirs.
+
+    Args:
+        seeds: of training.
+        memory: as for Replay.
+        compile: generated code; False runs the traced step as it is.
     """
 
     seeds: int = 4

@@ -18,15 +18,20 @@ from .training import Training
 class Note:
     """What else an estimator learned on the way.
 
-    steps: inner steps trained. adjoint: norm of d loss / d parameters before each step, shape
-    (steps + 1,), for methods that have one; the last is in the weights to use. residual: relative
-    residual of a linear solve. inner_gradient: norm of the training loss's gradient where an
-    implicit method assumes 0. gap: what the held-out loss would change by if training went on to
-    the end, to first order.
-    stderr: standard error of every number of the gradient, where it was sampled.
-    graphs: steps whose graph was kept, so that they were not done again on the way back. states:
-    the most that were kept at once. recomputed: steps done again to reach those that were not.
-    how: in words, what was kept and whether steps were compiled.
+    Args:
+        outcome: how it ended.
+        reason: why, where it did not end well.
+        steps: inner steps trained.
+        adjoint: norm of d loss / d parameters before each step, shape (steps + 1,), for methods
+            that have one; the last is in the weights to use.
+        residual: relative residual of a linear solve.
+        inner_gradient: norm of the training loss's gradient where an implicit method assumes 0.
+        gap: what the held-out loss would change by if training went on to the end, to first order.
+        stderr: standard error of every number of the gradient, where it was sampled.
+        graphs: steps whose graph was kept, so that they were not done again on the way back.
+        states: the most that were kept at once.
+        recomputed: steps done again to reach those that were not.
+        how: in words, what was kept and whether steps were compiled.
     """
 
     outcome: Outcome = Outcome.OK
@@ -56,8 +61,13 @@ class Note:
 
 @dataclass(frozen=True)
 class Estimate:
-    """loss: the held-out loss. grad: its derivative by full hyper name, in the values
-    themselves (not in unconstrained coordinates); empty if the outcome is not OK.
+    """One hypergradient.
+
+    Args:
+        loss: the held-out loss.
+        grad: its derivative by full hyper name, in the values themselves (not in unconstrained
+            coordinates); empty if the outcome is not OK.
+        note: what else was learned on the way.
     """
 
     loss: float
