@@ -44,7 +44,7 @@ _DENSE = 4096
 
 
 def conjugate_gradient(
-    steps: int = 20, tol: float = 1e-10, damping: float = 0.0, *, check: bool = True
+    steps: int = 20, tolerance: float = 1e-10, damping: float = 0.0, *, check: bool = True
 ) -> Solve:
     """A solver of A x = b for symmetric positive definite A.
 
@@ -54,25 +54,27 @@ def conjugate_gradient(
 
     Args:
         steps: products with A at most.
-        tol: it stops where |b - A x| falls to tol |b|.
+        tolerance: it stops where |b - A x| falls to tolerance |b|.
         damping: solves (A + damping I) x = b instead; what that costs is in the residual, which is
             always A's.
         check: False saves the product that the residual takes: it is then the one that the
             iteration carries along, which may be smaller where products are rounded.
     """
     _check_steps(steps)
-    if tol < 0 or damping < 0:
-        raise ValueError(f"tol={tol:g} and damping={damping:g} must not be negative")
-    return partial(_conjugate_gradient, steps=steps, tol=tol, damping=damping, check=check)
+    if tolerance < 0 or damping < 0:
+        raise ValueError(f"tolerance={tolerance:g} and damping={damping:g} must not be negative")
+    return partial(
+        _conjugate_gradient, steps=steps, tolerance=tolerance, damping=damping, check=check
+    )
 
 
 def _conjugate_gradient(
-    matvec: Matvec, b: Tensor, *, steps: int, tol: float, damping: float, check: bool
+    matvec: Matvec, b: Tensor, *, steps: int, tolerance: float, damping: float, check: bool
 ) -> Solved:
     # In place, because a large vector that is made anew costs more than what is done with it.
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     rr = r @ r
-    enough = tol**2 * rr
+    enough = tolerance**2 * rr
     done = 0
     while done < steps and not bool(rr <= enough):
         product = matvec(p)
@@ -97,7 +99,7 @@ def _conjugate_gradient(
     return Solved(x, left / size if size else 0.0, done)
 
 
-def normal_conjugate_gradient(steps: int = 20, tol: float = 1e-10) -> Solve:
+def normal_conjugate_gradient(steps: int = 20, tolerance: float = 1e-10) -> Solve:
     """A solver of A x = b for any A that can be inverted, by conjugate gradients on A'A x = A'b.
 
     It needs no positive curvature, for which it pays twice: two products with A a step, and a rate
@@ -107,22 +109,22 @@ def normal_conjugate_gradient(steps: int = 20, tol: float = 1e-10) -> Solve:
 
     Args:
         steps: of the iteration at most.
-        tol: it stops where |A'(b - A x)| falls to tol |A'b|.
+        tolerance: it stops where |A'(b - A x)| falls to tolerance |A'b|.
     """
     _check_steps(steps)
-    if tol < 0:
-        raise ValueError(f"tol={tol:g} must not be negative")
-    return partial(_normal_conjugate_gradient, steps=steps, tol=tol)
+    if tolerance < 0:
+        raise ValueError(f"tolerance={tolerance:g} must not be negative")
+    return partial(_normal_conjugate_gradient, steps=steps, tolerance=tolerance)
 
 
 def _normal_conjugate_gradient(
-    matvec: Matvec, b: Tensor, *, steps: int, tol: float, transposed: Matvec | None = None
+    matvec: Matvec, b: Tensor, *, steps: int, tolerance: float, transposed: Matvec | None = None
 ) -> Solved:
     back = transposed or matvec
     x, r = torch.zeros_like(b), b
     p = s = back(r)
     ss = s @ s
-    enough = tol**2 * ss
+    enough = tolerance**2 * ss
     done = 1
     for _ in range(steps):
         if bool(ss <= enough):

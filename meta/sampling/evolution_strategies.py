@@ -129,7 +129,7 @@ class PES(Estimator):
     there is one: those on the way are not to be compared. note.stderr: as for ES.
 
     Args:
-        window: steps of a call.
+        every: steps of a call, the window.
         pairs: as for ES.
         sigma: as for ES.
         kind: "pes" draws new noise in every window and remembers the sum; "single" (ES-Single)
@@ -141,7 +141,7 @@ class PES(Estimator):
         compile: as for ES.
     """
 
-    window: int = 10
+    every: int = 10
     pairs: int = 8
     sigma: float = 0.1
     kind: Literal["pes", "single", "truncated"] = "pes"
@@ -150,8 +150,8 @@ class PES(Estimator):
 
     def __post_init__(self) -> None:
         _check(self.pairs, self.sigma)
-        if self.window < 1:
-            raise ValueError(f"window={self.window} does no step; give at least 1")
+        if self.every < 1:
+            raise ValueError(f"every={self.every} does no step; give at least 1")
         if self.kind not in ("pes", "single", "truncated"):
             raise ValueError(f"kind={self.kind!r} is none of 'pes', 'single' and 'truncated'")
         if self.objective not in ("final", "mean"):
@@ -167,7 +167,7 @@ class PES(Estimator):
             none = torch.zeros(self.pairs, len(space.z))
             carry = PESState(None, none, [], 0, seed, begun, ended)
         seed, first = carry.seed, carry.step
-        last = min(first + self.window, training.steps)
+        last = min(first + self.every, training.steps)
         fresh = self.kind != "single" or first == 0
         draw = space.noise(self.pairs, fold_in(seed, carry.calls, 8), self.sigma)
         noise = draw if fresh else carry.summed
@@ -190,7 +190,7 @@ class PES(Estimator):
         if self.objective == "final":
             losses = [x - y for x, y in zip(losses, before[1:], strict=True)]
         slopes = _slopes(losses, summed, self.sigma)
-        windows = math.ceil(training.steps / self.window)
+        windows = math.ceil(training.steps / self.every)
         if self.objective == "final":
             slopes = slopes * windows
         how = f"{self.kind}, steps {first} to {last}, {how}"

@@ -238,7 +238,7 @@ def ours(
     """This project's hypergradient where training ended, without the training."""
     count = optimum.products
     solve: Solve = (
-        conjugate_gradient(count, tol=0.0, check=False)
+        conjugate_gradient(count, tolerance=0.0, check=False)
         if solver == "CG"
         else neumann(optimum.step_size, count, check=False)
     )

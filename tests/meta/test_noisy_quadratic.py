@@ -88,7 +88,7 @@ def test_rates_and_what_one_step_sees_of_them():
 def test_persistent_evolution_sees_it_too():
     run, (rates, _) = noisy(20), greedy(20)
     whole, _ = Replay()(run, {"rate.steps": rates}, seed=0)
-    method, carry, found = PES(window=5, pairs=100, sigma=0.05), None, []
+    method, carry, found = PES(every=5, pairs=100, sigma=0.05), None, []
     for _ in range(4):
         estimate, carry = method(run, {"rate.steps": rates}, carry, seed=1)
         found.append(estimate.grad["rate.steps"])

@@ -21,7 +21,7 @@ from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.training import Training
 
 DOUBLE = torch.float64
-SOLVE = conjugate_gradient(steps=6, tol=0.0, damping=3.0)
+SOLVE = conjugate_gradient(steps=6, tolerance=0.0, damping=3.0)
 L2 = positive(0.5, search=(1e-3, 10.0))
 
 

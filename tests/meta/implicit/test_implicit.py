@@ -27,7 +27,7 @@ from hyperdescent.meta.training.training import Training
 from hyperdescent.studies.library.data_cleaning import cleaning_problem
 
 DOUBLE = torch.float64
-TIGHT = conjugate_gradient(steps=60, tol=1e-14)
+TIGHT = conjugate_gradient(steps=60, tolerance=1e-14)
 L2 = positive(0.1, search=(1e-6, 10.0))
 
 
@@ -87,7 +87,7 @@ class TestRidge:
         _, slope = ridge_closed_form(0.1)
         errors = []
         for steps in (4, 6):
-            solve = conjugate_gradient(steps=steps, tol=0.0)
+            solve = conjugate_gradient(steps=steps, tolerance=0.0)
             estimate, _ = Implicit(solve=solve)(ridge(), point, seed=0)
             errors.append(abs(float(estimate.grad["l2"]) / slope - 1))
         assert errors[1] < 1e-9 < errors[0]

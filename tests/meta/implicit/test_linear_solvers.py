@@ -44,10 +44,10 @@ class TestConjugateGradient:
     def test_exact_after_as_many_steps_as_unknowns(self):
         # At condition 10: rounding costs the exactness at 100 (4e-10).
         a, b = system(10, size=12)
-        solved = solve(conjugate_gradient(steps=12, tol=0.0), a, b)
+        solved = solve(conjugate_gradient(steps=12, tolerance=0.0), a, b)
         assert solved.steps == 12
         assert error(solved, a, b) < 1e-14
-        assert error(solve(conjugate_gradient(steps=11, tol=0.0), a, b), a, b) > 1e-5
+        assert error(solve(conjugate_gradient(steps=11, tolerance=0.0), a, b), a, b) > 1e-5
 
     # Measured in specs/hypergradients.md 2.3, for another basis: hence one step of slack in ten.
     @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ class TestConjugateGradient:
         for accuracy, steps in ((1e-2, to_1e2), (1e-6, to_1e6)):
             slack = 1 + steps // 10
             after, before = (
-                solve(conjugate_gradient(steps=n, tol=0.0), a, b)
+                solve(conjugate_gradient(steps=n, tolerance=0.0), a, b)
                 for n in (steps + slack, steps - slack)
             )
             assert error(after, a, b) < accuracy < error(before, a, b)
@@ -66,7 +66,7 @@ class TestConjugateGradient:
     @pytest.mark.parametrize("steps", [0, 1, 7, 50])
     def test_the_residual_is_that_of_the_answer(self, steps):
         a, b = system(100)
-        solved = solve(conjugate_gradient(steps=steps, tol=0.0), a, b)
+        solved = solve(conjugate_gradient(steps=steps, tolerance=0.0), a, b)
         assert solved.residual == pytest.approx(true_residual(solved, a, b), rel=1e-6)
         assert solved.steps == steps
 
@@ -74,7 +74,7 @@ class TestConjugateGradient:
     def test_unchecked_it_takes_no_product_for_the_residual(self, damping):
         a, b = system(100)
         products = []
-        solver = conjugate_gradient(7, tol=1e-16, damping=damping, check=False)
+        solver = conjugate_gradient(7, tolerance=1e-16, damping=damping, check=False)
         solved = solver(lambda x: products.append(0) or a @ x, b)
         assert len(products) == solved.steps == 7
         assert solved.residual == pytest.approx(true_residual(solved, a, b), rel=1e-9)
@@ -83,13 +83,13 @@ class TestConjugateGradient:
 
     def test_stops_at_the_tolerance_with_the_iterate_that_met_it(self):
         a, b = system(100)
-        solved = solve(conjugate_gradient(steps=200, tol=1e-3), a, b)
-        one_less = solve(conjugate_gradient(steps=solved.steps - 1, tol=0.0), a, b)
+        solved = solve(conjugate_gradient(steps=200, tolerance=1e-3), a, b)
+        one_less = solve(conjugate_gradient(steps=solved.steps - 1, tolerance=0.0), a, b)
         assert true_residual(solved, a, b) <= 1e-3 < true_residual(one_less, a, b)
 
     def test_damping_solves_the_damped_system_and_shows_its_cost(self):
         a, b = system(100, size=20)
-        solved = solve(conjugate_gradient(steps=40, tol=1e-14, damping=0.1), a, b)
+        solved = solve(conjugate_gradient(steps=40, tolerance=1e-14, damping=0.1), a, b)
         assert error(solved, a + 0.1 * torch.eye(20, dtype=DOUBLE), b) < 1e-12
         assert solved.residual == pytest.approx(true_residual(solved, a, b))
         assert solved.residual > 0.1
@@ -195,22 +195,22 @@ class TestNormalConjugateGradient:
     def test_exact_after_as_many_steps_as_unknowns(self):
         # At condition 3, whose square counts here: as for conjugate gradients, rounding.
         a, b = system(3, size=12)
-        solved = solve(normal_conjugate_gradient(steps=12, tol=0.0), a, b)
+        solved = solve(normal_conjugate_gradient(steps=12, tolerance=0.0), a, b)
         assert solved.steps == 25
         assert error(solved, a, b) < 1e-13
-        assert error(solve(normal_conjugate_gradient(steps=11, tol=0.0), a, b), a, b) > 1e-6
+        assert error(solve(normal_conjugate_gradient(steps=11, tolerance=0.0), a, b), a, b) > 1e-6
 
     def test_needs_no_positive_curvature(self):
         a, b = system(10, size=20)
         shifted = a - 0.3 * torch.eye(20, dtype=DOUBLE)
         assert torch.linalg.eigvalsh(shifted)[0] < 0
-        solved = solve(normal_conjugate_gradient(steps=60, tol=1e-14), shifted, b)
+        solved = solve(normal_conjugate_gradient(steps=60, tolerance=1e-14), shifted, b)
         assert error(solved, shifted, b) < 1e-8 and solved.residual < 1e-8
 
     def test_a_matrix_that_is_not_symmetric(self):
         a, b = system(10, size=20)
         skew = a + torch.triu(torch.full((20, 20), 0.05, dtype=DOUBLE))
-        solver = normal_conjugate_gradient(steps=60, tol=1e-14)
+        solver = normal_conjugate_gradient(steps=60, tolerance=1e-14)
         solved = solver(lambda x: skew @ x, b, transposed=lambda x: skew.T @ x)
         assert error(solved, skew, b) < 1e-9
         assert error(solver(lambda x: skew @ x, b), skew, b) > 1e-2
@@ -218,7 +218,7 @@ class TestNormalConjugateGradient:
     @pytest.mark.parametrize("steps", [0, 1, 7])
     def test_the_residual_is_that_of_the_answer(self, steps):
         a, b = system(100)
-        solved = solve(normal_conjugate_gradient(steps=steps, tol=0.0), a, b)
+        solved = solve(normal_conjugate_gradient(steps=steps, tolerance=0.0), a, b)
         assert solved.residual == pytest.approx(true_residual(solved, a, b), rel=1e-9)
 
     def test_what_has_no_answer_is_reported(self):
@@ -230,8 +230,8 @@ class TestNormalConjugateGradient:
     def test_rejects_what_cannot_be_meant(self):
         with pytest.raises(ValueError, match="steps=-1 is negative"):
             normal_conjugate_gradient(steps=-1)
-        with pytest.raises(ValueError, match="tol=-1 must not be negative"):
-            normal_conjugate_gradient(tol=-1)
+        with pytest.raises(ValueError, match="tolerance=-1 must not be negative"):
+            normal_conjugate_gradient(tolerance=-1)
 
 
 def low_rank(size=200, large=10, small=1e-4, seed=0):

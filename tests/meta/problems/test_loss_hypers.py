@@ -164,7 +164,7 @@ def test_a_penalty_per_weight_by_implicit_differentiation():
         problem, find_rule("sgd"), 400, granularity={"l2": "element"}, values={"lr": 0.5}
     )
     point = run.start(["l2"])
-    solve = conjugate_gradient(steps=60, tol=1e-14)
+    solve = conjugate_gradient(steps=60, tolerance=1e-14)
     estimate, _ = Implicit(solve=solve)(run, point, seed=0)
 
     state, values = run_training(run, run.resolve(point), 0).state, run.resolve(point).at(0)
@@ -191,7 +191,7 @@ def test_curvature_sees_the_augmented_inputs():
         augment=noised,
     )
     run = Training(problem, find_rule("sgd"), 30, values={"lr": 0.5})
-    solve = conjugate_gradient(steps=60, tol=1e-14)
+    solve = conjugate_gradient(steps=60, tolerance=1e-14)
     found = [
         Implicit(solve=solve, curvature=c, tolerance=9.0, warm_start=True)(
             run, run.start(["noise"]), seed=0

@@ -67,7 +67,7 @@ class TestInfluenceBalancing:
     @pytest.mark.parametrize("kind", ["pes", "single"])
     @pytest.mark.parametrize(("window", "objective"), [(10, "mean"), (20, "mean"), (20, "final")])
     def test_persistent_ones_see_what_came_before(self, kind, window, objective):
-        method = PES(window=window, pairs=100, kind=kind, objective=objective)
+        method = PES(every=window, pairs=100, kind=kind, objective=objective)
         mean, error = over_one_training(method, balance())
         assert mean == pytest.approx(exact(window, objective), abs=3 * error)
         assert mean > 3
@@ -84,7 +84,7 @@ class TestInfluenceBalancing:
         assert error < 3
 
     def test_a_new_training_begins_where_the_last_ended(self):
-        method = PES(window=60, pairs=2)
+        method = PES(every=60, pairs=2)
         _, carry = method(balance(), {"x": X}, None, seed=3)
         assert (carry.step, carry.seed) == (60, 3)
         _, carry = method(balance(), {"x": X}, carry, seed=4)
@@ -94,7 +94,7 @@ class TestInfluenceBalancing:
 
     def test_losses_are_of_whole_trainings_once_there_is_one(self):
         """Of windows they would go up and down: to a tuner a new training would look like chaos."""
-        method, run, carry, losses = PES(window=40, pairs=2), balance(), None, []
+        method, run, carry, losses = PES(every=40, pairs=2), balance(), None, []
         for _ in range(5):
             estimate, carry = method(run, {"x": X}, carry, seed=3)
             losses.append(estimate.loss)
@@ -134,7 +134,7 @@ class TestDirectDependence:
             x=(),
         )
         run, point = descent(toy, 20, 0.3), {"x": torch.tensor(1.0, dtype=DOUBLE)}
-        method = PES(window=5, pairs=150, kind=kind, objective=objective)
+        method = PES(every=5, pairs=150, kind=kind, objective=objective)
         carry, found, errors = None, [], []
         for _ in range(4):
             estimate, carry = method(run, point, carry, seed=0)
@@ -163,7 +163,7 @@ class TestLegality:
         assert estimate.ok and min(seen) == 0 and max(seen) == pytest.approx(0.1)
 
     def test_the_noise_of_one_training_is_not_that_of_the_next(self):
-        method, run = PES(window=60, pairs=3), descent(balance().problem, 60, 1.0)
+        method, run = PES(every=60, pairs=3), descent(balance().problem, 60, 1.0)
         one, carry = method(run, {"x": X}, None, seed=3)
         two, _ = method(run, {"x": X}, carry, seed=3)
         assert float(one.grad["x"]) != float(two.grad["x"])
@@ -212,7 +212,7 @@ class TestTraining:
         found = []
         for loss_fn in (F.cross_entropy, branching):
             run = net_run(loss_fn=loss_fn, outer_loss_fn=F.cross_entropy)
-            method, carry, grads = PES(window=5, pairs=2, kind=kind), None, []
+            method, carry, grads = PES(every=5, pairs=2, kind=kind), None, []
             for _ in range(4):
                 estimate, carry = method(run, run.start(["lr"]), carry, seed=1)
                 grads.append(estimate.grad["lr"])
@@ -221,7 +221,7 @@ class TestTraining:
         assert "one training after the other" in hows
         torch.testing.assert_close(*found, rtol=1e-8, atol=1e-12)
 
-    @pytest.mark.parametrize("method", [ES(pairs=2), PES(window=4, pairs=2)])
+    @pytest.mark.parametrize("method", [ES(pairs=2), PES(every=4, pairs=2)])
     def test_batches_of_several_shapes_are_done_one_after_the_other(self, method):
         x, y = examples(40, 5)
         loader = DataLoader(TensorDataset(x, y), batch_size=16)
@@ -289,7 +289,7 @@ class TestOutcomes:
         assert estimate.ok and "of 20 pairs" in estimate.note.how
         assert "20 of 20" not in estimate.note.how
 
-    @pytest.mark.parametrize("method", [ES(pairs=2), PES(pairs=2, window=600)])
+    @pytest.mark.parametrize("method", [ES(pairs=2), PES(pairs=2, every=600)])
     def test_all_diverged(self, method):
         run = descent(balance().problem, 600, 1e6)
         estimate, _ = method(run, {"x": X}, None, seed=0)
@@ -307,7 +307,7 @@ class TestOutcomes:
         (lambda: ES(pairs=0), "pairs=0 trains nothing"),
         (lambda: ES(sigma=0.0), "sigma=0 must be positive"),
         (lambda: ES(share=2.0), "share=2 must be between"),
-        (lambda: PES(window=0), "window=0 does no step"),
+        (lambda: PES(every=0), "every=0 does no step"),
         (lambda: PES(kind="both"), "kind='both' is none of"),
         (lambda: PES(objective="sum"), "objective='sum' is neither"),
     ],
