@@ -50,7 +50,7 @@ def exact(window, objective="mean"):
 def over_one_training(method, run):
     """(the mean over its windows, the standard error of that taken for independent)."""
     carry, found, errors = None, [], []
-    for _ in range(STEPS // method.window):
+    for _ in range(STEPS // method.every):
         estimate, carry = method(run, {"x": X}, carry, seed=3)
         found.append(float(estimate.grad["x"]))
         errors.append(float(estimate.note.stderr["x"]))
