@@ -109,7 +109,13 @@ class ModuleProblem:
     def inner_loss(
         self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
     ) -> tuple[Tensor, Tensors]:
-        return mean_loss(self._loss, params, buffers, hypers, batch, self.accumulate)
+        def loss(
+            params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
+        ) -> tuple[Tensor, Tensors]:
+            output, carried = self.output(params, buffers, hypers, batch)
+            return self.loss_of(output, params, hypers, batch), carried
+
+        return mean_loss(loss, params, buffers, hypers, batch, self.accumulate)
 
     def output(
         self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
@@ -133,12 +139,6 @@ class ModuleProblem:
         weights = hypers[_WEIGHTS].to(index.device)[index]
         losses = self._model.loss(self.loss_fn, output, target, **extra)
         return weighted_mean(self.loss_fn, losses, weights)
-
-    def _loss(
-        self, params: Tensors, buffers: Tensors, hypers: Tensors, batch: Batch
-    ) -> tuple[Tensor, Tensors]:
-        output, carried = self.output(params, buffers, hypers, batch)
-        return self.loss_of(output, params, hypers, batch), carried
 
     def outer_loss(self, params: Tensors, buffers: Tensors, hypers: Tensors) -> Tensor:
         output, target = self._evaluate(params, buffers, "valid")

@@ -25,8 +25,8 @@ from ..training.estimate import Estimate, Estimator, Note, finished
 from ..training.loop import TrainingLoop
 from ..training.state import Resolved, State, finite
 from ..training.training import Training
+from .batched_steps import BatchedSteps
 from .control_variate import Guess, GuessState
-from .population import BatchedTraining
 
 # Guided ES's step along its estimate, such that with a share of 1/2 a guide that is exact is right.
 _BETA = 2.0
@@ -302,7 +302,7 @@ def _together(
     after the other where not, from where attempt begins.
     """
     try:
-        many = BatchedTraining(training, points, [seed] * len(points), compile)
+        many = BatchedSteps(training, points, [seed] * len(points), compile)
         # Together their draws would differ, and with them the losses of a pair.
         refused = "its loss draws at random" if many.machine.graph.random else ""
         if not refused:
@@ -315,7 +315,7 @@ def _together(
 
 
 class _Together:
-    def __init__(self, many: BatchedTraining) -> None:
+    def __init__(self, many: BatchedSteps) -> None:
         self._many = many
         self.how = f"{many.count} trainings at once"
 

@@ -1,35 +1,26 @@
-"""Several trainings as one: steps of all of them in one call, by vmap over the traced step.
-
-What differs between them are hypers and seeds. On a GPU a small model leaves most of it idle, and
-several cost little more than one; on a CPU what is saved is the overhead of small operations.
-"""
+"""Metagradients of several trainings at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from ...inner.core.hyper import Tensors
-from ..problems.problem import draws_of
 from ..problems.seeding import fold_in
 from ..reverse.checkpointing import CheckpointPlan, Checkpoints, find_store, keep_all, revolve
 from ..reverse.memory_budget import bytes_of, comfortable, state_bytes
 from ..reverse.replay import Replay
-from ..tracing.cuda_graph import Run
-from ..tracing.fx_graph import contiguous
-from ..tracing.machine import Machine, build_once, machine_of
 from ..tracing.step_graph import UnevenBatches
-from ..tracing.verify import Refused, check_against_autograd, directions, early_state
-from ..training.adjoint import Cotangents, norm_at_end, pull_back_start, seed_adjoint
+from ..tracing.verify import Refused
+from ..training.adjoint import norm_at_end, pull_back_start, seed_adjoint
 from ..training.estimate import Estimate, Estimator, Note, finished
 from ..training.outcome import Outcome
 from ..training.state import State, finite
 from ..training.training import Training
+from .batched_steps import BatchedSteps, state_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,7 @@ def metagradients(
     """
     _check_counts(points, seeds)
     try:
-        return BatchedTraining(training, points, seeds, compile).metagradients(memory)
+        return _BatchedPass(training, points, seeds, compile).metagradients(memory)
     except (Refused, UnevenBatches) as why:
         refused = str(why)
     # Behind the exception, which held all states.
@@ -108,11 +99,11 @@ def losses(
 ) -> list[float]:
     """The held-out loss after each training, as `held_out_loss`; inf where it diverged.
 
-    Raises Distrusted if the steps cannot be traced.
+    Raises Refused if the steps cannot be traced.
     """
     _check_counts(points, seeds)
-    many = BatchedTraining(training, points, seeds, compile)
-    return many.losses(many.run(many.start, 0, training.steps))
+    steps = BatchedSteps(training, points, seeds, compile)
+    return steps.losses(steps.run(steps.start, 0, training.steps))
 
 
 def _check_counts(points: Sequence[Tensors], seeds: Sequence[int]) -> None:
@@ -123,120 +114,69 @@ def _check_counts(points: Sequence[Tensors], seeds: Sequence[int]) -> None:
         )
 
 
-class BatchedTraining:
-    """Trainings side by side: a State whose tensors have one more dimension, the first.
-
-    Raises Distrusted if their step cannot be traced.
-    """
+class _BatchedPass:
+    """One metagradient of each training."""
 
     def __init__(
         self, training: Training, points: Sequence[Tensors], seeds: Sequence[int], compile: bool
     ) -> None:
-        self.training, self.seeds, self.count = training, list(seeds), len(seeds)
-        self.leaves = [
-            {name: value.detach().requires_grad_() for name, value in point.items()}
-            for point in points
-        ]
-        resolved = [training.resolve(leaves) for leaves in self.leaves]
-        self.plain = [each.detach() for each in resolved]
-        self.sums = [Cotangents(each) for each in resolved]
-        with torch.no_grad():
-            first = training.begin(self.plain[0].at(0), self.seeds[0])
-        names = self.sums[0].names
-        one = machine_of(training, first, self.plain[0].at(0), names, self.seeds[0])
-        self.machine = build_once(
-            training,
-            f"{self.count} at once, compile={compile}",
-            self.plain[0].at(0),
-            names,
-            lambda: Machine(one.graph.many(self.count), interpreted=not compile),
+        self.training = training
+        self.steps = BatchedSteps(training, points, seeds, compile)
+        form, width = self.steps.form, self.steps.machine.graph.numbers_back
+        self.several = [n for n in form.learned if n in form.several]
+        self.back = torch.zeros(
+            training.steps,
+            len(seeds),
+            width,
+            dtype=torch.float64,
+            device=self.steps.start.p.device,
         )
-        self.form = self.machine.graph.form
-        graph, steps, device = self.machine.graph, training.steps, first.p.device
-        t = torch.arange(1, steps + 1, dtype=torch.float64)
-        self.numbers = [
-            [*(plain.over(n, steps) for n in self.form.single), t] for plain in self.plain
-        ]
-        rows = [graph.before.over(numbers, device) for numbers in self.numbers]
-        self.rows = [torch.stack(row, 1) for row in zip(*rows, strict=True)]
-        self.several = [n for n in self.form.learned if n in self.form.several]
-        width = graph.numbers_back
-        self.back = torch.zeros(steps, self.count, width, dtype=torch.float64, device=device)
-
-    @cached_property
-    def start(self) -> State:
-        with torch.no_grad():
-            return self._stacked(
-                [
-                    self.training.begin(plain.at(0), seed)
-                    for plain, seed in zip(self.plain, self.seeds, strict=True)
-                ]
-            )
-
-    def run(self, state: State, first: int, last: int) -> State:
-        """Steps first to last - 1 of all, without a graph; no check whether they are finite."""
-        self._prove(["advance"])
-        for i in range(first, last):
-            state = self._advance(i, state)
-        return state
-
-    def losses(self, state: State) -> list[float]:
-        """The held-out loss of each in a state; inf where it is not finite."""
-        with torch.no_grad():
-            return [self._loss(self._one(state, k), k) for k in range(self.count)]
-
-    def _loss(self, state: State, k: int) -> float:
-        if not finite(state):  # The model may refuse it.
-            return float("inf")
-        loss = self.training.outer_loss(state, self.plain[k].at(self.training.steps - 1))
-        return float(loss) if bool(loss.isfinite()) else float("inf")
 
     def metagradients(self, memory: str | float | None) -> list[Estimate]:
-        steps = self.training.steps
+        steps, many = self.training.steps, self.steps
         graphs, plan, said = self._plan(memory)
         kept: Checkpoints[State] = Checkpoints(plan, find_store("device"), steps - graphs)
-        self._prove(["record", "rewind"] if graphs else ["advance", "pull"])
-        tapes, state = [], self.start
+        many.prove(["record", "rewind"] if graphs else ["advance", "pull"])
+        tapes, state = [], many.start
         for i in range(steps):
             if graphs:
-                state, tape = self._record(i, state)
+                state, tape = many.record(i, state)
                 tapes.append(tape)
             else:
                 kept.offer(i, state)
-                state = self._advance(i, state)
-        ends = [self._end(state, k) for k in range(self.count)]
-        none = [torch.zeros_like(x) for x in self.form.moving(self._one(state, 0))]
+                state = many.advance(i, state)
+        ends = [self._end(state, k) for k in range(many.count)]
+        none = [torch.zeros_like(x) for x in many.form.moving(state_of(state, 0))]
         bars = [none if bars is None else bars for _, bars in ends]
         adjoint = [torch.stack(each) for each in zip(*bars, strict=True)]
         while tapes:
-            with torch.no_grad():
-                out = self.machine.rewind(*tapes.pop(), *contiguous(adjoint))
-            adjoint = self._back(len(tapes), out)
+            out = many.rewind(tapes.pop(), adjoint)
+            adjoint = self._put_away(len(tapes), out)
         if not graphs:
-            for i, before in kept.backwards(steps, self._advance):
-                adjoint = self._pull(i, before, adjoint)
+            for i, before in kept.backwards(steps, many.advance):
+                adjoint = self._put_away(i, many.pull(i, before, adjoint))
         return [
-            self._estimate(k, ends[k], [bar[k] for bar in adjoint], said) for k in range(self.count)
+            self._estimate(k, ends[k], [bar[k] for bar in adjoint], said) for k in range(many.count)
         ]
 
     def _plan(self, memory: str | float | None) -> tuple[bool, CheckpointPlan, str]:
         """(whether every step keeps its graph, the plan for states if not, in words)."""
         steps = self.training.steps
-        room = comfortable(self.start.p.device) if memory is None else bytes_of(memory)
-        if self.machine.graph_bytes * steps <= room:
+        room = comfortable(self.steps.start.p.device) if memory is None else bytes_of(memory)
+        if self.steps.machine.graph_bytes * steps <= room:
             return True, keep_all(), f"all {steps} graphs kept"
-        slots = max(1, room // max(state_bytes(self.start), 1))
+        slots = max(1, room // max(state_bytes(self.steps.start), 1))
         if slots >= steps:
             return False, keep_all(), f"all {steps} states kept"
         return False, revolve(slots), f"{slots} of {steps} states kept by revolve"
 
     def _end(self, state: State, k: int) -> tuple[Tensor, list[Tensor] | None]:
         """The held-out loss of one training, NaN if it diverged, and its adjoint, if any."""
-        one = self._one(state, k)
+        one = state_of(state, k)
         if not finite(one):  # The model may refuse it.
             return torch.tensor(float("nan")), None
-        fixed = {n: one.buffers[n] for n in self.form.still}
-        return seed_adjoint(self.training, self.plain[k], one, fixed, self.sums[k])
+        fixed = {n: one.buffers[n] for n in self.steps.form.still}
+        return seed_adjoint(self.training, self.steps.plain[k], one, fixed, self.steps.sums[k])
 
     def _estimate(
         self,
@@ -245,7 +185,7 @@ class BatchedTraining:
         adjoint: list[Tensor],
         said: str,
     ) -> Estimate:
-        training, sums, graph = self.training, self.sums[k], self.machine.graph
+        training, many, sums = self.training, self.steps, self.steps.sums[k]
         loss, seeded = end
         if not bool(loss.isfinite()):
             return Estimate.diverged(
@@ -255,114 +195,22 @@ class BatchedTraining:
             reason = f"the held-out loss of {training.problem.name} has no graph to the parameters"
             note = Note(Outcome.NOT_DIFFERENTIABLE, reason, training.steps)
             return Estimate(float(loss), {}, note)
-        pull_back_start(training, self.plain[k], self.seeds[k], adjoint, sums)
+        pull_back_start(training, many.plain[k], many.seeds[k], adjoint, sums)
         back = self.back[:, k]
-        sums.add_all(graph.numbers_behind(self.numbers[k], back[:, 1:].cpu()))
+        sums.add_all(many.machine.graph.numbers_behind(many.numbers[k], back[:, 1:].cpu()))
         final = norm_at_end(training.rule, seeded)
         norms = torch.cat([back[:, 0].to(final), final[None]])
-        how = f"{said}, {self.count} trainings at once, {self.machine.how}"
+        how = f"{said}, {many.count} trainings at once, {many.machine.how}"
         note = Note(steps=training.steps, adjoint=norms, how=how)
-        return finished(loss, sums.through(self.leaves[k]), note)
+        return finished(loss, sums.through(many.leaves[k]), note)
 
-    def _back(self, i: int, out: Sequence[Tensor]) -> list[Tensor]:
+    def _put_away(self, i: int, out: Sequence[Tensor]) -> list[Tensor]:
         """The adjoint before step i; the shares of the hypers are put away."""
-        many = len(self.form.moved)
+        many = len(self.steps.form.moved)
         self.back[i] = out[-1]
-        for k, sums in enumerate(self.sums):
+        for k, sums in enumerate(self.steps.sums):
             sums.add(i, [x[k] for x in out[many:-1]], self.several)
         return list(out[:many])
 
-    def _advance(self, i: int, state: State) -> State:
-        return self._after(state, self._call(self.machine.advance, i, state))
 
-    def _record(self, i: int, state: State) -> tuple[State, Sequence[Tensor]]:
-        out = self._call(self.machine.record, i, state)
-        after = self.form.after
-        return self._after(state, out[:after]), out[after:]
-
-    def _pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
-        return self._back(i, self._call(self.machine.pull, i, state, adjoint))
-
-    def _after(self, state: State, out: Sequence[Tensor]) -> State:
-        many = len(self.form.moved)
-        return self.form.state(out[:many], out[many:], state)
-
-    def _prove(self, parts: Sequence[str]) -> None:
-        """Raise Distrusted unless generated code does what the traced operations do."""
-        machine, form = self.machine, self.form
-        if machine.interpreted:
-            return
-        with machine.trial():
-            left = [part for part in parts if part not in machine.agreed]
-            if not left:
-                return
-            advance, pull = machine.graph.advance(), machine.graph.pull()
-
-            def step(i: int, state: State) -> State:
-                return self._after(state, self._call(advance, i, state))
-
-            i, state = early_state(step, self.start, self.training.steps)
-            adjoint = directions(form.moving(state))
-            for part in left:
-                back = part in ("pull", "rewind")
-                run, bars = (pull, adjoint) if back else (advance, [])
-
-                def by_operations(
-                    state: State, run: Run = run, bars: list[Tensor] = bars
-                ) -> list[Tensor]:
-                    return list(self._call(run, i, state, bars))
-
-                if part == "rewind":
-                    tape = self._call(machine.record, i, state)[form.after :]
-                    with torch.no_grad():
-                        found = machine.rewind(*tape, *adjoint)
-                elif part == "pull":
-                    found = self._call(machine.pull, i, state, adjoint)
-                else:
-                    found = self._call(getattr(machine, part), i, state)[: form.after]
-                names = [f"output {k} of {part}" for k in range(len(found))]
-                if check_against_autograd(
-                    self.training, names, found, by_operations, state, machine.graph.low
-                ):
-                    machine.agreed.add(part)
-
-    def _call(
-        self, run: Run, i: int, state: State, adjoint: Sequence[Tensor] = ()
-    ) -> Sequence[Tensor]:
-        form = self.form
-        values = [plain.at(i) for plain in self.plain] if form.several else []
-        inputs = [
-            *form.moving(state),
-            *form.rest(state),
-            *(torch.stack([each[n] for each in values]) for n in form.several),
-            *(row[i] for row in self.rows),
-            *self._batches(i),
-            *adjoint,
-        ]
-        with torch.no_grad(), draws_of(i, self.seeds[0], state.p.device):
-            return run(*contiguous(inputs))
-
-    def _batches(self, i: int) -> list[Tensor]:
-        found = [tree_flatten(self.training.problem.batch(i, seed)) for seed in self.seeds]
-        leaves = zip(*(leaves for leaves, _ in found), strict=True)
-        return self.form.checked([torch.stack(each) for each in leaves], found[0][1])
-
-    def _stacked(self, states: Sequence[State]) -> State:
-        def stack(tensors: Sequence[Tensors]) -> Tensors:
-            return {n: torch.stack([each[n] for each in tensors]) for n in tensors[0]}
-
-        return State(
-            torch.stack([s.p for s in states]),
-            stack([s.slots for s in states]),
-            stack([s.buffers for s in states]),
-        )
-
-    def _one(self, state: State, k: int) -> State:
-        return State(
-            state.p[k],
-            {n: x[k] for n, x in state.slots.items()},
-            {n: x[k] for n, x in state.buffers.items()},
-        )
-
-
-__all__ = ["BatchedTraining", "Population", "losses", "metagradients"]
+__all__ = ["Population", "losses", "metagradients"]

@@ -14,8 +14,8 @@ from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.problems.seeding import fold_in
 from hyperdescent.meta.reverse.replay import Replay
+from hyperdescent.meta.sampling.batched_steps import BatchedSteps
 from hyperdescent.meta.sampling.population import (
-    BatchedTraining,
     Population,
     losses,
     metagradients,
@@ -244,7 +244,7 @@ def test_vmap_knows_every_operation_of_a_step():
     """One that it does not, it does for each training in turn, and tells of it on stderr."""
     # Its penalty of one tensor leaves a fill in the graph.
     run = Training(load_problem("breast-cancer-logistic"), find_rule("sgd"), 3)
-    many = BatchedTraining(run, [run.start(["l2"])] * 2, [0, 1], compile=False)
+    many = BatchedSteps(run, [run.start(["l2"])] * 2, [0, 1], compile=False)
     operations = {str(n.target) for n in many.machine.graph.joint.graph.nodes}
     assert "aten.full_like.default" in operations
     assert not [name for name in operations if name.startswith("aten.fill")]
