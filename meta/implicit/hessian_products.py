@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...inner.core.hyper import Tensors
+from ...inner.torch_internals import Run, TreeSpec, tree_flatten, tree_unflatten
 from ..problems.problem import draws_of
 from ..tracing.codegen import generate
-from ..tracing.cuda_graph import Run
 from ..tracing.fx_graph import (
     CannotTrace,
     Graph,

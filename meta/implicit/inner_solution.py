@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.torch_internals import version_of
 from ..training.adjoint import missing_derivative
 from ..training.estimate import Estimate, Note
 from ..training.outcome import Outcome
@@ -27,7 +28,7 @@ class InnerSolution:
     _version: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_version", self.state.p._version)
+        object.__setattr__(self, "_version", version_of(self.state.p))
 
     def __reduce__(self) -> tuple[type[InnerSolution], tuple[State, int]]:
         return InnerSolution, (
@@ -37,7 +38,7 @@ class InnerSolution:
 
     def take(self) -> State:
         """The state, to be overwritten; ValueError if it was already."""
-        if self.state.p._version != self._version:
+        if version_of(self.state.p) != self._version:
             raise ValueError(
                 f"the training that this carry stopped at step {self.steps} of has gone on since, "
                 "in the same memory: a carry serves one call; for several, copy.deepcopy it before"

@@ -12,19 +12,18 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from ...inner.core.hyper import Tensors
+from ...inner.torch_internals import Refused, Run, tree_flatten
 from ..problems.problem import draws_of
 from ..problems.seeding import fold_in
 from ..reverse.checkpointing import CheckpointPlan, Checkpoints, find_store, keep_all, revolve
 from ..reverse.memory_budget import bytes_of, comfortable, state_bytes
 from ..reverse.replay import Replay
-from ..tracing.cuda_graph import Run
 from ..tracing.fx_graph import contiguous
 from ..tracing.machine import Machine, build_once, machine_of
 from ..tracing.step_graph import UnevenBatches
-from ..tracing.verify import Refused, check_against_autograd, directions, early_state
+from ..tracing.verify import check_against_autograd, directions, early_state
 from ..training.adjoint import Cotangents, norm_at_end, pull_back_start, seed_adjoint
 from ..training.estimate import Estimate, Note, finished
 from ..training.outcome import Outcome

@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._functorch import config as functorch
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...inner.core.hyper import Tensors
+from ...inner.torch_internals import (
+    TreeSpec,
+    partition,
+    tree_flatten,
+    tree_unflatten,
+)
 from ..training.training import State, Training
 from .fx_graph import (
     CannotTrace,
@@ -236,17 +239,11 @@ class StepGraph:
         copy.output(copy.graph_copy(self.joint.graph, {}))
         joint = fx.GraphModule(self.joint, copy)
         inputs, _ = graph_io(joint)
-        for k, n in enumerate(inputs):
-            named = f"primals_{k + 1}" if k < self._primals else f"tangents_{k - self._primals + 1}"
-            n.target = named
-            n._rename(named)
-        joint.recompile()
         # What costs no product is done again: memory is slower than that. But not draws, which
         # would come out otherwise.
-        with functorch.patch(aggressive_recomputation=not self.random):
-            record, rewind = min_cut_rematerialization_partition(
-                joint, None, num_fwd_outputs=self.form.after, static_lifetime_input_indices=[]
-            )
+        record, rewind = partition(
+            joint, len(self.form.moved), self.form.after, recompute=not self.random
+        )
         saved = graph_io(record)[1][self.form.after :]
         names = [n.name for n in saved]
         takes = [n.name for n in graph_io(rewind)[0]]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.layout import Layout
+from ...inner.torch_internals import Refused
 from ..problems.problem import Problem
 from ..training.cache import cache_of
 from ..training.training import State, Training
@@ -29,10 +30,6 @@ _LOW_UNITS, _LOW_SPREADS = 20.0, 5.0
 _STEPS = 2
 
 M = TypeVar("M")
-
-
-class Refused(Exception):
-    """Why a compiled step is not used: it cannot be made, or it differs from autograd's."""
 
 
 @dataclass(eq=False)
