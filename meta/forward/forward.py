@@ -23,7 +23,7 @@ from ..problems.problem import draws_of
 from ..tracing.cost_model import FORWARD, remember, spend, why_not_compile
 from ..tracing.fx_graph import contiguous, first_line
 from ..tracing.machine import build_once
-from ..tracing.step_graph import StateLayout
+from ..tracing.state_layout import StateLayout
 from ..tracing.verify import (
     check_against_autograd,
     directions,

@@ -28,7 +28,7 @@ from ..tracing.fx_graph import (
     traced,
 )
 from ..tracing.matmul_layout import narrow_transposed
-from ..tracing.step_graph import StateLayout
+from ..tracing.state_layout import StateLayout
 from ..tracing.verify import Verified
 from ..training.training import Loss, State, Training
 

@@ -35,7 +35,7 @@ from ..tracing.fx_graph import (
 )
 from ..tracing.machine import build_once
 from ..tracing.matmul_layout import narrow_transposed
-from ..tracing.step_graph import UnevenBatches
+from ..tracing.state_layout import UnevenBatches
 from ..tracing.torchscript import scripted
 from ..tracing.verify import Verified, check_against_autograd, directions
 from ..training.training import State, Training

@@ -22,7 +22,7 @@ from ..reverse.memory_budget import bytes_of, comfortable, state_bytes
 from ..reverse.replay import Replay
 from ..tracing.fx_graph import contiguous
 from ..tracing.machine import Machine, build_once, machine_of
-from ..tracing.step_graph import UnevenBatches
+from ..tracing.state_layout import UnevenBatches
 from ..tracing.verify import check_against_autograd, directions, early_state
 from ..training.adjoint import Cotangents, norm_at_end, pull_back_start, seed_adjoint
 from ..training.estimate import Estimate, Note, finished

@@ -20,7 +20,7 @@ from ...inner.torch_internals import Refused
 from ..problems.problem import Problem
 from ..training.cache import cache_of
 from ..training.training import State, Training
-from .step_graph import UnevenBatches
+from .state_layout import UnevenBatches
 
 # How far a compiled vector may be from autograd's: units of its norm in the last place, and times
 # what one such unit in the weights changes in it; in bfloat16, where a unit is 1/128, fewer.
