@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ..training.adjoint import Cotangents, carrying_adjoint, leaf_values, leaves
 from ..training.estimate import Estimate, Note, finished
 from ..training.training import Resolved, Training
-from .curvature import vjp
 from .implicit import unsolved, warn_if_far
 from .inner_solution import (
     InnerSolution,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ...inner.torch_internals import Run, TreeSpec, tree_flatten, tree_unflatten
 from ..problems.problem import draws_of
 from ..tracing.codegen import generate
@@ -39,7 +40,7 @@ from ..tracing.state_layout import UnevenBatches
 from ..tracing.torchscript import scripted
 from ..tracing.verify import Verified, check_against_autograd, directions
 from ..training.training import State, Training
-from .curvature import Curvature, product_and_gradient, vjp
+from .curvature import Curvature, product_and_gradient
 from .linear_solvers import Matvec
 
 # Other ways to look at the same memory: kept once is what they look at.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ..training.adjoint import Cotangents, leaf_values, leaves
 from ..training.estimate import Estimate, Note, finished
 from ..training.training import State, Training
-from .curvature import vjp
 from .inner_solution import InnerSolution, continue_training
 
 

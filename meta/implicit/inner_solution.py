@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ...inner.torch_internals import version_of
 from ..training.adjoint import missing_derivative
 from ..training.estimate import Estimate, Note
 from ..training.outcome import Outcome
 from ..training.training import Resolved, State, Training
-from .curvature import vjp
 
 
 @dataclass(frozen=True)

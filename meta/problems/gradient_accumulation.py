@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ...inner.torch_internals import only_reverse_mode
 from .data import Batch, each_tensor
 from .seeding import generators_of, preserve_rng
@@ -165,17 +166,8 @@ def _unseen() -> Iterator[None]:
 def _pulled(
     outputs: Sequence[Tensor], bars: Sequence[Tensor], inputs: Sequence[Tensor], *, graph: bool
 ) -> tuple[Tensor, ...]:
-    live = [(x, bar) for x, bar in zip(outputs, bars, strict=True) if x.requires_grad]
     wanted = [x for x in inputs if x.requires_grad]
-    grads = torch.autograd.grad(
-        [x for x, _ in live],
-        wanted,
-        [bar for _, bar in live],
-        create_graph=graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    found = iter(grads)
+    found = iter(vjp(outputs, wanted, bars, keep=False, graph=graph))
     return tuple(next(found) if x.requires_grad else None for x in inputs)  # type: ignore[misc]
 
 

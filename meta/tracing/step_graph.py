@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ...inner.torch_internals import (
     partition,
     tree_unflatten,
@@ -180,14 +181,7 @@ def _whole(
         start = form.state(moving, counted, around)
         after = training.step_on(start, inside, t, batch)
         moved = form.moving(after)
-        live = [(x, bar) for x, bar in zip(moved, bars, strict=True) if x.requires_grad]
-        grads = torch.autograd.grad(
-            [x for x, _ in live],
-            [*moving, *(inside[n] for n in form.learned)],
-            [bar for _, bar in live],
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        grads = vjp(moved, [*moving, *(inside[n] for n in form.learned)], bars, keep=False)
         return [
             *(x.detach() for x in moved),
             *(after.buffers[n].detach() for n in form.counted),
