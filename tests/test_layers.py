@@ -16,6 +16,7 @@ ROOMS = {
     "inner/numerics": "",
     "inner/core": "numerics",
     "inner/registry": "core",
+    "inner/torch_internals": "",
     "inner/compose": "core, registry",
     "inner/schedules": "core",
     "inner/rules": "core, numerics, registry, compose",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ..implicit.curvature import vjp
+from ...inner.numerics.pullback import vjp
 from ..implicit.inner_solution import (
     InnerSolution,
     check_moves_optimum,

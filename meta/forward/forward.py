@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from ...inner.core.messages import check_at_least
+from ...inner.torch_internals import Refused
 from ..problems.problem import draws_of
 from ..tracing.cost_model import FORWARD, remember, spend, why_not_compile
 from ..tracing.fx_graph import contiguous, first_line
 from ..tracing.machine import build_once
-from ..tracing.step_graph import StateLayout
+from ..tracing.state_layout import StateLayout
 from ..tracing.verify import (
-    Refused,
     check_against_autograd,
     directions,
     early_state,

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
 
 from ...inner.core.hyper import Tensors
+from ...inner.torch_internals import Run, tree_unflatten
 from ..tracing.codegen import generate
-from ..tracing.cuda_graph import Run, captured
+from ..tracing.cuda_graph import captured
 from ..tracing.fx_graph import (
     Graph,
     ScalarPrelude,
@@ -28,7 +28,7 @@ from ..tracing.fx_graph import (
     traced,
 )
 from ..tracing.matmul_layout import narrow_transposed
-from ..tracing.step_graph import StateLayout
+from ..tracing.state_layout import StateLayout
 from ..tracing.verify import Verified
 from ..training.state import State
 from ..training.training import Loss, Training

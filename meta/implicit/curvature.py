@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ..problems.problem import draws_of
 from ..training.state import State
 from ..training.training import Training
@@ -104,35 +105,3 @@ def _ends(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
     memory; None for constants.
     """
     return [get_gradient_edge(x) if x.requires_grad else None for x in outputs]
-
-
-def vjp(
-    outputs: Sequence[Tensor | GradientEdge | None],
-    inputs: Sequence[Tensor],
-    along: Sequence[Tensor | None],
-    *,
-    graph: bool = False,
-) -> list[Tensor]:
-    """The gradient of sum <output, along> in the inputs, 0 where there is no path to one; None
-    stands for 1, an output None for a constant. The graph stays for the next product.
-    """
-    # Without outputs that are constant in all inputs, which autograd calls an error.
-    live = [
-        (x, bar)
-        for x, bar in zip(outputs, along, strict=True)
-        if x is not None and (isinstance(x, GradientEdge) or x.requires_grad)
-    ]
-    if not live:
-        return [torch.zeros_like(x) for x in inputs]
-    ends, bars = zip(*live, strict=True)
-    return list(
-        torch.autograd.grad(
-            ends,
-            list(inputs),
-            bars,
-            retain_graph=True,
-            create_graph=graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    )

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ..training.adjoint import Cotangents, carrying_adjoint, leaf_values, leaves
 from ..training.estimate import Estimate, GoingOn, Note, finished
 from ..training.state import Resolved
 from ..training.training import Training
-from .curvature import vjp
 from .implicit import unsolved, warn_if_far
 from .inner_solution import (
     InnerSolution,

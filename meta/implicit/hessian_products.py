@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
+from ...inner.torch_internals import Run, TreeSpec, tree_flatten, tree_unflatten
 from ..problems.problem import draws_of
 from ..tracing.codegen import generate
-from ..tracing.cuda_graph import Run
 from ..tracing.fx_graph import (
     CannotTrace,
     Graph,
@@ -36,12 +36,12 @@ from ..tracing.fx_graph import (
 )
 from ..tracing.machine import build_once
 from ..tracing.matmul_layout import narrow_transposed
-from ..tracing.step_graph import UnevenBatches
+from ..tracing.state_layout import UnevenBatches
 from ..tracing.torchscript import scripted
 from ..tracing.verify import Verified, check_against_autograd, directions
 from ..training.state import State
 from ..training.training import Training
-from .curvature import Curvature, product_and_gradient, vjp
+from .curvature import Curvature, product_and_gradient
 from .linear_solvers import Matvec
 
 # Other ways to look at the same memory: kept once is what they look at.

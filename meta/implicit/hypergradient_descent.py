@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ..training.adjoint import Cotangents, leaf_values, leaves
 from ..training.estimate import Estimate, GoingOn, Note, finished
 from ..training.state import State
 from ..training.training import Training
-from .curvature import vjp
 from .inner_solution import InnerSolution, continue_training
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
+from ...inner.torch_internals import version_of
 from ..training.adjoint import missing_derivative
 from ..training.estimate import Estimate, Note
 from ..training.loop import TrainingLoop, run_training
 from ..training.outcome import Outcome
 from ..training.state import Resolved, State
 from ..training.training import Training
-from .curvature import vjp
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class InnerSolution:
     _version: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_version", self.state.p._version)
+        object.__setattr__(self, "_version", version_of(self.state.p))
 
     def __reduce__(self) -> tuple[type[InnerSolution], tuple[State, int]]:
         return InnerSolution, (
@@ -39,7 +40,7 @@ class InnerSolution:
 
     def take(self) -> State:
         """The state, to be overwritten; ValueError if it was already."""
-        if self.state.p._version != self._version:
+        if version_of(self.state.p) != self._version:
             raise ValueError(
                 f"the training that this carry stopped at step {self.steps} of has gone on since, "
                 "in the same memory: a carry serves one call; for several, copy.deepcopy it before"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.nn import BatchNorm1d as BatchNorm
 else:
-    BatchNorm = nn.modules.batchnorm._BatchNorm
+    # What all batch norms inherit their forward from.
+    BatchNorm = next(kind for kind in nn.BatchNorm1d.__mro__ if "forward" in vars(kind))
 
 
 class _Carried(BatchNorm):

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
+from ...inner.torch_internals import only_reverse_mode
 from .data import Batch, each_tensor
 from .seeding import generators_of, preserve_rng
 
@@ -57,17 +57,17 @@ def _apart(
     loss_of: Loss, params: Tensors, buffers: Tensors, hypers: Tensors, part: Batch
 ) -> tuple[Tensor, Tensors]:
     """loss_of, without keeping its graph."""
-    everything, spec = tree_flatten((params, buffers, hypers))
+    everything = [x for part in (params, buffers, hypers) for x in part.values()]
     live = [k for k, x in enumerate(everything) if x.requires_grad]
     if not live or not torch.is_grad_enabled() or not _plain(everything):
         return loss_of(params, buffers, hypers, part)
     names: list[str] = []
+    outside = params, buffers, hypers
 
     def flat(*given: Tensor) -> tuple[Tensor, ...]:
         inside = dict(zip(live, given, strict=True))
-        params, buffers, hypers = tree_unflatten(
-            [inside.get(k, x) for k, x in enumerate(everything)], spec
-        )
+        every = (inside.get(k, x) for k, x in enumerate(everything))
+        params, buffers, hypers = ({n: next(every) for n in part} for part in outside)
         # A model may write into its inputs, and they are read again.
         loss, after = loss_of(params, buffers, hypers, each_tensor(part, Tensor.clone))
         # What no step replaces stays the same object, and is no output.
@@ -83,11 +83,7 @@ def _apart(
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """Whether only reverse mode looks on."""
-    return (
-        not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and all(type(x) in (Tensor, nn.Parameter) for x in tensors)
-    )
+    return all(type(x) in (Tensor, nn.Parameter) for x in tensors) and only_reverse_mode()
 
 
 class _Again:
@@ -170,17 +166,8 @@ def _unseen() -> Iterator[None]:
 def _pulled(
     outputs: Sequence[Tensor], bars: Sequence[Tensor], inputs: Sequence[Tensor], *, graph: bool
 ) -> tuple[Tensor, ...]:
-    live = [(x, bar) for x, bar in zip(outputs, bars, strict=True) if x.requires_grad]
     wanted = [x for x in inputs if x.requires_grad]
-    grads = torch.autograd.grad(
-        [x for x, _ in live],
-        wanted,
-        [bar for _, bar in live],
-        create_graph=graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    found = iter(grads)
+    found = iter(vjp(outputs, wanted, bars, keep=False, graph=graph))
     return tuple(next(found) if x.requires_grad else None for x in inputs)  # type: ignore[misc]
 
 

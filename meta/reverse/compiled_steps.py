@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import torch._inductor
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors

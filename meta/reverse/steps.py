@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.numerics.pullback import vjp
 from ..training.adjoint import Cotangents, carrying_adjoint, each_moving, leaf_values, leaves
 from ..training.state import Resolved, State
 from ..training.training import Training
@@ -105,14 +106,7 @@ class Eager:
         return taped, each_moving(after, self._fixed, Tensor.detach)
 
     def rewind(self, i: int, tape: StepTape, adjoint: list[Tensor]) -> list[Tensor]:
-        live = [(x, bar) for x, bar in zip(tape.outputs, adjoint, strict=True) if x.requires_grad]
-        grads = torch.autograd.grad(
-            [x for x, _ in live],
-            tape.inputs,
-            [bar for _, bar in live],
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        grads = vjp(tape.outputs, tape.inputs, adjoint, keep=False)
         of_state = len(tape.inputs) - len(self._sums.names)
         self._sums.add(i, grads[of_state:], self._sums.names)
         self._norms[i] = grads[0].norm()

@@ -11,11 +11,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from ...inner.core.hyper import Tensors
+from ...inner.torch_internals import Run, tree_flatten
 from ..problems.problem import draws_of
-from ..tracing.cuda_graph import Run
 from ..tracing.fx_graph import contiguous
 from ..tracing.machine import Machine, build_once, machine_of
 from ..tracing.verify import check_against_autograd, directions, early_state

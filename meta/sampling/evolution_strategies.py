@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.torch_internals import Refused
 from ..problems.seeding import fold_in
-from ..tracing.step_graph import UnevenBatches
-from ..tracing.verify import Refused
+from ..tracing.state_layout import UnevenBatches
 from ..training.coordinates import Coordinates
 from ..training.estimate import Estimate, Estimator, Note, finished
 from ..training.loop import TrainingLoop

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.torch_internals import Refused
 from ..problems.seeding import fold_in
 from ..reverse.checkpointing import CheckpointPlan, Checkpoints, find_store, keep_all, revolve
 from ..reverse.memory_budget import bytes_of, comfortable, state_bytes
 from ..reverse.replay import Replay
-from ..tracing.step_graph import UnevenBatches
-from ..tracing.verify import Refused
+from ..tracing.state_layout import UnevenBatches
 from ..training.adjoint import norm_at_end, pull_back_start, seed_adjoint
 from ..training.estimate import Estimate, Estimator, Note, finished
 from ..training.outcome import Outcome

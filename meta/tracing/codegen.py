@@ -9,15 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from .cuda_graph import Run
+from ...inner.torch_internals import Refused, Run, generate_code
 from .fx_graph import Graph, first_line
-from .verify import Refused
 
 # Inductor on CPU lays convolutions out anew and then returns wrong derivatives where weights are
 # slices of one vector; and its own random numbers are not the ones that an eager step draws.
@@ -33,7 +28,7 @@ def _quietly() -> Iterator[None]:
 
 
 def generate(graph: Graph, spent: Callable[[float], None] = lambda seconds: None) -> Run:
-    """Generated code for a graph, made at its first call; Distrusted if that fails.
+    """Generated code for a graph, made at its first call; Refused if that fails.
 
     By inductor itself, which torch.compile would reach through dynamo: the graph is traced already,
     with fixed shapes, and dynamo would look at every Python frame that runs while it does. Inputs
@@ -45,12 +40,12 @@ def generate(graph: Graph, spent: Callable[[float], None] = lambda seconds: None
         if not made:
             began = time.monotonic()
             try:
-                # Inductor looks on disk only for what was traced in a context such as dynamo's.
-                shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-                with torch.no_grad(), tracing(TracingContext(shapes)), _quietly():
-                    made.append(torch._inductor.compile(graph, list(inputs), options=OPTIONS))
+                with torch.no_grad(), _quietly():
+                    made.append(generate_code(graph, inputs, OPTIONS))
                 with torch.no_grad():
                     return made[0](*inputs)
+            except Refused:
+                raise
             except Exception as error:  # Any part of the compiler may refuse a model.
                 made.clear()
                 raise Refused(f"it cannot be compiled: {first_line(error)}") from error

@@ -6,12 +6,12 @@ sooner than that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Run = Callable[..., Sequence[Tensor]]
+from ...inner.torch_internals import Run, foreach_copy
 
 # Bytes that go in and come out, beyond which copying them takes longer than it saves.
 _LARGEST = 2**28
@@ -76,4 +76,4 @@ def _copy(source: Sequence[Tensor], into: Sequence[Tensor]) -> None:
     """In one launch for every type, which are few."""
     for dtype in {x.dtype for x in source}:
         pairs = [(x, y) for x, y in zip(source, into, strict=True) if x.dtype == dtype]
-        torch._foreach_copy_([y for _, y in pairs], [x for x, _ in pairs])
+        foreach_copy([y for _, y in pairs], [x for x, _ in pairs])

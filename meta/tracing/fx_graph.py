@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from ...inner.torch_internals import Refused, mutates, trace, without_duplicates
 from ..problems.seeding import fork_rng
 
 aten = torch.ops.aten
@@ -55,15 +54,16 @@ def _seeded(seed: int, examples: Sequence[Tensor]) -> Iterator[None]:
     with numbered(seed), fork_rng(seed, examples[0].device), alone:
         try:
             yield
+        except Refused:
+            raise
         except Exception as error:  # Whatever a model does that tensors without values cannot.
             raise CannotTrace(first_line(error)) from error
 
 
 def _writes(graph: Graph) -> bool:
-    """Whether anything in it is done in place, as far as torch says; batch norms do not say it."""
+    """Whether anything in it is done in place."""
     called = {n.target for n in graph.graph.nodes if n.op == "call_function"}
-    schemas = [getattr(target, "_schema", None) for target in called - {operator.getitem}]
-    return any(s is None or s.is_mutable or "batch_norm" in s.name for s in schemas)
+    return any(map(mutates, called - {operator.getitem}))
 
 
 def _draw_in_place(graph: Graph) -> bool:
@@ -93,7 +93,7 @@ def _draw_in_place(graph: Graph) -> bool:
 
 
 def retraced(function: Callable[..., Any], examples: Sequence[Tensor]) -> Graph:
-    made = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    made = trace(function, examples)
     _shorten(made)
     return made
 
@@ -104,12 +104,12 @@ def _shorten(graph: Graph) -> None:
         if n.target is aten.detach.default:
             n.replace_all_uses_with(n.args[0])
             graph.graph.erase_node(n)
-        elif n.target is aten._new_zeros_with_same_feature_meta.default:
+        elif str(n.target) == "aten._new_zeros_with_same_feature_meta.default":
             # Forward mode's own zeros, which no compiler knows.
             val = n.meta["val"]
             n.target, n.args = aten.zeros.default, (list(val.shape),)
             n.kwargs = {"dtype": val.dtype, "device": val.device}
-    short = fx_graph_cse(graph.graph)
+    short = without_duplicates(graph.graph)
     short.eliminate_dead_code()
     graph.graph = short  # Which recompiles.
 
@@ -309,7 +309,7 @@ def extract(
         return env[x]
 
     def double(x: fx.Node | NormOf) -> fx.Node:
-        return graph.call_function(aten._to_copy.default, (one(x),), {"dtype": torch.float64})
+        return graph.call_function(aten.to.dtype, (one(x), torch.float64))
 
     results = []
     for out in outputs:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ...inner.core.layout import Layout
+from ...inner.torch_internals import Refused
 from ..problems.problem import Problem
 from ..training.cache import cache_of
 from ..training.state import State
 from ..training.training import Training
-from .step_graph import UnevenBatches
+from .state_layout import UnevenBatches
 
 # How far a compiled vector may be from autograd's: units of its norm in the last place, and times
 # what one such unit in the weights changes in it; in bfloat16, where a unit is 1/128, fewer.
@@ -30,10 +31,6 @@ _LOW_UNITS, _LOW_SPREADS = 20.0, 5.0
 _STEPS = 2
 
 M = TypeVar("M")
-
-
-class Refused(Exception):
-    """Why a compiled step is not used: it cannot be made, or it differs from autograd's."""
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from ...inner.core.rule import Rule
+from ...inner.numerics.pullback import vjp
 from .state import Resolved, State
 from .training import Training
 
@@ -53,12 +54,11 @@ class Cotangents:
         """The gradient in the knobs."""
         outputs = self._resolved.varying | self._resolved.constant
         sums = self._varying | self._constant
-        grads = torch.autograd.grad(
+        grads = vjp(
             [outputs[name] for name in self.names],
             list(leaves.values()),
             [sums[name] for name in self.names],
-            allow_unused=True,
-            materialize_grads=True,
+            keep=False,
         )
         return dict(zip(leaves, grads, strict=True))
 
@@ -74,7 +74,7 @@ def seed_adjoint(
     if not loss.requires_grad:
         return loss, None
     inputs = carrying_adjoint(state, fixed)
-    grads = torch.autograd.grad(loss, inputs + hypers, allow_unused=True, materialize_grads=True)
+    grads = vjp([loss], inputs + hypers, [None], keep=False)
     sums.add(final, grads[len(inputs) :], sums.names)
     return loss.detach(), list(grads[: len(inputs)])
 
