@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from ...inner.core.messages import check_at_least
+from ...inner.fx_graph import first_line
 from ...inner.torch_internals import Refused
 from ..problems.problem import draws_of
 from ..tracing.cost_model import FORWARD, remember, spend, why_not_compile
-from ..tracing.fx_graph import contiguous, first_line
+from ..tracing.fx_graph import contiguous
 from ..tracing.machine import build_once
 from ..tracing.state_layout import StateLayout
 from ..tracing.verify import (

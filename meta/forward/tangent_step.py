@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ...inner.torch_internals import Run, tree_unflatten
-from ..tracing.codegen import generate
-from ..tracing.cuda_graph import captured
-from ..tracing.fx_graph import (
+from ...inner.fx_graph import (
     Graph,
     ScalarPrelude,
     computes_low,
-    contiguous,
     extract,
     graph_io,
     is_random,
     retraced,
     split_scalars,
-    traced,
 )
+from ...inner.torch_internals import Run, tree_unflatten
+from ..tracing.codegen import generate
+from ..tracing.cuda_graph import captured
+from ..tracing.fx_graph import contiguous, traced
 from ..tracing.matmul_layout import narrow_transposed
 from ..tracing.state_layout import StateLayout
 from ..tracing.verify import Verified

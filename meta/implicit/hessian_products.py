@@ -18,22 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from ...inner.core.hyper import Tensors
+from ...inner.fx_graph import CannotTrace, Graph, aten, computes_low, extract, graph_io, is_random
 from ...inner.numerics.pullback import vjp
 from ...inner.torch_internals import Run, TreeSpec, tree_flatten, tree_unflatten
 from ..problems.problem import draws_of
 from ..tracing.codegen import generate
-from ..tracing.fx_graph import (
-    CannotTrace,
-    Graph,
-    aten,
-    computes_low,
-    contiguous,
-    extract,
-    graph_io,
-    is_random,
-    numbered,
-    traced,
-)
+from ..tracing.fx_graph import contiguous, numbered, traced
 from ..tracing.machine import build_once
 from ..tracing.matmul_layout import narrow_transposed
 from ..tracing.state_layout import UnevenBatches

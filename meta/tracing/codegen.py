@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...inner.fx_graph import Graph, first_line
 from ...inner.torch_internals import Refused, Run, generate_code
-from .fx_graph import Graph, first_line
 
 # Inductor on CPU lays convolutions out anew and then returns wrong derivatives where weights are
 # slices of one vector; and its own random numbers are not the ones that an eager step draws.

@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import TypeVar
 
 from ...inner.core.hyper import Tensors
+from ...inner.fx_graph import CannotTrace, Graph
 from ...inner.torch_internals import Refused, Run
 from ..training.cache import cache_of
 from ..training.state import State
 from ..training.training import Training
 from .codegen import generate
 from .cuda_graph import captured
-from .fx_graph import CannotTrace, Graph
 from .step_graph import StepGraph, trace
 from .torchscript import scripted
 from .verify import Verified

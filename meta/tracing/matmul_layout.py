@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fx_graph import Graph, aten
+from ...inner.fx_graph import Graph, aten
 
 # Columns of a narrow product, and how many times as many rows it has.
 _COLUMNS, _TALLER = 16, 4

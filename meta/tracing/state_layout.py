@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.fx_graph import CannotTrace
 from ...inner.torch_internals import TreeSpec, tree_flatten
 from ..training.state import State
 from ..training.training import Training
-from .fx_graph import CannotTrace, numbered
+from .fx_graph import numbered
 
 
 class UnevenBatches(ValueError):

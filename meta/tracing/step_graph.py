@@ -17,21 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from ...inner.core.hyper import Tensors
-from ...inner.numerics.pullback import vjp
-from ...inner.torch_internals import (
-    partition,
-    tree_unflatten,
-)
-from ..training.state import State
-from ..training.training import Training
-from .fx_graph import (
+from ...inner.fx_graph import (
     CannotTrace,
     Graph,
     NormOf,
     ScalarPrelude,
-    batchable,
     computes_low,
-    contiguous,
     extract,
     graph_io,
     is_number,
@@ -39,8 +30,15 @@ from .fx_graph import (
     over_time,
     retraced,
     split_scalars,
-    traced,
 )
+from ...inner.numerics.pullback import vjp
+from ...inner.torch_internals import (
+    partition,
+    tree_unflatten,
+)
+from ..training.state import State
+from ..training.training import Training
+from .fx_graph import batchable, contiguous, traced
 from .matmul_layout import narrow_transposed
 from .state_layout import StateLayout, TensorSpec
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...inner.fx_graph import Graph, graph_io
 from ...inner.torch_internals import unfused
-from .fx_graph import Graph, graph_io
 
 
 def scripted(graph: Graph) -> Callable[..., Sequence[Tensor]]:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hyperdescent.inner.fx_graph import aten, retraced
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.tracing import cost_model as price
-from hyperdescent.meta.tracing.fx_graph import aten, retraced
 from hyperdescent.meta.tracing.matmul_layout import narrow_transposed
 from hyperdescent.meta.tracing.torchscript import scripted
 from hyperdescent.meta.training.training import Training

@@ -1,4 +1,0 @@
-"""A rule's step on long vectors as a few passes that write where they may.
-
-May import: core, numerics.
-"""
