@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import execute as running
-from ..kernels.trace import plan_of
 from .hyper import Tensors
 from .layout import Layout
 from .rule import Rule
+
+# Elements of a long vector that are done at a time.
+BLOCK = 2**17
 
 
 def initial_slots(rule: Rule, layout: Layout, p: Tensor, values: Tensors) -> Tensors:
@@ -161,16 +162,74 @@ def flat_step_(
     values: Tensors,
     *,
     loss: Tensor | None = None,
+    block: int = BLOCK,
 ) -> tuple[Tensor, Tensors]:
     """flat_step without a graph, the same bits, that may overwrite p and s, which share no memory:
-    where they are long and hypers are one number each, it makes no other vectors of their length.
+    of a long vector on the host, of a rule over elements with one number per hyper, it makes no
+    others of that length. block: the elements that it does at a time.
     """
-    plan = None
-    if rule.over == "element" and p.numel() >= running.LONG and p.device.type == "cpu":
-        if all(value.ndim == 0 for value in values.values()):
-            plan = plan_of(rule, p.dtype, p.device)
-    if plan is None:
-        return flat_step(rule, layout, p, g, s, t, values, loss=loss)
-    here = running.Running(plan, t, loss, values, {n: s[n] for n in plan.shared})
-    here.step([p, g, *(s[n] for n in here.slots)])
-    return p, {**s, **here.shared}
+    numbers = all(value.ndim == 0 for value in values.values())
+    if rule.over == "element" and numbers and p.numel() > block and p.device.type == "cpu":
+        return step_blocks(rule, p, g, s, t, values, loss=loss, block=block)
+    return flat_step(rule, layout, p, g, s, t, values, loss=loss)
+
+
+def step_blocks(
+    rule: Rule,
+    p: Tensor,
+    g: Tensor,
+    s: Tensors,
+    t: Tensor,
+    values: Tensors,
+    *,
+    loss: Tensor | None = None,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensors]:
+    """One step of a rule over elements in the memory of p and s, block by block, so that what is
+    made on the way stays in cache. A slot that changes its type or shape is a new tensor.
+    """
+    long = [n for n, x in s.items() if x.shape == p.shape]
+    whole = {n: x for n, x in s.items() if n not in long}
+    after: Tensors = {}
+    made: dict[str, list[Tensor]] = {}
+    parts = zip(p.split(block), g.split(block), *(s[n].split(block) for n in long), strict=True)
+    for here, grad, *slots in parts:
+        own = dict(zip(long, slots, strict=True))
+        moved, after = rule(here, grad, own | whole, t, values, loss=loss)
+        kept = overwrite(own, after, (here, grad))
+        here.copy_(moved)
+        for n, x in kept.items():
+            if x is not own[n]:
+                made.setdefault(n, []).append(x)
+    return p, {n: torch.cat(made[n]) if n in made else s[n] if n in long else after[n] for n in s}
+
+
+def overwrite(held: Tensors, after: Tensors, others: Sequence[Tensor] = ()) -> Tensors:
+    """The slots after a step, written into those before it where type and shape are the same.
+    others: tensors that a new one must not share its memory with either.
+    """
+    memory = {x.untyped_storage().data_ptr() for x in (*held.values(), *others)}
+    # Read before anything is written: a slot may become another one.
+    new = {
+        n: after[n].clone()
+        if after[n] is not x and after[n].untyped_storage().data_ptr() in memory
+        else after[n]
+        for n, x in held.items()
+    }
+    for n, x in held.items():
+        if new[n] is not x and (new[n].shape, new[n].dtype) == (x.shape, x.dtype):
+            new[n] = x.copy_(new[n])
+    return new
+
+
+__all__ = [
+    "flat_readout",
+    "flat_step",
+    "flat_step_",
+    "initial_slot",
+    "initial_slots",
+    "joined_slots",
+    "overwrite",
+    "split_slots",
+    "step_blocks",
+]

@@ -3,120 +3,150 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from ..core.flat import BLOCK
 from ..core.hyper import Tensors
 from ..core.layout import Layout
 from ..core.rule import Rule
-from ..kernels import execute as running
-from ..kernels.trace import Plan
+from ..torch_internals import below_autograd, flatten_dense, unflatten_dense
 
 # The slots of every parameter, as torch.optim.Optimizer.state holds them.
 States = MutableMapping[Tensor, Tensors]
-# Elements of tensors gathered into one vector, on the host and on another device: there, launches
-# cost more than memory.
-BUNCH, BUNCH_AWAY = 2**16, 2**24
-# Tensors of a kind from which on one batch of them is faster than they are one by one.
-MANY = 8
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How tensors are gathered and taken apart for a step.
+
+    bucket_numel, bucket_numel_away: elements of short tensors in one vector, on the host and on
+    another device: there, launches cost more than memory. block: elements of a long vector that are
+    done at a time. stack_from: tensors of a kind from which on one batch of them is faster than
+    they are one by one, if each has no more than stack_below elements. compile_from: elements of a
+    tensor from which on a step of its own is compiled: of fewer, code takes longer to make than it
+    will ever save.
+    """
+
+    bucket_numel: int = 2**16
+    bucket_numel_away: int = 2**24
+    block: int = BLOCK
+    stack_from: int = 8
+    stack_below: int = 2**14
+    compile_from: int = 32
+
+    def bucket(self, p: Tensor) -> int:
+        return self.bucket_numel if p.device.type == "cpu" else self.bucket_numel_away
 
 
 @dataclass
-class Unit:
+class Bucket:
     """Parameters that a rule steps as one, their names, and where they stand in their group.
 
-    parts: of a model, whose slots may belong to all of it, the parameters that move.
-    flat: slots in one vector each, of which the parameters have views.
-    plans: of the tensor or the model, by dtype, device and options.
+    flat: slots in one vector each, of which views, by parameter, are in the optimizer's state.
     batched: whether tensors that a rule takes apart may be one batch of them, so far as is known.
     """
 
     params: list[Tensor]
     names: list[str]
     at: list[int]
-    parts: list[Unit] | None = None
     flat: Tensors = field(default_factory=dict)
-    views: dict[str, list[Tensor]] = field(default_factory=dict)
-    plans: dict[Hashable, Plan | None] = field(default_factory=dict)
+    _views: dict[str, list[Tensor]] = field(default_factory=dict)
     batched: bool = True
 
     @cached_property
     def layout(self) -> Layout:
         return Layout(tuple(self.names), tuple(p.shape for p in self.params))
 
-    def lend(self, states: States, each: Sequence[Tensors]) -> None:
-        """Make its views slots of its parameters, in the place of those of the same names."""
-        for i, (q, slots) in enumerate(zip(self.params, each, strict=True)):
-            states[q] = {**slots, **{n: views[i] for n, views in self.views.items()}}
+    def hold(
+        self, flat: Tensors, states: States, views: dict[str, list[Tensor]] | None = None
+    ) -> None:
+        """Make parts of these the slots of its parameters, in the place of those of the same names.
+        views: the parts, by slot and parameter, if they are not one after another.
+        """
+        if views is None:
+            views = {n: split_like(x, self.params) for n, x in flat.items()}
+        self.flat, self._views = flat, views
+        for i, q in enumerate(self.params):
+            states[q] = {**states[q], **{n: each[i] for n, each in self._views.items()}}
 
-    def holds(self, states: States) -> bool:
+    def take_apart(self) -> None:
+        """Its tensors are stepped one by one from now on."""
+        self.batched = False
+        self.flat, self._views = {}, {}
+
+    def owns_state(self, states: States) -> bool:
         """Whether the slots of its parameters are still its views."""
         return all(
             states[q].get(n) is x
-            for n, views in self.views.items()
+            for n, views in self._views.items()
             for q, x in zip(self.params, views, strict=True)
         )
 
 
-def units(
-    rule: Rule, params: Sequence[Tensor], names: Sequence[str], moving: Sequence[bool]
-) -> Iterator[Unit]:
+def buckets(
+    rule: Rule,
+    params: Sequence[Tensor],
+    names: Sequence[str],
+    moving: Sequence[bool],
+    config: StepConfig,
+) -> Iterator[Bucket]:
     """The parameters that move, as the rule takes them; all of them if it takes them as one. Those
     without an element are in none.
     """
     some = [i for i, p in enumerate(params) if p.numel()]
     moved = [i for i in some if moving[i]]
     if rule.over == "tensor":
-        yield from (_unit(params, names, at) for at in _stacks(rule, params, names, moved))
-        return
-    bunches = (_unit(params, names, at) for at in _bunches(params, moved))
-    if rule.over == "element":
-        yield from bunches
-    elif moved:
-        whole = _unit(params, names, some)
-        whole.parts = [*bunches]
-        yield whole
+        each = _stacks(rule, params, names, moved, config)
+    elif rule.over == "element":
+        each = _short_together(params, moved, config)
+    else:
+        each = iter([some] if moved else [])
+    for at in each:
+        yield Bucket([params[i] for i in at], [names[i] for i in at], at)
 
 
-def _bunches(params: Sequence[Tensor], some: Sequence[int]) -> Iterator[list[int]]:
+def _short_together(
+    params: Sequence[Tensor], some: Sequence[int], config: StepConfig
+) -> Iterator[list[int]]:
     """Long tensors alone, short ones with others of their kind."""
-    kinds: dict[tuple[torch.device, torch.dtype, int | None], list[int]] = {}
+    kinds: dict[Hashable, list[int]] = {}
     for i in some:
         p = params[i]
-        alone = i if p.numel() >= _bunch(p.device) else None
+        alone = i if p.numel() >= config.bucket(p) else None
         kinds.setdefault((p.device, p.dtype, alone), []).append(i)
-    for (device, _, _), at in kinds.items():
-        yield from _filled(params, at, _bunch(device))
-
-
-def _bunch(device: torch.device) -> int:
-    return BUNCH if device.type == "cpu" else BUNCH_AWAY
+    for at in kinds.values():
+        yield from _filled(params, at, config)
 
 
 def _stacks(
-    rule: Rule, params: Sequence[Tensor], names: Sequence[str], some: Sequence[int]
+    rule: Rule,
+    params: Sequence[Tensor],
+    names: Sequence[str],
+    some: Sequence[int],
+    config: StepConfig,
 ) -> Iterator[list[int]]:
     """Short tensors that a rule over tensors cannot tell apart, if they are many; others alone."""
     kinds: dict[Hashable, list[int]] = {}
     for i in some:
         p = params[i]
         kind = rule.kind(Layout.alone(p.shape, names[i]))
-        alone = i if p.numel() >= running.LONG or not p.ndim else None
+        alone = i if p.numel() >= config.stack_below or not p.ndim else None
         kinds.setdefault((p.device, p.dtype, p.shape, kind, alone), []).append(i)
     for at in kinds.values():
-        if len(at) < MANY:
+        if len(at) < config.stack_from:
             yield from ([i] for i in at)
         else:
-            yield from _filled(params, at, _bunch(params[at[0]].device))
+            yield from _filled(params, at, config)
 
 
-def _filled(params: Sequence[Tensor], some: Sequence[int], limit: int) -> Iterator[list[int]]:
+def _filled(
+    params: Sequence[Tensor], some: Sequence[int], config: StepConfig
+) -> Iterator[list[int]]:
     """In their order, in lists of so many elements at most, if one alone has not more."""
+    limit = config.bucket(params[some[0]])
     at: list[int] = []
     size = 0
     for i in some:
@@ -128,34 +158,16 @@ def _filled(params: Sequence[Tensor], some: Sequence[int], limit: int) -> Iterat
     yield at
 
 
-def _unit(params: Sequence[Tensor], names: Sequence[str], at: list[int]) -> Unit:
-    return Unit([params[i] for i in at], [names[i] for i in at], at)
-
-
-@contextmanager
-def _bare() -> Iterator[None]:
-    """Without what autograd notes of views, which takes longer than the views, and half of their
-    memory. For tensors that no graph is of; what writes into weights has to be outside, where it
-    counts their versions.
-    """
-    views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
-        yield
-
-
-# torch's own for gradients in buckets: no call from Python per tensor.
-
-
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    with _bare():
-        joined: Tensor = _flatten_dense_tensors(tensors)
-    return joined
+    """Tensors as one vector."""
+    with below_autograd():
+        return flatten_dense(tensors)
 
 
-def parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """A flat vector in the shapes of tensors."""
-    with _bare():
-        return list(_unflatten_dense_tensors(flat, like))
+    with below_autograd():
+        return unflatten_dense(flat, like)
 
 
-__all__ = ["States", "Unit", "joined", "parted", "units"]
+__all__ = ["Bucket", "States", "StepConfig", "buckets", "joined", "split_like"]

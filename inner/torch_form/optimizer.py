@@ -1,7 +1,7 @@
 """Every registered rule as a drop-in torch.optim.Optimizer, such as `optim.AdamW`.
 
 The classes are made from the rules on first use. How a step changes weights where they are is in
-inplace.py.
+step.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..core.layout import Layout
 from ..core.messages import unknown
 from ..core.rule import Rule
 from ..registry import RULES, find_rule
-from .buckets import Unit, units
+from .buckets import Bucket, StepConfig, buckets
 from .param_groups import (
     betas_of,
     check_group,
@@ -34,19 +34,19 @@ from .param_groups import (
     signature_of,
     values_in,
 )
-from .step import InPlace
+from .step import STEPS, GroupStep
 
 # Where a state_dict has the trained weights, if others are in use.
 _TRAINED = "trained"
 
 
 @dataclass(frozen=True)
-class _Parted:
-    """A group's parameters, which of them moved in a step, and as what."""
+class _Gathered:
+    """A group's parameters, which of them moved in a step, and in which buckets."""
 
     params: list[Tensor]
     moving: list[bool]
-    units: list[Unit]
+    buckets: list[Bucket]
 
     def still(self, params: list[Tensor], moving: list[bool]) -> bool:
         same = len(params) == len(self.params) and all(map(is_, params, self.params))
@@ -57,21 +57,25 @@ class RuleOptimizer(torch.optim.Optimizer):
     """A rule applied in place to param groups; made by `torch_form`."""
 
     rule: ClassVar[Rule]
+    config: ClassVar[StepConfig] = StepConfig()
     __signature__: ClassVar[Signature]
     # Whether a state_dict holds the slots; the trained weights while others are used.
     _lent: bool
     _evaluating: dict[Tensor, Tensor]
     # Of each group the parameters as the rule takes them, but only those of the last step, because
     # they hold the memory of slots.
-    _parted: dict[int, _Parted]
+    _gathered: dict[int, _Gathered]
+    # Whether steps are compiled, and what users were told of those that are not.
+    _compile: bool
+    _told: set[str]
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        own = {"_lent": False, "_evaluating": {}, "_parted": {}}
-        super().__setstate__({**own, **state})
+        own = {"_lent": False, "_evaluating": {}, "_gathered": {}, "_told": set()}
+        super().__setstate__({**own, "_compile": False, **state})
 
     def __reduce__(self) -> tuple[object, ...]:
         # By the rule: a class that was made of composed rules is no attribute of a module.
-        own = {"_lent": self._lent, "_evaluating": self._evaluating}
+        own = {n: getattr(self, n) for n in ("_lent", "_evaluating", "_compile")}
         return _blank, (self.rule,), {**self.__getstate__(), **own}
 
     def __init__(self, params: ParamsT, *args: object, **given: object) -> None:
@@ -81,7 +85,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise TypeError(unknown(f"{type(self).__name__} has no argument", name, known))
         bound = self.__signature__.bind(params, *args, **given).arguments
         del bound["params"]
-        self._lent, self._evaluating, self._parted = False, {}, {}
+        self._lent, self._evaluating, self._gathered = False, {}, {}
+        self._compile, self._told = bool(bound.pop("compile", False)), set()
         super().__init__(params, grouped(self.rule, bound, defaults_of(self.rule)))
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
@@ -133,7 +138,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         order = [p for group in self.param_groups for p in group["params"]]
         for i, own in given["state"].items():
             # torch would give slots the dtype of the weights; some are kept in a longer one.
-            kept = self._dtypes(order[i])
+            kept = _slot_types(self.rule, order[i])
             self.state[order[i]] = {
                 n: x.to(order[i].device, kept.get(n), copy=True) for n, x in own.items()
             }
@@ -143,13 +148,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                     group[name] = group[name].to(group["params"][0].device)
         for i, trained in given.get(_TRAINED, {}).items():
             self._evaluating[order[i]] = trained.to(order[i].device, copy=True)
-
-    def _dtypes(self, p: Tensor) -> dict[str, torch.dtype]:
-        """Those of a parameter's slots, where they depend on its own alone."""
-        if self.rule.over != "element":
-            return {}
-        begun = self.rule.init(p.detach().new_zeros(1), self.rule.values())
-        return {n: x.dtype for n, x in begun.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: later steps do not change it. One taken between `eval` and `train` holds the
@@ -187,7 +185,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} needs the loss: call step(closure), or step(loss=loss) "
                 "after loss.backward()"
             )
-        gradients = [self._gradients(group) for group in self.param_groups]
+        gradients = [_gradients(group, type(self).__name__) for group in self.param_groups]
         if self._lent:
             for p, slots in self.state.items():
                 self.state[p] = {n: x.clone() for n, x in slots.items()}
@@ -198,56 +196,41 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self._step_group(i, group, grads, value)
         return loss if closure is not None else None
 
-    def _gradients(self, group: Mapping[str, Any]) -> list[Tensor | None]:
-        grads = [p.grad for p in group["params"]]
-        layouts = [torch.strided if g is None else g.layout for g in grads]
-        if {*layouts} - {torch.strided}:
-            at = next(i for i, layout in enumerate(layouts) if layout != torch.strided)
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients, such as that of "
-                f"{_called(group, at)}; build the layer that made it with sparse=False"
-            )
-        return grads
-
     def _step_group(
         self,
         at: int,
-        group: dict[str, object],
+        group: dict[str, Any],
         grads: list[Tensor | None],
         loss: Tensor | None,
     ) -> None:
-        params: list[Tensor] = group["params"]  # type: ignore[assignment]  # torch keeps a list there
-        moving = [g is not None for g in grads]
+        params, moving = group["params"], [g is not None for g in grads]
         if not any(moving):
             return
         if group["maximize"]:
             grads = [g if g is None else -g for g in grads]
             loss = None if loss is None else -loss
         t = torch.as_tensor(group["t"], dtype=torch.float64) + 1
-        before = self._parted.get(at)
+        before = self._gathered.get(at)
         if before is None or not before.still(params, moving):
             # Groups may have been taken out.
-            self._parted = {i: x for i, x in self._parted.items() if i < len(self.param_groups)}
-            self._parted[at] = _Parted([*params], moving, self._units(group, moving))
-        here = self._in_place(group, t, loss)
-        shared = here.shared
-        for unit in self._parted[at].units:
-            shared = here.step(unit, [grads[i] for i in unit.at], self.state)
+            self._gathered = {i: x for i, x in self._gathered.items() if i < len(self.param_groups)}
+            made = _buckets_of(self.rule, group, moving, self.config)
+            self._gathered[at] = _Gathered([*params], moving, made)
+        step = self._group_step(group, t, loss)
+        shared = step.shared
+        for bucket in self._gathered[at].buckets:
+            shared = step(bucket, [grads[i] for i in bucket.at], self.state)
         group.update(t=t, **shared)
 
-    def _in_place(
-        self, group: Mapping[str, object], t: Tensor | None = None, loss: Tensor | None = None
-    ) -> InPlace:
+    def _group_step(
+        self, group: Mapping[str, Any], t: Tensor | None = None, loss: Tensor | None = None
+    ) -> GroupStep:
         rule, values = _of_group(self.rule, group)
         # Slots of a whole model, too, are kept by the group, from its first step on.
         kept = {n: x for n, x in group.items() if n in rule.slots and isinstance(x, Tensor)}
-        return InPlace(rule, values, kept, t, loss)
-
-    def _units(self, group: Mapping[str, object], moving: Sequence[bool]) -> list[Unit]:
-        """The parameters that move, or all of a group where the rule takes them as one."""
-        params: list[Tensor] = group["params"]  # type: ignore[assignment]  # as above
-        names: Sequence[str] = group.get("param_names", [""] * len(params))  # type: ignore[assignment]  # as above
-        return list(units(self.rule, params, names, moving))
+        return STEPS[rule.over](
+            rule, values, kept, self.config, t, loss, compiled=self._compile, told=self._told
+        )
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -257,10 +240,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self.rule.readout is None or self._evaluating:
             return
         for group in self.param_groups:
-            at = self._in_place(group)
+            step = self._group_step(group)
             begun = [bool(self.state.get(p)) for p in group["params"]]
-            for unit in self._units(group, begun) if any(begun) else []:
-                for p, read in zip(unit.params, at.readout(unit, self.state), strict=True):
+            made = _buckets_of(self.rule, group, begun, self.config) if any(begun) else []
+            for bucket in made:
+                for p, read in zip(bucket.params, step.readout(bucket, self.state), strict=True):
                     self._evaluating[p] = p.clone()
                     p.copy_(read)
 
@@ -306,10 +290,39 @@ def _of_group(rule: Rule, group: Mapping[str, object]) -> tuple[Rule, Tensors]:
     return chosen_in(rule, group), {n: x.detach() for n, x in values_in(rule, group).items()}
 
 
+def _buckets_of(
+    rule: Rule, group: Mapping[str, Any], moving: Sequence[bool], config: StepConfig
+) -> list[Bucket]:
+    """The parameters that move, or all of a group where the rule takes them as one."""
+    params: list[Tensor] = group["params"]
+    names: Sequence[str] = group.get("param_names", [""] * len(params))
+    return list(buckets(rule, params, names, moving, config))
+
+
+def _gradients(group: Mapping[str, Any], title: str) -> list[Tensor | None]:
+    grads = [p.grad for p in group["params"]]
+    layouts = [torch.strided if g is None else g.layout for g in grads]
+    if {*layouts} - {torch.strided}:
+        at = next(i for i, layout in enumerate(layouts) if layout != torch.strided)
+        raise RuntimeError(
+            f"{title} does not support sparse gradients, such as that of {_called(group, at)}; "
+            "build the layer that made it with sparse=False"
+        )
+    return grads
+
+
 def _called(group: Mapping[str, Any], i: int) -> str:
     """A parameter, as users know it."""
     name = group["param_names"][i] if "param_names" in group else f"number {i}"
     return f"parameter {name} of its group"
+
+
+def _slot_types(rule: Rule, p: Tensor) -> dict[str, torch.dtype]:
+    """Those of a parameter's slots, where they depend on its own alone."""
+    if rule.over != "element":
+        return {}
+    begun = rule.init(p.detach().new_zeros(1), rule.values())
+    return {n: x.dtype for n, x in begun.items()}
 
 
 def _number(loss: float | Tensor) -> Tensor:

@@ -58,7 +58,8 @@ def signature_of(rule: Rule) -> Signature:
         for name, default in defaults_of(rule).items()
     ]
     betas = [Parameter(name, alone, default=rule.hypers[name].default) for name in betas_of(rule)]
-    return Signature([Parameter("params", named), *given, *betas], return_annotation=None)
+    own = [*betas, Parameter("compile", alone, default=False)]
+    return Signature([Parameter("params", named), *given, *own], return_annotation=None)
 
 
 def doc_of(rule: Rule) -> str:
@@ -66,6 +67,7 @@ def doc_of(rule: Rule) -> str:
     for name, choice in rule.choices.items():
         lines.append(f"    {name}: {choice.default!r} unless given")
     lines.append("    maximize: ascend instead of descend")
+    lines.append("    compile: generate code for steps, which takes the first seconds")
     about = _ABOUT_GROUPS
     if rates := [name for name in rule.hypers if name.endswith("_lr")]:
         about += _ABOUT_RATES.format(names=" and ".join(rates), name=rates[0])

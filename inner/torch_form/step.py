@@ -3,33 +3,35 @@
 A rule over elements does not care where one tensor ends and the next begins: long tensors are
 stepped in blocks that stay in cache, short ones are gathered first, and their slots stay gathered,
 each parameter's being a view. Neither takes more memory than the slots, nor a kernel per tensor.
-The same goes for a rule over tensors or the model that but for sums over them is one over elements.
-Short tensors of one shape are one batch to a rule over tensors.
+Short tensors of one shape are one batch to a rule over tensors; to one over the model, all are one
+vector. Compiled, each of these is one generated kernel or a few (compiled.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..core.flat import flat_readout, flat_step, initial_slot, joined_slots, split_slots
+from ..core.flat import flat_readout, flat_step, joined_slots, overwrite, step_blocks
 from ..core.hyper import Tensors
 from ..core.layout import Layout
 from ..core.rule import Rule
-from ..kernels import execute as running
-from ..kernels.execute import Running
-from ..kernels.trace import Plan, plan_of
-from .buckets import States, Unit, joined, parted
-
-# Whether a product and the sum it enters are one kernel, which is faster and rounds once.
-FUSED = True
+from ..fx_graph import first_line
+from ..torch_internals import foreach_copy
+from .buckets import Bucket, States, StepConfig, joined, split_like
+from .compiled import CompiledStep, Numbers, StepKey, compiled_step
 
 
-class InPlace:
-    """A rule at one step. shared: the slots that are one number for a param group, or, of a rule
-    over models, belong to all of it.
+class GroupStep:
+    """A rule at one step of a param group.
+
+    shared: the slots that are one number for a param group, or, of a rule over models, belong to
+    all of it. compiled: whether to generate code where that can be. told: why it could not be, as
+    far as users were told.
     """
 
     def __init__(
@@ -37,241 +39,292 @@ class InPlace:
         rule: Rule,
         values: Tensors,
         shared: Tensors,
+        config: StepConfig,
         t: Tensor | None = None,
         loss: Tensor | None = None,
+        *,
+        compiled: bool = False,
+        told: set[str] | None = None,
     ) -> None:
-        self.rule, self.values, self.shared = rule, values, shared
-        self._t = torch.ones((), dtype=torch.float64) if t is None else t
-        self._loss = loss
-        self._running: dict[tuple[torch.dtype, torch.device], Running] = {}
+        self.rule, self.values, self.shared, self.config = rule, values, shared, config
+        self.t = torch.ones((), dtype=torch.float64) if t is None else t
+        self.loss, self.compiled = loss, compiled
+        self._told = set[str]() if told is None else told
+        self._numbers: dict[CompiledStep, Numbers] = {}
 
-    def step(self, unit: Unit, given: list[Tensor | None], states: States) -> Tensors:
-        """Step the parameters of a unit and their slots; the shared ones after it are returned.
+    def __call__(self, bucket: Bucket, grads: Sequence[Tensor | None], states: States) -> Tensors:
+        """Step the parameters of a bucket and their slots; the shared ones after it are returned.
         Those of a model without a gradient are left where they are.
         """
-        if unit.parts is not None:
-            return self._model(unit, given, states)
-        grads: list[Tensor] = given  # type: ignore[assignment]  # what has none is in no other unit
-        if self.rule.over == "tensor":
-            return self._tensors(unit, grads, states)
-        if (here := self._running_of(unit.params[0])) is not None:
-            self._pass(unit, grads, states, here)
-            return here.shared
-        return self._one_by_one(unit, grads, states)
+        raise NotImplementedError
 
-    def _one_by_one(self, unit: Unit, grads: list[Tensor], states: States) -> Tensors:
+    def readout(self, bucket: Bucket, states: States) -> list[Tensor]:
+        """The weights to use of every parameter."""
+        p = joined(bucket.params)
+        each = [states[q] for q in bucket.params]
+        slots = joined_slots(self.rule, bucket.layout, p, each, self.shared, self.values)
+        read = flat_readout(self.rule, bucket.layout, p, slots, self.values)
+        return split_like(read, bucket.params)
+
+    def own(self, p: Tensor, name: str, states: States) -> Tensors:
+        """A parameter's slots. They begin if it has none, and one of an option that is in force
+        only now begins now.
+        """
+        unit, own = Layout.alone(p.shape, name), states[p]
+        due = [n for n in self.rule.slots if n not in self.shared]
+        late = [
+            n
+            for n in due
+            if n not in own or not (own[n].numel() or not self.rule.slot_shape(n, unit).numel())
+        ]
+        if late:
+            like = p.view(unit.shapes[0])
+            begun = {n: self.rule.begin(n, like, self.values, unit) for n in late}
+            # It is going to be written into, so no entry may stand for several.
+            whole = {n: x.contiguous() for n, x in begun.items() if x.shape == like.shape}
+            states[p] = own | begun | {n: x.view(p.shape) for n, x in whole.items()}
+        return {n: states[p][n] for n in due}
+
+    def run_compiled(
+        self, p: Tensor, g: Tensor, slots: Tensors, layout: Layout, *, stacked: bool = False
+    ) -> Tensors | None:
+        """One step by generated code, in the memory of p and slots; the shared slots after it.
+        None, and nothing done, where there is no such code; why is told once.
+        """
+        if not self.compiled or p.numel() < self.config.compile_from:
+            return None
+        step = compiled_step(StepKey.of(self.rule, p, slots, self.shared, layout, stacked=stacked))
+        if isinstance(step, CompiledStep):
+            if step not in self._numbers:
+                self._numbers[step] = step.numbers(self.t, self.values, self.shared, self.loss)
+            after = step(p, g, slots, self._numbers[step])
+            if after is not None:
+                return after
+        reason = step if isinstance(step, str) else step.refused
+        self._warn(f"a step of {self.rule.title} with compile=True is not compiled: {reason}")
+        return None
+
+    def _warn(self, slow: str) -> None:
+        """Say once that a slower way was taken, and why."""
+        if slow not in self._told:
+            self._told.add(slow)
+            warnings.warn(slow, UserWarning, stacklevel=2)
+
+
+class ElementStep(GroupStep):
+    """Of a rule over elements."""
+
+    def __call__(self, bucket: Bucket, grads: Sequence[Tensor | None], states: States) -> Tensors:
+        given = [g for g in grads if g is not None]
+        if len(given) > 1 and self._lasting is not None:
+            return self._gathered(bucket, given, states, self._lasting)
         after = self.shared
-        for p, name, g in zip(unit.params, unit.names, grads, strict=True):
-            after = self._out_of_place(p, name, g, states)
+        for p, name, g in zip(bucket.params, bucket.names, given, strict=True):
+            after = self._alone(p, name, g, states)
         return after
 
-    def _running_of(self, p: Tensor) -> Running | None:
-        kind = p.dtype, p.device
-        if kind not in self._running:
-            plan = plan_of(self.rule, *kind)
-            if plan is None:
-                return None
-            self._running[kind] = Running(
-                plan, self._t, self._loss, self.values, self.shared, fused=FUSED
-            )
-        return self._running[kind]
-
-    def _pass(self, unit: Unit, grads: list[Tensor], states: States, here: Running) -> None:
-        if len(unit.params) == 1:
-            self._long(unit, grads[0], states, here)
-        else:
-            self._bunch(unit, grads, states, here)
-
-    def _long(self, unit: Unit, g: Tensor, states: States, here: Running) -> None:
+    def _alone(self, p: Tensor, name: str, g: Tensor, states: States) -> Tensors:
         """One tensor, in its own memory."""
-        (p,), (own,) = unit.params, self._own(unit, states, here.slots)
-        held = (p, g, *(own[n] for n in here.slots))
-        flat = [x.reshape(-1) for x in held]
-        here.step(flat)
-        for x, moved in zip(held, flat, strict=True):
-            # A tensor that does not lie in one piece, as of channels_last, is copied there and
-            # back.
-            if here.writes and x is not g and moved.data_ptr() != x.data_ptr():
-                x.copy_(moved.view_as(x))
+        own = self.own(p, name, states)
+        long = {n: x for n, x in own.items() if x.shape == p.shape}
+        # A tensor that does not lie in one piece, as of channels_last, is copied there and back.
+        flat, slots = p.reshape(-1), {n: x.reshape(-1) for n, x in long.items()}
+        after, shared = self._move(flat, g.reshape(-1), {**own, **slots})
+        if flat.data_ptr() != p.data_ptr():
+            p.copy_(flat.view_as(p))
+        for n, x in own.items():
+            if n not in long:
+                states[p][n] = after[n]
+            elif after[n] is not slots[n]:
+                states[p][n] = after[n].view(p.shape)
+            elif slots[n].data_ptr() != x.data_ptr():
+                x.copy_(after[n].view_as(x))
+        return shared
 
-    def _bunch(self, unit: Unit, grads: list[Tensor], states: States, here: Running) -> None:
-        """Short tensors, gathered."""
-        if (*unit.flat,) != here.slots or not unit.holds(states):
-            self._gather(unit, states, here.slots)
-        g = joined(grads)
-        p = joined(unit.params) if here.weights else g
-        here.step([p, g, *unit.flat.values()], gathered=True)
-        if here.writes and here.weights:
-            torch._foreach_copy_(unit.params, parted(p, unit.params))
-        elif here.writes:
-            torch._foreach_sub_(unit.params, parted(g, unit.params))
+    def _gathered(
+        self, bucket: Bucket, grads: list[Tensor], states: States, lasting: list[str]
+    ) -> Tensors:
+        """Short tensors in one vector, as their slots already are."""
+        if [*bucket.flat] != lasting or not bucket.owns_state(states):
+            self._gather(bucket, states, lasting)
+        p = joined(bucket.params)
+        # What has no entry, for it is of another option, is the same of all.
+        first = states.get(bucket.params[0], {})
+        idle = {n: x for n, x in first.items() if n not in bucket.flat}
+        after, shared = self._move(p, joined(grads), {**idle, **bucket.flat})
+        foreach_copy(bucket.params, split_like(p, bucket.params))
+        if any(after[n] is not x for n, x in bucket.flat.items()):
+            bucket.hold({n: after[n] for n in bucket.flat}, states)
+        return shared
 
-    def _gather(self, unit: Unit, states: States, names: Sequence[str]) -> None:
-        """Bring the slots of a bunch into vectors."""
-        if any(states[q] for q in unit.params):
-            each = self._own(unit, states, names)
-            unit.flat = {n: joined([slots[n] for slots in each]) for n in names}
-        else:
-            begun = self._begun(joined(unit.params), "")
-            unit.flat = {n: begun.pop(n) for n in names}
-            each = [begun] * len(unit.params)
-        unit.views = {n: parted(x, unit.params) for n, x in unit.flat.items()}
-        # What has no entry, for it is of another option, stays.
-        unit.lend(states, each)
-
-    def _own(self, unit: Unit, states: States, names: Sequence[str]) -> list[Tensors]:
-        """The slots of every parameter. They begin if it has none, and one of these that was of an
-        option that is in force only now begins now.
+    @cached_property
+    def _lasting(self) -> list[str] | None:
+        """The slots with an entry per element, under the options in force; None if a tensor has one
+        of another kind to itself, and cannot be a part of a vector.
         """
-        due = [n for n in self.rule.slots if n not in self.shared]
-        for p, name in zip(unit.params, unit.names, strict=True):
-            own = states[p]
-            if not all(n in own for n in due) or not all(own[n].numel() for n in names):
-                states[p] = self._begun(p, name) | {n: x for n, x in own.items() if x.numel()}
-        return [states[p] for p in unit.params]
+        own = [n for n in self.rule.slots if n not in self.shared]
+        shapes = {n: self.rule.slot_shape(n, _SOME) for n in own}
+        if any(shape.numel() and shape != _SOME.shapes[0] for shape in shapes.values()):
+            return None
+        return [n for n, shape in shapes.items() if shape.numel()]
 
-    def _begun(self, p: Tensor, name: str) -> Tensors:
-        one = Layout.alone(p.shape, name)
-        slots = self.rule.init(p.view(one.shapes[0]), self.values, one)
-        own = {n: x for n, x in slots.items() if n not in self.shared}
-        # It is going to be written into, so no entry may stand for several.
-        whole = {n: x.contiguous() for n, x in own.items() if x.shape == one.shapes[0]}
-        return own | {n: x.view(p.shape) for n, x in whole.items()}
+    def _move(self, p: Tensor, g: Tensor, slots: Tensors) -> tuple[Tensors, Tensors]:
+        """(the slots after a step, the shared ones); p is written into."""
+        shared = self.run_compiled(p, g, slots, Layout.alone(p.shape))
+        if shared is not None:
+            return slots, shared
+        held = {**slots, **self.shared}
+        _, after = step_blocks(
+            self.rule, p, g, held, self.t, self.values, loss=self.loss, block=self.config.block
+        )
+        return {n: after[n] for n in slots}, {n: after[n] for n in self.shared}
 
-    def _out_of_place(self, p: Tensor, name: str, g: Tensor, states: States) -> Tensors:
-        """One tensor by the rule as it is written; the shared slots after it."""
-        one = Layout.alone(p.shape, name)
-        unit = p.view(one.shapes[0])
-        own = states[p] or self.rule.init(unit, self.values, one)
-        before = {**own, **self.shared}
+    def _gather(self, bucket: Bucket, states: States, lasting: list[str]) -> None:
+        """Bring the slots of a bucket into vectors."""
+        if any(states.get(q) for q in bucket.params):
+            pairs = zip(bucket.params, bucket.names, strict=True)
+            each = [self.own(q, name, states) for q, name in pairs]
+            flat = {n: joined([own[n] for own in each]) for n in lasting}
+        else:
+            # One start for all is a kernel per slot, and not per tensor.
+            whole = joined(bucket.params)
+            made = self.rule.init(whole, self.values)
+            begun = {n: x for n, x in made.items() if n not in self.shared}
+            flat = {n: begun[n].contiguous() for n in lasting}
+            for q in bucket.params:
+                states[q] = {n: x for n, x in begun.items() if n not in flat}
+        bucket.hold(flat, states)
+
+
+class TensorStep(GroupStep):
+    """Of a rule over tensors."""
+
+    def __call__(self, bucket: Bucket, grads: Sequence[Tensor | None], states: States) -> Tensors:
+        given = [g for g in grads if g is not None]
+        if len(given) > 1 and bucket.batched:
+            after = self._stack(bucket, given, states)
+            if after is not None:
+                return after
+        after = self.shared
+        for p, name, g in zip(bucket.params, bucket.names, given, strict=True):
+            after = self._one(p, name, g, states)
+        return after
+
+    def _one(self, p: Tensor, name: str, g: Tensor, states: States) -> Tensors:
+        """One tensor; the shared slots after it."""
+        layout = Layout.alone(p.shape, name)
+        shape = layout.shapes[0]
+        own = self.own(p, name, states)
+        if p.is_contiguous() and all(x.is_contiguous() for x in own.values()):
+            flat = {n: x.view(shape) if x.shape == p.shape else x for n, x in own.items()}
+            shared = self.run_compiled(p.view(shape), g.reshape(shape), flat, layout)
+            if shared is not None:
+                return shared
+        before = {n: x.view(shape) if x.shape == p.shape else x for n, x in own.items()}
         moved, after = self.rule(
-            unit, g.view_as(unit), before, self._t, self.values, loss=self._loss, layout=one
+            p.view(shape),
+            g.view(shape),
+            {**before, **self.shared},
+            self.t,
+            self.values,
+            loss=self.loss,
+            layout=layout,
         )
         # A slot may hold the weights of the step before, or the gradient, into which the next one
         # may be added.
         given = {x.untyped_storage().data_ptr() for x in (p, g)}
-        after = {
-            n: x.clone() if x.untyped_storage().data_ptr() in given else x for n, x in after.items()
+        kept = {
+            n: x.clone() if x.untyped_storage().data_ptr() in given else x
+            for n, x in after.items()
+            if n not in self.shared
         }
         p.copy_(moved.view_as(p))
-        states[p] = {n: x for n, x in after.items() if n not in self.shared}
+        states[p] = {n: x.view(p.shape) if x.shape == shape else x for n, x in kept.items()}
         return {n: after[n] for n in self.shared}
 
-    def _tensors(self, unit: Unit, grads: list[Tensor], states: States) -> Tensors:
-        """One tensor, or several of a kind, each as a whole; the shared slots after it."""
-        if len(unit.params) > 1:
-            after = self._stack(unit, grads, states) if unit.batched else None
-            return self._one_by_one(unit, grads, states) if after is None else after
-        (p,), (name,), (g,) = unit.params, unit.names, grads
-        plan = None
-        # What does not lie in one piece would be copied in every pass.
-        if p.numel() >= running.LONG and p.is_contiguous():
-            plan = self._planned(unit, p)
-        if plan is None:
-            return self._out_of_place(p, name, g, states)
-        (own,) = self._own(unit, states, plan.slots)
-        after = self._passes(plan, [unit], {p: g}, states, {**own, **self.shared})
-        states[p].update((n, x) for n, x in after.items() if n not in self.shared)
-        return {n: after[n] for n in self.shared}
-
-    def _stack(self, unit: Unit, grads: list[Tensor], states: States) -> Tensors | None:
+    def _stack(self, bucket: Bucket, grads: list[Tensor], states: States) -> Tensors | None:
         """Tensors of a kind as one batch; None, and nothing done, if the rule cannot be batched."""
-        one = Layout.alone(unit.params[0].shape, unit.names[0])
-        if not unit.flat or not unit.holds(states):
-            each = self._own(unit, states, ())
-            unit.flat = {n: torch.stack([own[n] for own in each]) for n in each[0]}
-            unit.views = {n: list(x.unbind()) for n, x in unit.flat.items()}
-            unit.lend(states, each)
-        shape = (len(unit.params), *one.shapes[0])
+        one = Layout.alone(bucket.params[0].shape, bucket.names[0])
+        if not bucket.flat or not bucket.owns_state(states):
+            pairs = zip(bucket.params, bucket.names, strict=True)
+            each = [self.own(q, name, states) for q, name in pairs]
+            stacks = {n: torch.stack([own[n] for own in each]) for n in each[0]}
+            bucket.hold(stacks, states, {n: list(x.unbind()) for n, x in stacks.items()})
+        shape = (len(bucket.params), *one.shapes[0])
+        p, g = joined(bucket.params).view(shape), joined(grads).view(shape)
+        shared = self.run_compiled(p, g, bucket.flat, one, stacked=True)
+        if shared is None:
+            made = self._batched(bucket, p, g, one)
+            if made is None:
+                return None
+            p, shared = made
+        foreach_copy(bucket.params, split_like(p.reshape(-1), bucket.params))
+        return shared
+
+    def _batched(
+        self, bucket: Bucket, p: Tensor, g: Tensor, one: Layout
+    ) -> tuple[Tensor, Tensors] | None:
+        """(the weights of a batch after a step, the shared slots), the others in their memory."""
 
         def step(p: Tensor, g: Tensor, own: Tensors) -> tuple[Tensor, Tensors, Tensors]:
             moved, after = self.rule(
-                p, g, {**own, **self.shared}, self._t, self.values, loss=self._loss, layout=one
+                p, g, {**own, **self.shared}, self.t, self.values, loss=self.loss, layout=one
             )
             if any(after[n].shape != x.shape or after[n].dtype != x.dtype for n, x in own.items()):
-                raise TypeError("a slot that changes its shape or dtype has no place in a batch")
+                raise TypeError("a slot that changes its shape or type has no place in a batch")
             return moved, {n: after[n] for n in own}, {n: after[n] for n in self.shared}
 
         try:
             p, after, shared = torch.vmap(step, out_dims=(0, 0, None))(  # type: ignore[arg-type]  # None: no batch
-                joined(unit.params).view(shape), joined(grads).view(shape), unit.flat
+                p, g, bucket.flat
             )
-        except Exception:  # A branch on a value, say; one by one it will tell what is wrong.
-            unit.batched, unit.flat, unit.views = False, {}, {}
+        except Exception as error:  # Whatever a rule does that a batch of tensors cannot.
+            self._warn(
+                f"{self.rule.title} steps tensors of one shape one by one, which is slower than as "
+                f"a batch: {first_line(error)}"
+            )
+            bucket.take_apart()
             return None
-        torch._foreach_copy_(unit.params, parted(p.reshape(-1), unit.params))
-        for n, x in after.items():
-            unit.flat[n].copy_(x)
+        overwrite(bucket.flat, after)
+        return p, shared
+
+
+class ModelStep(GroupStep):
+    """Of a rule over the model, which is all of a param group."""
+
+    def __call__(self, bucket: Bucket, grads: Sequence[Tensor | None], states: States) -> Tensors:
+        pairs = list(zip(bucket.params, grads, strict=True))
+        p = joined(bucket.params)
+        g = joined([torch.zeros_like(q) if grad is None else grad for q, grad in pairs])
+        layout = bucket.layout
+        if not bucket.flat or not bucket.owns_state(states):
+            each = [states[q] for q in bucket.params]
+            slots = joined_slots(self.rule, layout, p, each, self.shared, self.values)
+            # In memory of their own, for a slot may begin as the weights.
+            flat = {n: x.clone() for n, x in slots.items() if x.shape == p.shape}
+            bucket.hold(flat, states)
+            self.shared = {n: x for n, x in slots.items() if n not in flat}
+        shared = self.run_compiled(p, g, bucket.flat, layout)
+        if shared is None:
+            slots = {**bucket.flat, **self.shared}
+            moved, after = flat_step(
+                self.rule, layout, p, g, slots, self.t, self.values, loss=self.loss
+            )
+            kept = overwrite(bucket.flat, after, (p, g))
+            if any(x is not bucket.flat[n] for n, x in kept.items()):
+                bucket.hold(kept, states)
+            p, shared = moved, {n: x for n, x in after.items() if n not in kept}
+        parts = zip(pairs, split_like(p, bucket.params), strict=True)
+        new = [(q, x) for (q, grad), x in parts if grad is not None]
+        foreach_copy([q for q, _ in new], [x for _, x in new])
         return shared
 
-    def _passes(
-        self,
-        plan: Plan,
-        parts: Sequence[Unit],
-        grads: Mapping[Tensor, Tensor],
-        states: States,
-        shared: Tensors,
-    ) -> Tensors:
-        """All of a step over parts of a tensor or a model; its shared slots after it."""
-        here = Running(plan, self._t, self._loss, self.values, shared, fused=FUSED)
-        going = True
-        while going:
-            for part in parts:
-                self._pass(part, [grads[p] for p in part.params], states, here)
-            going = here.on()
-        return here.shared
 
-    def _planned(self, unit: Unit, p: Tensor) -> Plan | None:
-        """The plan of a tensor or a model like p."""
-        key = (p.dtype, p.device, *self.rule.options().values())
-        if key not in unit.plans:
-            layout = unit.layout if unit.parts is not None else Layout.alone(p.shape, unit.names[0])
-            unit.plans[key] = plan_of(self.rule, p.dtype, p.device, layout)
-        return unit.plans[key]
+_SOME = Layout.alone(torch.Size([3]))
+STEPS: dict[str, type[GroupStep]] = {
+    "element": ElementStep,
+    "tensor": TensorStep,
+    "model": ModelStep,
+}
 
-    def _model(self, unit: Unit, grads: list[Tensor | None], states: States) -> Tensors:
-        """A param group as one vector; the slots after it that are not one entry per element."""
-        alike = len({(p.dtype, p.device) for p in unit.params}) == 1
-        plan = self._planned(unit, unit.params[0]) if alike else None
-        if plan is not None:
-            given = {p: g for p, g in zip(unit.params, grads, strict=True) if g is not None}
-            self.shared = self._begun_shared(unit, plan.shared)
-            after = self._passes(plan, unit.parts or (), given, states, self.shared)
-            return {**self.shared, **after}
-        pairs = list(zip(unit.params, grads, strict=True))
-        p = joined(unit.params)
-        g = joined([torch.zeros_like(q) if grad is None else grad for q, grad in pairs])
-        slots = self._joined_slots(unit, p, states)
-        p, after = flat_step(
-            self.rule, unit.layout, p, g, slots, self._t, self.values, loss=self._loss
-        )
-        parts = zip(pairs, parted(p, unit.params), strict=True)
-        moved = [(q, x) for (q, grad), x in parts if grad is not None]
-        torch._foreach_copy_([q for q, _ in moved], [x for _, x in moved])
-        each, whole = split_slots(unit.layout, p, after)
-        for q, own in zip(unit.params, each, strict=True):
-            # A view would keep all others' memory.
-            states[q].update((n, x.clone()) for n, x in own.items())
-        return whole
-
-    def _begun_shared(self, unit: Unit, names: Sequence[str]) -> Tensors:
-        """What is kept by all of a model, also what begins only now."""
-        late = [n for n in names if n not in self.shared]
-        if not late:
-            return self.shared
-        p = joined(unit.params)
-        begun = {n: initial_slot(self.rule, n, unit.layout, p, self.values) for n in late}
-        return {**self.shared, **begun}
-
-    def readout(self, unit: Unit, states: States) -> list[Tensor]:
-        """The weights to use of every parameter."""
-        p = joined(unit.params)
-        slots = self._joined_slots(unit, p, states)
-        return parted(flat_readout(self.rule, unit.layout, p, slots, self.values), unit.params)
-
-    def _joined_slots(self, unit: Unit, p: Tensor, states: States) -> Tensors:
-        each = [states[q] for q in unit.params]
-        return joined_slots(self.rule, unit.layout, p, each, self.shared, self.values)
-
-
-__all__ = ["InPlace"]
+__all__ = ["STEPS", "ElementStep", "GroupStep", "ModelStep", "TensorStep"]

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import io
-import itertools
 import math
 import pickle
 
@@ -11,14 +10,11 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from hyperdescent.inner.core.flat import flat_readout, flat_step, initial_slots
-from hyperdescent.inner.core.hyper import Choice
+from hyperdescent.inner.core.flat import flat_readout
 from hyperdescent.inner.core.layout import Layout
-from hyperdescent.inner.kernels import execute as running
 from hyperdescent.inner.registry import RULES, find_rule
-from hyperdescent.inner.torch_form import step as inplace
 from hyperdescent.inner.torch_form.optimizer import torch_form
-from hyperdescent.inner.torch_form.param_groups import betas_of, hypers_in, values_in
+from hyperdescent.inner.torch_form.param_groups import values_in
 
 F64 = torch.float64
 COMPOSED = ["cautious(muon)", "clip_norm(adamw)", "ema(sgd)"]
@@ -587,82 +583,6 @@ class TestEdits:
         optimizer, other = self.pair(rule, lambda d: d["state"].pop(1, None))
         optimizer.state.pop(optimizer.param_groups[0]["params"][1], None)
         assert_same(descend(optimizer, 3, start=3), descend(other, 3, start=3))
-
-
-def variants():
-    composed = ["clip_value(sgd)", "lookahead(adam)", "cautious_weight_decay(sgd)"]
-    for rule in [*ALL, *map(find_rule, composed)]:
-        if rule.over == "element":
-            options = {n: c.options for n, c in rule.choices.items() if isinstance(c, Choice)}
-            for chosen in itertools.product(*options.values()):
-                named = dict(zip(options, chosen, strict=True))
-                label = "-".join([rule.name, *(f"{n}={v}" for n, v in named.items())])
-                yield pytest.param(rule.choose(**named), id=label)
-
-
-class TestPlans:
-    @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("rule", list(variants()))
-    def test_are_the_rule_where_numbers_are_0_or_1(self, rule, dtype, monkeypatch):
-        monkeypatch.setattr(running, "BLOCK", 13)
-        monkeypatch.setattr(inplace, "FUSED", False)  # The bits are the rule's.
-        optimizer = torch_form(rule)(parameters(dtype), **moving(rule))
-        (group,) = optimizer.param_groups
-        base = hypers_in(optimizer.rule, group)
-        points = [base]
-        for name, hyper in rule.hypers.items():
-            points += [base | {name: edge} for edge in (0.0, 1.0) if legal(hyper, edge)]
-        points.append({n: 0.0 if legal(h, 0.0) and n != "lr" else base[n] for n, h in hypers(rule)})
-        start = copied(weights(optimizer))
-        for point in points:
-            if rule.check and rule.check({**point, **rule.options()}):
-                continue
-            values = {n: torch.tensor(float(v), dtype=F64) for n, v in point.items()}
-            torch._foreach_copy_(weights(optimizer), start)
-            optimizer.state.clear()
-            layout = Layout.of(dict(enumerate(start)))
-            p = torch.cat([x.reshape(-1) for x in start])
-            s = initial_slots(rule, layout, p, values)
-            group.update(grouped(rule, point), t=torch.zeros((), dtype=F64))
-            group.update({n: x for n, x in s.items() if rule.slots[n].shared})
-            for step in range(1, 3):
-                grads = [noise(10 * step + i, x.shape, dtype) for i, x in enumerate(start)]
-                g = torch.cat([x.reshape(-1) for x in grads])
-                for q, grad in zip(group["params"], grads, strict=True):
-                    q.grad = grad
-                loss, t = torch.tensor(3.0 + step, dtype=dtype), torch.tensor(step, dtype=F64)
-                p, s = flat_step(rule, layout, p, g, s, t, values, loss=loss)
-                if not all(x.isfinite().all() for x in (p, *s.values())):
-                    assert point is not base
-                    break  # A term of 0 times infinity is left out of a plan.
-                optimizer.step(**given_loss(rule, loss))
-                assert_same(weights(optimizer), [*layout.unflatten(p).values()])
-                for i, q in enumerate(group["params"]):
-                    # A slot that belongs to another option has no entry.
-                    own = {
-                        n: layout.unflatten(x)[i] if x.numel() else x
-                        for n, x in s.items()
-                        if x.ndim
-                    }
-                    assert_same(dict(optimizer.state[q]), own)
-
-
-def hypers(rule):
-    return rule.hypers.items()
-
-
-def legal(hyper, value):
-    try:
-        hyper.check("", value)
-    except ValueError:
-        return False
-    return True
-
-
-def grouped(rule, given):
-    betas = betas_of(rule)
-    rest = {n: v for n, v in given.items() if n not in betas}
-    return rest | ({"betas": tuple(given[n] for n in betas)} if betas else {})
 
 
 def test_step_takes_the_loss_by_name():

@@ -1,22 +1,24 @@
 """The step in place: the bits of the step out of place, in the memory of its inputs."""
 
+from functools import partial
+
 import pytest
 import torch
 from points import EVERY_RULE, allowed, values_in_nets
 from torch import nn
 
-from hyperdescent.inner.core.flat import flat_step, flat_step_, initial_slots
+from hyperdescent.inner.core.flat import BLOCK, flat_step, flat_step_, initial_slots
 from hyperdescent.inner.core.hyper import learning_rate
 from hyperdescent.inner.core.layout import Layout
 from hyperdescent.inner.core.rule import rule
 from hyperdescent.inner.core.slots import Slot, zeros
-from hyperdescent.inner.kernels import execute as running
 from hyperdescent.inner.registry import RULES
 from hyperdescent.meta.problems.module_problem import problem_from_module
 from hyperdescent.meta.training.loop import run_training
 from hyperdescent.meta.training.training import Training
 
 SIZE = 200  # Three blocks, and a part of one.
+LONG = BLOCK + 1  # From there on a training writes in place.
 
 
 @rule("Swap", slots={"last": zeros, "other": zeros}, lr=learning_rate(0.1))
@@ -25,10 +27,7 @@ def swap(p, g, s, t, lr):
     return s["other"] - lr * g, {"last": p, "other": s["last"]}
 
 
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch):
-    monkeypatch.setattr(running, "LONG", 64)
-    monkeypatch.setattr(running, "BLOCK", 64)
+in_blocks = partial(flat_step_, block=64)
 
 
 def trained(step, found, values, clone, steps=5):
@@ -57,7 +56,7 @@ def test_it_has_the_bits_of_the_other(found, granularity):
         }
     )
     p, slots, _ = trained(flat_step, found, values, clone=True)
-    here, slots_here, _ = trained(flat_step_, found, values, clone=True)
+    here, slots_here, _ = trained(in_blocks, found, values, clone=True)
     assert torch.equal(p, here)
     for n, x in slots.items():
         assert torch.equal(x, slots_here[n]) and x.dtype == slots_here[n].dtype
@@ -65,7 +64,7 @@ def test_it_has_the_bits_of_the_other(found, granularity):
 
 def test_it_writes_where_it_reads():
     found = RULES["adam"]
-    p, _, before = trained(flat_step_, found, found.values(), clone=False)
+    p, _, before = trained(in_blocks, found, found.values(), clone=False)
     assert p.data_ptr() == before.data_ptr()
 
 
@@ -79,8 +78,8 @@ class Previous(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.w = nn.Parameter(torch.linspace(-1, 1, SIZE))
-        self.register_buffer("previous", torch.zeros(SIZE))
+        self.w = nn.Parameter(torch.linspace(-1, 1, LONG) / LONG)
+        self.register_buffer("previous", torch.zeros(LONG))
 
     def forward(self, x):
         apart = self.w - 0.5 * self.previous
@@ -89,10 +88,10 @@ class Previous(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "of"), [(Previous, RULES["sgd"]), (lambda: nn.Linear(SIZE, 1, bias=False), anchored)]
+    ("make", "of"), [(Previous, RULES["sgd"]), (lambda: nn.Linear(LONG, 1, bias=False), anchored)]
 )
-def test_a_state_that_shares_memory_is_not_overwritten(make, of, monkeypatch):
-    x = torch.randn(8, SIZE, generator=torch.Generator().manual_seed(0))
+def test_a_state_that_shares_memory_is_not_overwritten(make, of):
+    x = torch.randn(8, LONG, generator=torch.Generator().manual_seed(0))
     problem = problem_from_module(
         make,
         lambda out, y: (out.flatten() - y).square().mean(),
@@ -103,7 +102,8 @@ def test_a_state_that_shares_memory_is_not_overwritten(make, of, monkeypatch):
     run = Training(problem, of, 6, values={"lr": 1e-3})
     resolved = run.resolve({})
     here = run_training(run, resolved, 0, start=run.begin(resolved.at(0), 0), overwrite=True).state
-    monkeypatch.setattr(running, "LONG", 2**30)
-    apart = run_training(run, resolved, 0).state
+    apart = run.begin(resolved.at(0), 0)
+    for i in range(run.steps):
+        apart = run.step(apart, resolved.at(i), i, 0)
     assert torch.equal(here.p, apart.p)
     assert all(torch.equal(b, here.buffers[n]) for n, b in apart.buffers.items())

@@ -102,7 +102,7 @@ class TestSignature:
     def test_help_shows_torchs_arguments_and_defaults(self):
         assert str(inspect.signature(optim.AdamW)) == (
             "(params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, *, "
-            "maximize=False, beta1=0.9, beta2=0.999) -> None"
+            "maximize=False, beta1=0.9, beta2=0.999, compile=False) -> None"
         )
         assert "arXiv:1711.05101" in optim.AdamW.__doc__
         assert "weight_decay: 0.01 unless given; in [0, inf)" in optim.AdamW.__doc__
@@ -347,7 +347,7 @@ class TestErrors:
         ("name", "given", "error", "message"),
         [
             ("AdamW", {"weight_dacay": 1}, TypeError, "AdamW has no argument .* 'weight_decay'"),
-            ("AdamW", {"learning_rate": 1}, TypeError, "known: beta1, beta2, betas, eps, lr, max"),
+            ("AdamW", {"learning_rate": 1}, TypeError, "known: beta1, beta2, betas, compile, eps,"),
             ("AdamW", {"lr": -1}, ValueError, r"lr=-1 is outside \[0, inf\); its default is 0.001"),
             ("AdamW", {"lr": float("nan")}, ValueError, "lr=nan is outside"),
             ("AdamW", {"betas": (0.9, 1.0)}, ValueError, r"beta2=1 is outside \[0, 1\)"),

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from nets import examples, mlp
 from torch import nn
+from toys import Toy, descent
 
+from hyperdescent.inner.core.flat import BLOCK
 from hyperdescent.inner.core.hyper import positive
-from hyperdescent.inner.kernels import execute as running
 from hyperdescent.inner.registry import find_rule
 from hyperdescent.inner.schedules.schedule import find_schedule
 from hyperdescent.meta.bilevel.bamm import BAMM
@@ -242,10 +243,15 @@ class TestWarmStart:
         assert torch.equal(carry.state.p, cold_carry.state.p)
         assert warm.loss == cold.loss and torch.equal(warm.grad["l2"], cold.grad["l2"])
 
-    def test_a_carry_serves_one_call(self, monkeypatch):
+    def test_a_carry_serves_one_call(self):
         """A long vector of weights is overwritten by the call that goes on from it."""
-        monkeypatch.setattr(running, "LONG", 2)
-        run, point = ridge(steps=5), {"l2": torch.tensor(0.1, dtype=DOUBLE)}
+
+        def inner(w, hypers):
+            return (w - 1).square().sum() + hypers["l2"] * w.square().sum()
+
+        start = torch.zeros(BLOCK + 1, dtype=DOUBLE)
+        run = descent(Toy(inner, lambda w, hypers: w.square().sum(), start, l2=()), 5, 0.1)
+        point = {"l2": torch.tensor(0.1, dtype=DOUBLE)}
         estimator = Implicit(warm_start=True)
         _, carry = estimator(run, point, seed=0)
         copied = copy.deepcopy(carry)
