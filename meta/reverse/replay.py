@@ -174,7 +174,7 @@ class _ReplayPass:
             graphs=graphs,
             states=kept.peak,
             recomputed=kept.recomputed,
-            how=f"{said}{self.how}",
+            how=f"{said}{self.how}{self.steps.remark}",
         )
         if isinstance(self.steps, Compiled) and self.steps.seconds:
             remember(training, self.sums.names, self.start, self.steps.seconds)

@@ -259,40 +259,34 @@ class BatchedTraining:
 
     def _back(self, i: int, out: Sequence[Tensor]) -> list[Tensor]:
         """The adjoint before step i; the shares of the hypers are put away."""
-        many = len(self.form.moved)
-        self.back[i] = out[-1]
+        back = self.form.split_pullback(out)
+        self.back[i] = back.numbers
         for k, sums in enumerate(self.sums):
-            sums.add(i, [x[k] for x in out[many:-1]], self.several)
-        return list(out[:many])
+            sums.add(i, [x[k] for x in back.several], self.several)
+        return list(back.adjoint)
 
     def _advance(self, i: int, state: State) -> State:
-        return self._after(state, self._call(self.machine.advance, i, state))
+        return self.form.state_after(self._call(self.machine.advance, i, state), state)
 
     def _record(self, i: int, state: State) -> tuple[State, Sequence[Tensor]]:
         out = self._call(self.machine.record, i, state)
-        after = self.form.after
-        return self._after(state, out[:after]), out[after:]
+        return self.form.state_after(out, state), out[self.form.after :]
 
     def _pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
         return self._back(i, self._call(self.machine.pull, i, state, adjoint))
-
-    def _after(self, state: State, out: Sequence[Tensor]) -> State:
-        many = len(self.form.moved)
-        return self.form.state(out[:many], out[many:], state)
 
     def _prove(self, parts: Sequence[str]) -> None:
         """Raise Distrusted unless generated code does what the traced operations do."""
         machine, form = self.machine, self.form
         if machine.interpreted:
             return
-        with machine.trial():
-            left = [part for part in parts if part not in machine.agreed]
+        with machine.unproven(parts) as left:
             if not left:
                 return
             advance, pull = machine.graph.advance(), machine.graph.pull()
 
             def step(i: int, state: State) -> State:
-                return self._after(state, self._call(advance, i, state))
+                return form.state_after(self._call(advance, i, state), state)
 
             i, state = early_state(step, self.start, self.training.steps)
             adjoint = directions(form.moving(state))
@@ -323,17 +317,12 @@ class BatchedTraining:
         self, run: Run, i: int, state: State, adjoint: Sequence[Tensor] = ()
     ) -> Sequence[Tensor]:
         form = self.form
-        values = [plain.at(i) for plain in self.plain] if form.several else []
-        inputs = [
-            *form.moving(state),
-            *form.rest(state),
-            *(torch.stack([each[n] for each in values]) for n in form.several),
-            *(row[i] for row in self.rows),
-            *self._batches(i),
-            *adjoint,
-        ]
+        each = [plain.at(i) for plain in self.plain] if form.several else []
+        values = {n: torch.stack([one[n] for one in each]) for n in form.several}
+        rows = [row[i] for row in self.rows]
+        inputs = form.inputs(state, values, rows, self._batches(i), adjoint)
         with torch.no_grad(), draws_of(i, self.seeds[0], state.p.device):
-            return run(*contiguous(inputs))
+            return run(*contiguous(inputs.flat()))
 
     def _batches(self, i: int) -> list[Tensor]:
         found = [tree_flatten(self.training.problem.batch(i, seed)) for seed in self.seeds]

@@ -4,19 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ...inner.torch_internals import TreeSpec, tree_flatten
+from ...inner.torch_internals import Refused, TreeSpec, tree_flatten, tree_unflatten
 from ..training.training import State, Training
 from .fx_graph import CannotTrace, numbered
+
+X = TypeVar("X")
 
 
 class UnevenBatches(ValueError):
     """A batch is not of the shapes that were traced."""
+
+
+class StepInputs(NamedTuple, Generic[X]):
+    """What a graph of a step takes, in this order: tensors, or the nodes that stand for them.
+
+    moving, counted, still: the state. several: values of hypers of more than one number. numbers:
+    the single hypers and then what else is a number; in a graph without scalars the rows that hold
+    what it reads of them. batch: its tensors. beside: an adjoint, tangents, a vector.
+    """
+
+    moving: Sequence[X]
+    counted: Sequence[X]
+    still: Sequence[X]
+    several: Sequence[X]
+    numbers: Sequence[X]
+    batch: Sequence[X]
+    beside: Sequence[X]
+
+    def flat(self) -> list[X]:
+        return [x for part in self for x in part]
+
+
+class StepPullback(NamedTuple, Generic[X]):
+    """What the pullback of a step gives: the adjoint before it; cotangents of the learned hypers of
+    more than one number; in one vector, the norm of the weights' adjoint and cotangents of numbers.
+    """
+
+    adjoint: Sequence[X]
+    several: Sequence[X]
+    numbers: X
 
 
 @dataclass(frozen=True)
@@ -26,8 +58,8 @@ class StateLayout:
     moved: of the state, those that can carry an adjoint: the weights, slots and buffers that steps
     replace, as ("p", ""), ("slots", name), ("buffers", name). counted: replaced, but no numbers to
     differentiate. still: never replaced. single, several: hypers of one number and of more.
-    learned: the hypers to differentiate in. odd: the type of
-    something in a batch that is no tensor.
+    learned: the hypers to differentiate in. batch, shapes: how a batch is nested, and its tensors.
+    odd: why a batch cannot be an input; empty if it can.
     """
 
     moved: tuple[tuple[str, str], ...]
@@ -36,7 +68,7 @@ class StateLayout:
     single: tuple[str, ...]
     several: tuple[str, ...]
     learned: tuple[str, ...]
-    batch: TreeSpec
+    batch: TreeSpec | None
     shapes: tuple[tuple[torch.Size, torch.dtype], ...]
     odd: str
 
@@ -46,10 +78,9 @@ class StateLayout:
     ) -> StateLayout:
         with numbered(seed):
             after = training.step(state, values, i, seed)
-            leaves, batch = tree_flatten(training.problem.batch(i, seed))
+            leaves, batch, odd = _structure(training.problem.batch(i, seed))
         changed = [n for n, b in state.buffers.items() if after.buffers[n] is not b]
         floats = [n for n in changed if state.buffers[n].is_floating_point()]
-        odd = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
         return StateLayout(
             moved=(
                 ("p", ""),
@@ -62,14 +93,32 @@ class StateLayout:
             several=tuple(n for n, v in values.items() if v.ndim),
             learned=tuple(learned),
             batch=batch,
-            shapes=() if odd else tuple((x.shape, x.dtype) for x in leaves),
+            shapes=tuple((x.shape, x.dtype) for x in leaves),
+            odd=odd,
+        )
+
+    @staticmethod
+    def of_loss(
+        training: Training, state: State, values: Tensors, learned: Sequence[str], i: int, seed: int
+    ) -> StateLayout:
+        """Of the training loss alone, in which nothing moves but the weights."""
+        leaves, batch, odd = _structure(training.problem.batch(i, seed))
+        return StateLayout(
+            moved=(("p", ""),),
+            counted=(),
+            still=tuple(state.buffers),
+            single=tuple(n for n, v in values.items() if v.ndim == 0),
+            several=tuple(n for n, v in values.items() if v.ndim),
+            learned=tuple(learned),
+            batch=batch,
+            shapes=tuple((x.shape, x.dtype) for x in leaves),
             odd=odd,
         )
 
     def check(self) -> None:
         """Raise CannotTrace if there is more in a batch than tensors."""
         if self.odd:
-            raise CannotTrace(f"a batch of it holds {self.odd}, not tensors alone")
+            raise CannotTrace(self.odd)
 
     @property
     def names(self) -> list[str]:
@@ -93,8 +142,56 @@ class StateLayout:
     def moving(self, state: State) -> list[Tensor]:
         return [state.p if part == "p" else getattr(state, part)[n] for part, n in self.moved]
 
-    def rest(self, state: State) -> list[Tensor]:
-        return [state.buffers[n] for n in (*self.counted, *self.still)]
+    def inputs(
+        self,
+        state: State,
+        values: Tensors,
+        numbers: Sequence[Tensor],
+        batch: Sequence[Tensor],
+        beside: Sequence[Tensor] = (),
+    ) -> StepInputs[Tensor]:
+        """What a graph takes at a state.
+
+        values: of the hypers in `several`. numbers: those, or rows. batch: as `leaves` gives it.
+        """
+        return StepInputs(
+            self.moving(state),
+            [state.buffers[n] for n in self.counted],
+            [state.buffers[n] for n in self.still],
+            [values[n] for n in self.several],
+            numbers,
+            batch,
+            beside,
+        )
+
+    def split(self, flat: Sequence[X], numbers: int) -> StepInputs[X]:
+        """A flat list of inputs by what they are; so many of them are numbers."""
+        take = iter(flat)
+
+        def some(count: int) -> list[X]:
+            return [next(take) for _ in range(count)]
+
+        return StepInputs(
+            some(len(self.moved)),
+            some(len(self.counted)),
+            some(len(self.still)),
+            some(len(self.several)),
+            some(numbers),
+            some(len(self.shapes)),
+            list(take),
+        )
+
+    def split_pullback(self, flat: Sequence[X]) -> StepPullback[X]:
+        many = len(self.moved)
+        return StepPullback(flat[:many], flat[many:-1], flat[-1])
+
+    def start(self, inputs: StepInputs[Tensor], around: State) -> tuple[State, Tensors]:
+        """(the state that inputs hold, the values of the hypers); the rest is that of `around`."""
+        buffers = around.buffers | dict(zip(self.still, inputs.still, strict=True))
+        state = self.state(inputs.moving, inputs.counted, around._replace(buffers=buffers))
+        single = inputs.numbers[: len(self.single)]
+        values = dict(zip(self.several, inputs.several, strict=True))
+        return state, values | dict(zip(self.single, single, strict=True))
 
     def state(self, moving: Sequence[Tensor], counted: Sequence[Tensor], before: State) -> State:
         """The state of these tensors; what never moves is that of `before`, the same objects."""
@@ -104,12 +201,24 @@ class StateLayout:
         slots = {name: named["slots", name] for name in before.slots}
         return State(named["p", ""], slots, {n: new.get(n, b) for n, b in before.buffers.items()})
 
+    def state_after(self, out: Sequence[Tensor], before: State) -> State:
+        """The state in the first outputs of a graph."""
+        return self.state(out[: len(self.moved)], out[len(self.moved) : self.after], before)
+
     def leaves(self, batch: Any) -> list[Tensor]:
-        """The tensors of a batch; Uneven if they are not of the shapes that were traced."""
-        leaves, spec = tree_flatten(batch)
+        """The tensors of a batch; UnevenBatches if they are not as those that were traced."""
+        leaves, spec, odd = _structure(batch)
+        if odd:
+            raise UnevenBatches(f"{odd}; give compile=False")
         return self.checked(leaves, spec)
 
-    def checked(self, leaves: list[Tensor], spec: TreeSpec) -> list[Tensor]:
+    def batch_of(self, leaves: Sequence[Tensor]) -> Any:
+        """The batch of such tensors."""
+        if self.batch is None:
+            raise CannotTrace(self.odd)
+        return tree_unflatten(leaves, self.batch)
+
+    def checked(self, leaves: list[Tensor], spec: TreeSpec | None) -> list[Tensor]:
         found = tuple((x.shape, x.dtype) for x in leaves)
         if spec != self.batch or found != self.shapes:
             raise UnevenBatches(
@@ -117,6 +226,18 @@ class StateLayout:
                 f"{[tuple(s) for s, _ in self.shapes]}; make them equal or give compile=False"
             )
         return leaves
+
+
+def _structure(batch: Any) -> tuple[list[Tensor], TreeSpec | None, str]:
+    """(the tensors of a batch, how they are nested, why they are not all of it)."""
+    try:
+        leaves, spec = tree_flatten(batch)
+    except Refused as why:
+        return [], None, str(why)
+    odd = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
+    return (
+        ([], spec, f"a batch of it holds {odd}, not tensors alone") if odd else (leaves, spec, "")
+    )
 
 
 class TensorSpec(NamedTuple):

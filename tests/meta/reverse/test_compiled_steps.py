@@ -368,9 +368,9 @@ class TestDistrust:
             warnings.warn("one part of torch should ask another", DeprecationWarning, stacklevel=1)
             return graph
 
-        made = Machine.__dict__["_compiled"]
+        made = Machine._compiled
         monkeypatch.undo()
-        assert Machine.__dict__["_compiled"] is not made
+        assert Machine._compiled is not made
         monkeypatch.setattr(torch._inductor, "compile", warn)
         found, _ = Replay(compile=True)(run, run.start(NAMES), seed=0)
         assert found.note.how.endswith("compiled")
