@@ -299,7 +299,7 @@ class TestDistrust:
         of, graph = traced
         monkeypatch.setattr(machine, "trace", lambda *given: graph)
         monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
         return training(Around(of), granularity=GRANULARITY)
 
