@@ -23,7 +23,6 @@ from ...inner.torch_internals import Run
 from ..problems.problem import draws_of
 from ..tracing.fx_graph import (
     Graph,
-    aten,
     computes_low,
     contiguous,
     extract,
@@ -42,16 +41,19 @@ from .linear_solvers import Matvec
 
 # Other ways to look at the same memory: kept once is what they look at.
 _VIEWS = {
-    aten.t.default,
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
+    f"aten.{name}"
+    for name in (
+        "t.default",
+        "view.default",
+        "_unsafe_view.default",
+        "expand.default",
+        "slice.Tensor",
+        "select.int",
+        "permute.default",
+        "transpose.int",
+        "unsqueeze.default",
+        "squeeze.dim",
+    )
 }
 
 
@@ -123,7 +125,7 @@ def trace_products(
 
 
 def _looked_at(n: fx.Node) -> fx.Node:
-    while n.target in _VIEWS:
+    while str(n.target) in _VIEWS:
         n = n.all_input_nodes[0]
     return n
 
