@@ -145,7 +145,7 @@ class TangentLayout:
     ) -> list[Tensor]:
         """numbers: those of the step, or rows."""
         beside = [*tangents, *(slopes[n] for n in self.several)]
-        leaves = self.form.leaves(batch)
+        leaves = self.form.batch.leaves(batch)
         return contiguous(self.form.inputs(state, values, numbers, leaves, beside).flat())
 
     def split(self, flat: Sequence[X]) -> StepInputs[X]:
@@ -192,7 +192,7 @@ def trace_tangent_step(
     slopes: Tensors,
     tangents: list[Tensor],
 ) -> TangentMachine:
-    form.check()
+    form.batch.check()
     layout = TangentLayout.of(form, slopes)
 
     def examples(i: int) -> list[Tensor]:
@@ -203,7 +203,7 @@ def trace_tangent_step(
     def whole(*flat: Tensor) -> list[Tensor]:
         inputs = layout.split(flat)
         around, along, inside, sloped = layout.start(inputs, state)
-        batch, t = form.batch_of(inputs.batch), inputs.numbers[-1]
+        batch, t = form.batch.nest(inputs.batch), inputs.numbers[-1]
         out, aside, tangent = step_columns(
             training, form, around, list(along), inside, sloped, t, batch
         )

@@ -93,7 +93,7 @@ def trace_products(
     hypers = training.of_loss(values)
     with numbered(seed):
         form = StateLayout.of_loss(training, state, hypers, learned, 0, seed)
-        form.check()
+        form.batch.check()
         one, other = (_inputs(training, form, state, hypers, i, seed + i) for i in (0, 1))
     whole = _whole(training, form, state, one, other)
     narrow_transposed(whole)
@@ -134,7 +134,7 @@ def _inputs(
     training: Training, form: StateLayout, state: State, hypers: Tensors, i: int, seed: int
 ) -> list[Tensor]:
     """The weights and what the training loss reads beside them: buffers, its hypers, a batch."""
-    batch = form.leaves(training.problem.batch(i, seed))
+    batch = form.batch.leaves(training.problem.batch(i, seed))
     inputs = form.inputs(state, hypers, [hypers[n] for n in form.single], batch)
     return contiguous([x.detach() for x in inputs.flat()])
 
@@ -147,7 +147,7 @@ def _whole(
     def joint(*flat: Tensor) -> list[Tensor]:
         inputs = form.split(flat, len(form.single))
         start, hypers = form.start(inputs, state._replace(slots={}))
-        p, batch = start.p.detach().requires_grad_(), form.batch_of(inputs.batch)
+        p, batch = start.p.detach().requires_grad_(), form.batch.nest(inputs.batch)
         learned = {n: hypers[n].detach().requires_grad_() for n in form.learned}
         params = training.layout.unflatten(p)
         loss, _ = training.problem.inner_loss(params, start.buffers, hypers | learned, batch)
@@ -220,7 +220,7 @@ def product_machine_of(
     *,
     interpreted: bool,
 ) -> ProductMachine:
-    """The machine for a training's loss, once it agrees with autograd; Distrusted if it does not.
+    """The machine for a training's loss, once it agrees with autograd; Refused if it does not.
 
     It is looked at where training begins: where it ends, gradients are rounding.
     """

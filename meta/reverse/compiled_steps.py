@@ -45,7 +45,7 @@ class StepCode:
         form = self.machine.graph.form
         values = self.plain.at(i) if form.several else {}
         rows = [row[i] for row in self._rows]
-        batch = form.leaves(self.training.problem.batch(i, self.seed))
+        batch = form.batch.leaves(self.training.problem.batch(i, self.seed))
         return contiguous(form.inputs(state, values, rows, batch, adjoint).flat())
 
     @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ...inner.torch_internals import Refused, Run, tree_flatten
+from ...inner.torch_internals import Refused, Run
 from ..problems.problem import draws_of
 from ..problems.seeding import fold_in
 from ..reverse.checkpointing import CheckpointPlan, Checkpoints, find_store, keep_all, revolve
@@ -101,7 +101,7 @@ def losses(
 ) -> list[float]:
     """The held-out loss after each training, as `held_out_loss`; inf where it diverged.
 
-    Raises Distrusted if the steps cannot be traced.
+    Raises Refused if the steps cannot be traced.
     """
     _check_counts(points, seeds)
     many = BatchedTraining(training, points, seeds, compile)
@@ -119,7 +119,7 @@ def _check_counts(points: Sequence[Tensors], seeds: Sequence[int]) -> None:
 class BatchedTraining:
     """Trainings side by side: a State whose tensors have one more dimension, the first.
 
-    Raises Distrusted if their step cannot be traced.
+    Raises Refused if their step cannot be traced.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class BatchedTraining:
         return self._back(i, self._call(self.machine.pull, i, state, adjoint))
 
     def _prove(self, parts: Sequence[str]) -> None:
-        """Raise Distrusted unless generated code does what the traced operations do."""
+        """Raise Refused unless generated code does what the traced operations do."""
         machine, form = self.machine, self.form
         if machine.interpreted:
             return
@@ -320,14 +320,10 @@ class BatchedTraining:
         each = [plain.at(i) for plain in self.plain] if form.several else []
         values = {n: torch.stack([one[n] for one in each]) for n in form.several}
         rows = [row[i] for row in self.rows]
-        inputs = form.inputs(state, values, rows, self._batches(i), adjoint)
+        batches = [self.training.problem.batch(i, seed) for seed in self.seeds]
+        inputs = form.inputs(state, values, rows, form.batch.stacked(batches), adjoint)
         with torch.no_grad(), draws_of(i, self.seeds[0], state.p.device):
             return run(*contiguous(inputs.flat()))
-
-    def _batches(self, i: int) -> list[Tensor]:
-        found = [tree_flatten(self.training.problem.batch(i, seed)) for seed in self.seeds]
-        leaves = zip(*(leaves for leaves, _ in found), strict=True)
-        return self.form.checked([torch.stack(each) for each in leaves], found[0][1])
 
     def _stacked(self, states: Sequence[State]) -> State:
         def stack(tensors: Sequence[Tensors]) -> Tensors:

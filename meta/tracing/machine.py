@@ -106,7 +106,7 @@ def build_once(
 ) -> M:
     """What make() returns, made once per problem, rule and set of learned hypers.
 
-    Steps, schedules, values and seeds play no part in it. Raises Distrusted if it cannot be.
+    Steps, schedules, values and seeds play no part in it. Raises Refused if it cannot be.
     """
     rule = training.rule
     shapes = tuple((name, value.shape, value.dtype) for name, value in values.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -52,14 +52,75 @@ class StepPullback(NamedTuple, Generic[X]):
 
 
 @dataclass(frozen=True)
+class BatchLayout:
+    """How a batch is nested, and the shapes and types of its tensors.
+
+    odd: why it cannot be inputs of a graph; empty if it can.
+    """
+
+    nested: TreeSpec | None
+    shapes: tuple[tuple[torch.Size, torch.dtype], ...]
+    odd: str = ""
+
+    @staticmethod
+    def of(batch: Any) -> tuple[BatchLayout, list[Tensor]]:
+        """(the layout of a batch, its tensors)."""
+        try:
+            leaves, nested = tree_flatten(batch)
+        except Refused as why:
+            return BatchLayout(None, (), str(why)), []
+        odd = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
+        if odd:
+            return BatchLayout(nested, (), f"a batch of it holds {odd}, not tensors alone"), []
+        return BatchLayout(nested, tuple((x.shape, x.dtype) for x in leaves)), leaves
+
+    def check(self) -> None:
+        """Raise CannotTrace if there is more in a batch than tensors."""
+        if self.odd:
+            raise CannotTrace(self.odd)
+
+    def leaves(self, batch: Any) -> list[Tensor]:
+        """The tensors of a batch; UnevenBatches if they are not as those that were traced."""
+        found, leaves = BatchLayout.of(batch)
+        self._check_like(found)
+        return leaves
+
+    def stacked(self, batches: Sequence[Any]) -> list[Tensor]:
+        """The tensors of several batches, stacked, if these are the shapes of such stacks."""
+        found, each = zip(*map(BatchLayout.of, batches), strict=True)
+        leaves = [torch.stack(tensors) for tensors in zip(*each, strict=True)]
+        self._check_like(replace(found[0], shapes=tuple((x.shape, x.dtype) for x in leaves)))
+        return leaves
+
+    def many(self, count: int) -> BatchLayout:
+        """That of so many batches, stacked."""
+        shapes = tuple((torch.Size([count, *shape]), dtype) for shape, dtype in self.shapes)
+        return replace(self, shapes=shapes)
+
+    def nest(self, leaves: Sequence[Tensor]) -> Any:
+        """The batch of such tensors."""
+        if self.nested is None:
+            raise CannotTrace(self.odd)
+        return tree_unflatten(leaves, self.nested)
+
+    def _check_like(self, found: BatchLayout) -> None:
+        if found.odd:
+            raise UnevenBatches(f"{found.odd}; give compile=False")
+        if found != self:
+            raise UnevenBatches(
+                f"a batch has shapes {[tuple(s) for s, _ in found.shapes]} where the compiled step "
+                f"takes {[tuple(s) for s, _ in self.shapes]}; make them equal or give compile=False"
+            )
+
+
+@dataclass(frozen=True)
 class StateLayout:
     """How the tensors of a step lie in the flat lists that graphs take and return.
 
     moved: of the state, those that can carry an adjoint: the weights, slots and buffers that steps
     replace, as ("p", ""), ("slots", name), ("buffers", name). counted: replaced, but no numbers to
     differentiate. still: never replaced. single, several: hypers of one number and of more.
-    learned: the hypers to differentiate in. batch, shapes: how a batch is nested, and its tensors.
-    odd: why a batch cannot be an input; empty if it can.
+    learned: the hypers to differentiate in.
     """
 
     moved: tuple[tuple[str, str], ...]
@@ -68,9 +129,7 @@ class StateLayout:
     single: tuple[str, ...]
     several: tuple[str, ...]
     learned: tuple[str, ...]
-    batch: TreeSpec | None
-    shapes: tuple[tuple[torch.Size, torch.dtype], ...]
-    odd: str
+    batch: BatchLayout
 
     @staticmethod
     def of(
@@ -78,7 +137,7 @@ class StateLayout:
     ) -> StateLayout:
         with numbered(seed):
             after = training.step(state, values, i, seed)
-            leaves, batch, odd = _structure(training.problem.batch(i, seed))
+            batch, _ = BatchLayout.of(training.problem.batch(i, seed))
         changed = [n for n, b in state.buffers.items() if after.buffers[n] is not b]
         floats = [n for n in changed if state.buffers[n].is_floating_point()]
         return StateLayout(
@@ -93,8 +152,6 @@ class StateLayout:
             several=tuple(n for n, v in values.items() if v.ndim),
             learned=tuple(learned),
             batch=batch,
-            shapes=tuple((x.shape, x.dtype) for x in leaves),
-            odd=odd,
         )
 
     @staticmethod
@@ -102,7 +159,7 @@ class StateLayout:
         training: Training, state: State, values: Tensors, learned: Sequence[str], i: int, seed: int
     ) -> StateLayout:
         """Of the training loss alone, in which nothing moves but the weights."""
-        leaves, batch, odd = _structure(training.problem.batch(i, seed))
+        batch, _ = BatchLayout.of(training.problem.batch(i, seed))
         return StateLayout(
             moved=(("p", ""),),
             counted=(),
@@ -111,14 +168,7 @@ class StateLayout:
             several=tuple(n for n, v in values.items() if v.ndim),
             learned=tuple(learned),
             batch=batch,
-            shapes=tuple((x.shape, x.dtype) for x in leaves),
-            odd=odd,
         )
-
-    def check(self) -> None:
-        """Raise CannotTrace if there is more in a batch than tensors."""
-        if self.odd:
-            raise CannotTrace(self.odd)
 
     @property
     def names(self) -> list[str]:
@@ -152,7 +202,7 @@ class StateLayout:
     ) -> StepInputs[Tensor]:
         """What a graph takes at a state.
 
-        values: of the hypers in `several`. numbers: those, or rows. batch: as `leaves` gives it.
+        values: of the hypers in `several`. numbers: those, or rows. batch: from `batch.leaves`.
         """
         return StepInputs(
             self.moving(state),
@@ -177,7 +227,7 @@ class StateLayout:
             some(len(self.still)),
             some(len(self.several)),
             some(numbers),
-            some(len(self.shapes)),
+            some(len(self.batch.shapes)),
             list(take),
         )
 
@@ -204,40 +254,6 @@ class StateLayout:
     def state_after(self, out: Sequence[Tensor], before: State) -> State:
         """The state in the first outputs of a graph."""
         return self.state(out[: len(self.moved)], out[len(self.moved) : self.after], before)
-
-    def leaves(self, batch: Any) -> list[Tensor]:
-        """The tensors of a batch; UnevenBatches if they are not as those that were traced."""
-        leaves, spec, odd = _structure(batch)
-        if odd:
-            raise UnevenBatches(f"{odd}; give compile=False")
-        return self.checked(leaves, spec)
-
-    def batch_of(self, leaves: Sequence[Tensor]) -> Any:
-        """The batch of such tensors."""
-        if self.batch is None:
-            raise CannotTrace(self.odd)
-        return tree_unflatten(leaves, self.batch)
-
-    def checked(self, leaves: list[Tensor], spec: TreeSpec | None) -> list[Tensor]:
-        found = tuple((x.shape, x.dtype) for x in leaves)
-        if spec != self.batch or found != self.shapes:
-            raise UnevenBatches(
-                f"a batch has shapes {[tuple(s) for s, _ in found]} where the compiled step takes "
-                f"{[tuple(s) for s, _ in self.shapes]}; make them equal or give compile=False"
-            )
-        return leaves
-
-
-def _structure(batch: Any) -> tuple[list[Tensor], TreeSpec | None, str]:
-    """(the tensors of a batch, how they are nested, why they are not all of it)."""
-    try:
-        leaves, spec = tree_flatten(batch)
-    except Refused as why:
-        return [], None, str(why)
-    odd = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
-    return (
-        ([], spec, f"a batch of it holds {odd}, not tensors alone") if odd else (leaves, spec, "")
-    )
 
 
 class TensorSpec(NamedTuple):

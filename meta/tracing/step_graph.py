@@ -100,11 +100,9 @@ class StepGraph:
         """
         flat = [x.zeros(count) for x in self.takes]
         joint = retraced(torch.vmap(batchable(self.joint), randomness="different"), flat)
-        form = self.form
-        shapes = tuple((torch.Size([count, *shape]), dtype) for shape, dtype in form.shapes)
         return replace(
             self,
-            form=replace(form, shapes=shapes),
+            form=replace(self.form, batch=self.form.batch.many(count)),
             joint=joint,
             takes=tuple(map(TensorSpec.of, flat)),
         )
@@ -136,7 +134,7 @@ def trace(
 ) -> StepGraph:
     """The graph of a training's step and pullback; CannotTrace if it is more than tensors."""
     form = StateLayout.of(training, state, values, learned, 0, seed)
-    form.check()
+    form.batch.check()
     examples, others = (_examples(training, form, state, values, i, seed + i) for i in (0, 1))
     return _divide(form, _whole(training, form, state, examples, others), examples)
 
@@ -146,7 +144,7 @@ def _examples(
 ) -> list[Tensor]:
     numbers = [*(values[n] for n in form.single), torch.tensor(float(i + 1), dtype=torch.float64)]
     bars = [torch.ones_like(x) for x in form.moving(state)]
-    batch = form.leaves(training.problem.batch(i, seed))
+    batch = form.batch.leaves(training.problem.batch(i, seed))
     return contiguous(form.inputs(state, values, numbers, batch, bars).flat())
 
 
@@ -164,7 +162,7 @@ def _whole(
         moving = [x.detach().requires_grad_() for x in inputs.moving]
         start, inside = form.start(inputs._replace(moving=moving), state)
         inside |= {n: inside[n].detach().requires_grad_() for n in form.learned}
-        batch, t = form.batch_of(inputs.batch), inputs.numbers[-1]
+        batch, t = form.batch.nest(inputs.batch), inputs.numbers[-1]
         after = training.step_on(start, inside, t, batch)
         moved = form.moving(after)
         learned = [inside[n] for n in form.learned]
