@@ -22,7 +22,6 @@ from ...inner.fx_graph import first_line
 from ...inner.torch_internals import Refused
 from ..problems.problem import draws_of
 from ..tracing.cost_model import FORWARD, remember, spend, why_not_compile
-from ..tracing.fx_graph import contiguous
 from ..tracing.machine import build_once
 from ..tracing.state_layout import StateLayout
 from ..tracing.verify import (
@@ -290,36 +289,34 @@ class _ForwardPass:
         machine = build_once(
             training, f"forward {self._widths()}", self.plain.at(0), self.sums.names, self._traced
         )
-        form, steps = self.form, training.steps
-        t = torch.arange(1, steps + 1, dtype=torch.float64)
-        numbers = [
-            *(self.plain.over(n, steps) for n in form.single),
-            *(self.slopes[n].movedim(1, 0) for n in machine.single),
-            t,
-        ]
+        advance = self._by_machine(machine)
+        with machine.unproven(["run"]) as left:
+            if left:
+                if self._proven(advance, machine.low):
+                    machine.agreed.add("run")
+                remember(training, self.sums.names, self.begun.state, machine.seconds, FORWARD)
+        return advance, machine.how
+
+    def _by_machine(self, machine: TangentMachine) -> Advance:
+        training, layout, form = self.training, machine.layout, machine.layout.form
+        steps, seed = training.steps, self.begun.seed
+        numbers = layout.numbers(
+            {n: self.plain.over(n, steps) for n in form.single},
+            {n: self.slopes[n].movedim(1, 0) for n in layout.single},
+            torch.arange(1, steps + 1, dtype=torch.float64),
+        )
         rows = machine.before.over(numbers, self.begun.state.p.device)
 
         def advance(i: int, state: State, tangents: list[Tensor]) -> tuple[State, list[Tensor]]:
             values = self.plain.at(i) if form.several else {}
-            inputs = [
-                *form.moving(state),
-                *tangents,
-                *form.rest(state),
-                *(values[n] for n in form.several),
-                *(self.slopes[n][:, i] for n in machine.several),
-                *(row[i] for row in rows),
-                *form.leaves(training.problem.batch(i, self.begun.seed)),
-            ]
-            with torch.no_grad(), draws_of(i, self.begun.seed, state.p.device):
-                out = list(machine.run(*contiguous(inputs)))
-            many = len(form.moved)
-            return form.state(out[:many], out[many:-many], state), out[-many:]
+            slopes = {n: self.slopes[n][:, i] for n in layout.several}
+            batch, now = training.problem.batch(i, seed), [row[i] for row in rows]
+            inputs = layout.inputs(state, tangents, values, slopes, now, batch)
+            with torch.no_grad(), draws_of(i, seed, state.p.device):
+                out = list(machine.run(*inputs))
+            return form.state_after(out, state), out[form.after :]
 
-        if not machine.agreed:
-            with machine.trial():
-                machine.agreed = self._proven(advance, machine.low)
-            remember(training, self.sums.names, self.begun.state, machine.seconds, FORWARD)
-        return advance, "compiled"
+        return advance
 
     def _proven(self, advance: Advance, low: bool) -> bool:
         form, training, begun = self.form, self.training, self.begun

@@ -12,23 +12,12 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ...inner.fx_graph import (
-    Graph,
-    ScalarPrelude,
-    computes_low,
-    extract,
-    graph_io,
-    is_random,
-    retraced,
-    split_scalars,
-)
-from ...inner.torch_internals import Run, tree_unflatten
-from ..tracing.codegen import generate
-from ..tracing.cuda_graph import captured
+from ...inner.fx_graph import Graph, ScalarPrelude, computes_low, graph_io, is_random, split_scalars
+from ...inner.torch_internals import Run
 from ..tracing.fx_graph import contiguous, traced
-from ..tracing.matmul_layout import narrow_transposed
-from ..tracing.state_layout import StateLayout
-from ..tracing.verify import Verified
+from ..tracing.machine import TracedCode
+from ..tracing.state_layout import StateLayout, StepInputs, X
+from ..tracing.step_graph import without_scalars
 from ..training.state import State
 from ..training.training import Loss, Training
 
@@ -116,23 +105,75 @@ def step_columns(
     return made
 
 
-@dataclass(eq=False)
-class TangentMachine(Verified):
-    """A traced step of state and columns. single, several: the learned values of one number and of
-    more, whose slopes it takes.
+@dataclass(frozen=True)
+class TangentLayout:
+    """How a step of state and columns lies in flat lists: tangents and slopes beside the step.
+
+    single, several: the learned values of one number and of more, whose slopes it takes.
     """
 
-    before: ScalarPrelude
-    graph: Graph
+    form: StateLayout
     single: tuple[str, ...]
     several: tuple[str, ...]
-    low: bool
-    agreed: bool = False
+
+    @staticmethod
+    def of(form: StateLayout, slopes: Tensors) -> TangentLayout:
+        single, several = (
+            (n for n in names if n in slopes) for names in (form.single, form.several)
+        )
+        return TangentLayout(form, tuple(single), tuple(several))
+
+    def numbers(self, values: Tensors, slopes: Tensors, t: Tensor) -> list[Tensor]:
+        """What a step computes with of numbers alone; of one step, or of all with time first."""
+        return [*(values[n] for n in self.form.single), *(slopes[n] for n in self.single), t]
+
+    def inputs(
+        self,
+        state: State,
+        tangents: Sequence[Tensor],
+        values: Tensors,
+        slopes: Tensors,
+        numbers: Sequence[Tensor],
+        batch: Any,
+    ) -> list[Tensor]:
+        """numbers: those of the step, or rows."""
+        beside = [*tangents, *(slopes[n] for n in self.several)]
+        leaves = self.form.batch.leaves(batch)
+        return contiguous(self.form.inputs(state, values, numbers, leaves, beside).flat())
+
+    def split(self, flat: Sequence[X]) -> StepInputs[X]:
+        return self.form.split(flat, len(self.form.single) + len(self.single) + 1)
+
+    def start(
+        self, inputs: StepInputs[Tensor], around: State
+    ) -> tuple[State, Sequence[Tensor], Tensors, Tensors]:
+        """(state, tangents, values, slopes) that inputs hold."""
+        state, values = self.form.start(inputs, around)
+        many, first = len(self.form.moved), len(self.form.single)
+        slopes = dict(zip(self.several, inputs.beside[many:], strict=True))
+        slopes |= dict(zip(self.single, inputs.numbers[first:-1], strict=True))
+        return state, inputs.beside[:many], values, slopes
+
+
+@dataclass(eq=False)
+class TangentMachine(TracedCode):
+    """A traced step of state and columns. before, graph: as StepGraph has them."""
+
+    layout: TangentLayout
+    before: ScalarPrelude
+    graph: Graph
+
+    @property
+    def captures(self) -> bool:
+        return not any(map(is_random, self.graph.graph.nodes))
+
+    @property
+    def low(self) -> bool:
+        return computes_low(self.graph)
 
     @cached_property
     def run(self) -> Run:
-        run = generate(self.graph, self.spend)
-        return run if any(map(is_random, self.graph.graph.nodes)) else captured(run)
+        return self._compiled(self.graph)
 
 
 def trace_tangent_step(
@@ -144,51 +185,27 @@ def trace_tangent_step(
     slopes: Tensors,
     tangents: list[Tensor],
 ) -> TangentMachine:
-    form.check()
-    single = tuple(n for n in form.single if n in slopes)
-    several = tuple(n for n in form.several if n in slopes)
+    form.batch.check()
+    layout = TangentLayout.of(form, slopes)
 
     def examples(i: int) -> list[Tensor]:
-        return contiguous(
-            [
-                *form.moving(state),
-                *tangents,
-                *form.rest(state),
-                *(values[n] for n in form.several),
-                *(slopes[n] for n in several),
-                *(values[n] for n in form.single),
-                *(slopes[n] for n in single),
-                torch.tensor(float(i + 1), dtype=torch.float64),
-                *form.leaves(training.problem.batch(i, seed)),
-            ]
-        )
+        t = torch.tensor(float(i + 1), dtype=torch.float64)
+        numbers, batch = layout.numbers(values, slopes, t), training.problem.batch(i, seed)
+        return layout.inputs(state, tangents, values, slopes, numbers, batch)
 
     def whole(*flat: Tensor) -> list[Tensor]:
-        take = iter(flat)
-        moving, along = ([next(take) for _ in form.moved] for _ in range(2))
-        counted = [next(take) for _ in form.counted]
-        still = {n: next(take) for n in form.still}
-        inside = {n: next(take) for n in form.several}
-        sloped = {n: next(take) for n in several}
-        inside |= {n: next(take) for n in form.single}
-        sloped |= {n: next(take) for n in single}
-        t = next(take)
-        batch = tree_unflatten(list(take), form.batch)
-        around = form.state(moving, counted, state._replace(buffers=state.buffers | still))
-        out, aside, tangent = step_columns(training, form, around, along, inside, sloped, t, batch)
+        inputs = layout.split(flat)
+        around, along, inside, sloped = layout.start(inputs, state)
+        batch, t = form.batch.nest(inputs.batch), inputs.numbers[-1]
+        out, aside, tangent = step_columns(
+            training, form, around, list(along), inside, sloped, t, batch
+        )
         return [*out, *aside, *tangent]
 
-    graph = traced(whole, examples(0), examples(1))
-    inputs, outputs = graph_io(graph)
-    after = len(form.moved) * 2 + len(form.counted) + len(form.still) + len(form.several)
-    after += len(several)
-    numbers = inputs[after : after + len(form.single) + len(single) + 1]
-    before, _ = split_scalars(graph, numbers, len(tangents[0]))
-    rest = inputs[after + len(numbers) :]
-    body = extract(graph, [*inputs[:after], *(n for _, n in before.rows), *rest], outputs)
-    made = dict(zip(inputs, examples(0), strict=True))
-    rows = before.over([made[n][None] for n in numbers], state.p.device)
-    flat = [*(made[n] for n in inputs[:after]), *(r[0] for r in rows), *(made[n] for n in rest)]
-    body = retraced(body, flat)
-    narrow_transposed(body)
-    return TangentMachine(before, body, single, several, computes_low(body))
+    made = examples(0)
+    graph = traced(whole, made, examples(1))
+    flat, outputs = graph_io(graph)
+    inputs = layout.split(flat)
+    before, _ = split_scalars(graph, inputs.numbers, len(tangents[0]))
+    body, _ = without_scalars(graph, before, inputs, layout.split(made), outputs)
+    return TangentMachine(layout, before, body)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -18,17 +18,15 @@ import torch
 from torch import Tensor, fx
 
 from ...inner.core.hyper import Tensors
-from ...inner.fx_graph import CannotTrace, Graph, aten, computes_low, extract, graph_io, is_random
+from ...inner.fx_graph import Graph, computes_low, extract, graph_io, is_random
 from ...inner.numerics.pullback import vjp
-from ...inner.torch_internals import Run, TreeSpec, tree_flatten, tree_unflatten
+from ...inner.torch_internals import Run
 from ..problems.problem import draws_of
-from ..tracing.codegen import generate
 from ..tracing.fx_graph import contiguous, numbered, traced
-from ..tracing.machine import build_once
+from ..tracing.machine import TracedCode, build_once
 from ..tracing.matmul_layout import narrow_transposed
-from ..tracing.state_layout import UnevenBatches
-from ..tracing.torchscript import scripted
-from ..tracing.verify import Verified, check_against_autograd, directions
+from ..tracing.state_layout import StateLayout
+from ..tracing.verify import check_against_autograd, directions
 from ..training.state import State
 from ..training.training import Training
 from .curvature import Curvature, product_and_gradient
@@ -36,16 +34,19 @@ from .linear_solvers import Matvec
 
 # Other ways to look at the same memory: kept once is what they look at.
 _VIEWS = {
-    aten.t.default,
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
+    f"aten.{name}"
+    for name in (
+        "t.default",
+        "view.default",
+        "_unsafe_view.default",
+        "expand.default",
+        "slice.Tensor",
+        "select.int",
+        "permute.default",
+        "transpose.int",
+        "unsqueeze.default",
+        "squeeze.dim",
+    )
 }
 
 
@@ -66,15 +67,14 @@ class ProductGraph:
 
     once(p, *rest) -> (the gradient in p, *what the others read beside p and rest). across(*read, v)
     -> the Hessian times v. aside(*read, v) -> the derivatives of <gradient, v> in the hypers
-    learned. read: by position, of (p, *rest, *kept). takes: of rest, shapes and types.
+    learned. read: by position, of (p, *rest, *kept). form: how (p, *rest, v) lie.
     """
 
     once: Graph
     across: Graph
     aside: Graph
     read: tuple[int, ...]
-    spec: TreeSpec
-    takes: tuple[tuple[torch.Size, torch.dtype], ...]
+    form: StateLayout
     random: bool
     low: bool
 
@@ -83,9 +83,12 @@ def trace_products(
     training: Training, state: State, values: Tensors, learned: Sequence[str], seed: int
 ) -> ProductGraph:
     """The graph for a training's loss; CannotTrace if that is more than tensors."""
+    hypers = training.of_loss(values)
     with numbered(seed):
-        (rest, spec), (other, _) = (_rest(training, state, values, i, seed + i) for i in (0, 1))
-    whole = _whole(training, state, learned, rest, other, spec)
+        form = StateLayout.of_loss(training, state, hypers, learned, 0, seed)
+        form.batch.check()
+        one, other = (_inputs(training, form, state, hypers, i, seed + i) for i in (0, 1))
+    whole = _whole(training, form, state, one, other)
     narrow_transposed(whole)
     inputs, outputs = graph_io(whole)
     fixed, v = inputs[:-1], inputs[-1]
@@ -108,98 +111,74 @@ def trace_products(
         across=extract(whole, [*read, v], outputs[1:2], draws=False),
         aside=extract(whole, [*read, v], outputs[2:], draws=False),
         read=tuple(at[n] for n in read),
-        spec=spec,
-        takes=tuple((x.shape, x.dtype) for x in rest),
+        form=form,
         random=any(map(is_random, whole.graph.nodes)),
         low=computes_low(whole),
     )
 
 
 def _looked_at(n: fx.Node) -> fx.Node:
-    while n.target in _VIEWS:
+    while str(n.target) in _VIEWS:
         n = n.all_input_nodes[0]
     return n
 
 
-def _rest(
-    training: Training, state: State, values: Tensors, i: int, seed: int
-) -> tuple[list[Tensor], TreeSpec]:
-    """What the training loss reads beside the weights: buffers, its hypers, the batch of step i."""
-    batch = training.problem.batch(i, seed)
-    leaves, spec = tree_flatten((dict(state.buffers), training.of_loss(values), batch))
-    odd = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
-    if odd:
-        raise CannotTrace(f"a batch of it holds {odd}, not tensors alone")
-    return [x.detach() for x in leaves], spec
+def _inputs(
+    training: Training, form: StateLayout, state: State, hypers: Tensors, i: int, seed: int
+) -> list[Tensor]:
+    """The weights and what the training loss reads beside them: buffers, its hypers, a batch."""
+    batch = form.batch.leaves(training.problem.batch(i, seed))
+    inputs = form.inputs(state, hypers, [hypers[n] for n in form.single], batch)
+    return contiguous([x.detach() for x in inputs.flat()])
 
 
 def _whole(
-    training: Training,
-    state: State,
-    learned: Sequence[str],
-    rest: list[Tensor],
-    other: list[Tensor],
-    spec: TreeSpec,
+    training: Training, form: StateLayout, state: State, one: list[Tensor], other: list[Tensor]
 ) -> Graph:
     """The gradient and its derivatives along a vector, undivided."""
 
-    def joint(p: Tensor, *flat: Tensor) -> list[Tensor]:
-        *others, v = flat
-        buffers, hypers, batch = tree_unflatten(others, spec)
-        p = p.detach().requires_grad_()
-        hypers = hypers | {n: hypers[n].detach().requires_grad_() for n in learned}
+    def joint(*flat: Tensor) -> list[Tensor]:
+        inputs = form.split(flat, len(form.single))
+        start, hypers = form.start(inputs, state._replace(slots={}))
+        p, batch = start.p.detach().requires_grad_(), form.batch.nest(inputs.batch)
+        learned = {n: hypers[n].detach().requires_grad_() for n in form.learned}
         params = training.layout.unflatten(p)
-        loss, _ = training.problem.inner_loss(params, buffers, hypers, batch)
+        loss, _ = training.problem.inner_loss(params, start.buffers, hypers | learned, batch)
         (g,) = torch.autograd.grad(loss, p, create_graph=True)
-        return [g.detach(), *vjp([g], [p, *(hypers[n] for n in learned)], [v])]
+        return [g.detach(), *vjp([g], [p, *learned.values()], inputs.beside)]
 
-    p = state.p.detach()
-    examples, others = (contiguous([p, *x, torch.ones_like(p)]) for x in (rest, other))
-    return traced(joint, examples, others)
+    v = torch.ones_like(state.p)
+    return traced(joint, [*one, v], [*other, v])
 
 
 @dataclass(eq=False)
-class ProductMachine(Verified):
-    """The parts of a graph as code, each made when first asked for.
-
-    interpreted: run the traced operations as they are. agreed: seen to agree with autograd.
-    """
+class ProductMachine(TracedCode):
+    """The parts of a gradient and its products."""
 
     graph: ProductGraph
-    interpreted: bool
-    agreed: bool = field(default=False, init=False)
+
+    @property
+    def captures(self) -> bool:
+        return False  # All that is read would be copied for every product.
 
     @cached_property
     def once(self) -> Run:
-        return self._code(self.graph.once)
+        return self._compiled(self.graph.once)
 
     @cached_property
     def across(self) -> Run:
-        return self._code(self.graph.across)
+        return self._compiled(self.graph.across)
 
     @cached_property
     def aside(self) -> Run:
-        return self._code(self.graph.aside)
-
-    def _code(self, graph: Graph) -> Run:
-        return scripted(graph) if self.interpreted else generate(graph, self.spend)
+        return self._compiled(self.graph.aside)
 
     def at(
         self, training: Training, state: State, values: Tensors, i: int, seed: int
     ) -> Linearized:
         """At a state, for the batch of step i."""
-        try:
-            rest, spec = _rest(training, state, values, i, seed)
-        except CannotTrace as why:  # The batches that were traced were tensors.
-            raise UnevenBatches(f"{why}; give compile=False") from why
-        graph, found = self.graph, tuple((x.shape, x.dtype) for x in rest)
-        if spec != graph.spec or found != graph.takes:
-            raise UnevenBatches(
-                f"a batch and what the loss reads beside it have shapes "
-                f"{[tuple(s) for s, _ in found]} where the compiled products take "
-                f"{[tuple(s) for s, _ in graph.takes]}; make them equal or give compile=False"
-            )
-        fixed = contiguous([state.p.detach(), *rest])
+        graph = self.graph
+        fixed = _inputs(training, graph.form, state, training.of_loss(values), i, seed)
         draws = draws_of(i, seed, state.p.device) if graph.random else nullcontext()
         with torch.no_grad(), draws:
             gradient, *kept = self.once(*fixed)
@@ -234,7 +213,7 @@ def product_machine_of(
     *,
     interpreted: bool,
 ) -> ProductMachine:
-    """The machine for a training's loss, once it agrees with autograd; Distrusted if it does not.
+    """The machine for a training's loss, once it agrees with autograd; Refused if it does not.
 
     It is looked at where training begins: where it ends, gradients are rounding.
     """
@@ -249,16 +228,16 @@ def product_machine_of(
 
     def make() -> ProductMachine:
         graph, seconds = build_once(training, "second graph", values, learned, make_graph)
-        return ProductMachine(graph, interpreted, seconds=seconds)
+        return ProductMachine(graph, interpreted=interpreted, seconds=seconds)
 
     machine = build_once(training, f"second, {interpreted=}", values, learned, make)
-    with machine.trial():
-        if not machine.agreed:
-            machine.agreed = _prove(machine, training, start(), values, learned, seed)
+    with machine.unproven(["products"]) as left:
+        if left and _agrees(machine, training, start(), values, learned, seed):
+            machine.agreed.update(left)
     return machine
 
 
-def _prove(
+def _agrees(
     machine: ProductMachine,
     training: Training,
     state: State,

@@ -155,13 +155,14 @@ class Implicit(GoingOn):
             at = training, reached.state, values
             if machine:
                 product, gradient, mixed = traced_products(machine, *at, ahead, seed)
-                how = "traced" if machine.interpreted else "compiled"
+                how = machine.how
             else:
                 product, gradient, mixed = autograd_products(
                     *at, names, ahead, seed, self.curvature
                 )
                 how = f"by autograd{f': {refused}' if refused else ''}"
             solved = self.solve(product, b)
+            how += machine.remark if machine else ""
             del product  # Before the gradient's graph is made, if it was not part of that.
             g = gradient()
             gap = -float(g @ solved.x)

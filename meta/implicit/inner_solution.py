@@ -27,10 +27,10 @@ class InnerSolution:
 
     state: State
     steps: int
-    _version: int = field(init=False)
+    _written: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_version", version_of(self.state.p))
+        object.__setattr__(self, "_written", version_of(self.state.p))
 
     def __reduce__(self) -> tuple[type[InnerSolution], tuple[State, int]]:
         return InnerSolution, (
@@ -40,7 +40,7 @@ class InnerSolution:
 
     def take(self) -> State:
         """The state, to be overwritten; ValueError if it was already."""
-        if version_of(self.state.p) != self._version:
+        if version_of(self.state.p) != self._written:
             raise ValueError(
                 f"the training that this carry stopped at step {self.steps} of has gone on since, "
                 "in the same memory: a carry serves one call; for several, copy.deepcopy it before"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
+from ...inner.torch_internals import Run
 from ..problems.problem import draws_of
 from ..tracing.fx_graph import contiguous
 from ..tracing.machine import Machine
@@ -18,11 +19,54 @@ from ..training.state import Resolved, State
 from ..training.training import Training
 from .steps import Eager
 
+# (step, state before it, adjoint after it) -> (adjoint before it, the shares of the hypers).
+Pull = Callable[[int, State, list[Tensor]], tuple[list[Tensor], Cotangents]]
+
+
+class StepCode:
+    """A machine's parts at one training's values and seed, by name."""
+
+    def __init__(self, machine: Machine, training: Training, plain: Resolved, seed: int) -> None:
+        self.machine, self.training, self.plain, self.seed = machine, training, plain, seed
+        form, steps = machine.graph.form, training.steps
+        t = torch.arange(1, steps + 1, dtype=torch.float64)
+        self.numbers = [plain.over(n, steps) for n in form.single] + [t]
+        self.device = machine.graph.takes[0].device
+        self._rows = machine.graph.before.over(self.numbers, self.device)
+
+    def __call__(
+        self, part: str, i: int, state: State, adjoint: Sequence[Tensor] = ()
+    ) -> Sequence[Tensor]:
+        """What a part gives at the state before step i."""
+        run: Run = getattr(self.machine, part)
+        with self._quiet(i):
+            return run(*self._inputs(i, state, adjoint))
+
+    def _inputs(self, i: int, state: State, adjoint: Sequence[Tensor]) -> list[Tensor]:
+        form = self.machine.graph.form
+        values = self.plain.at(i) if form.several else {}
+        rows = [row[i] for row in self._rows]
+        batch = form.batch.leaves(self.training.problem.batch(i, self.seed))
+        return contiguous(form.inputs(state, values, rows, batch, adjoint).flat())
+
+    @contextmanager
+    def _quiet(self, i: int) -> Iterator[None]:
+        draws: AbstractContextManager[None] = nullcontext()
+        if self.machine.graph.random:
+            draws = draws_of(i, self.seed, self.device)
+        with torch.no_grad(), draws:
+            yield
+
+    def rewind(self, tape: Sequence[Tensor], adjoint: Sequence[Tensor]) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return self.machine.rewind(*tape, *contiguous(adjoint))
+
 
 class Compiled:
     """Steps by a machine, the same State outside, flat lists of tensors inside.
 
-    Distrusted is raised by `prepare` if they are not what autograd does.
+    Refused is raised by `prepare` if they are not what autograd does. remark: what is to be said of
+    them at the end.
     """
 
     def __init__(
@@ -34,18 +78,14 @@ class Compiled:
         sums: Cotangents,
         fixed: Tensors,
     ) -> None:
-        self._machine, self._training, self._plain, self._seed = machine, training, plain, seed
+        self._code, self._machine = StepCode(machine, training, plain, seed), machine
         self._sums, self._fixed, self._form = sums, fixed, machine.graph.form
-        form, steps = self._form, training.steps
-        t = torch.arange(1, steps + 1, dtype=torch.float64)
-        self._numbers = [plain.over(n, steps) for n in form.single] + [t]
-        device = machine.graph.takes[0].device
-        self._rows = machine.graph.before.over(self._numbers, device)
-        width = machine.graph.numbers_back
-        self._back = torch.full((steps, width), float("nan"), dtype=torch.float64, device=device)
-        self._several = [n for n in form.learned if n in form.several]
-        self._pulled = steps  # The earliest step that was pulled back.
+        size = training.steps, machine.graph.numbers_back
+        nowhere = torch.full(size, float("nan"), dtype=torch.float64, device=self._code.device)
+        self._back, self._pulled = nowhere, training.steps  # The earliest step pulled back.
+        self._several = [n for n in self._form.learned if n in self._form.several]
         self._seconds = machine.seconds if machine.agreed else 0.0
+        self.remark = ""
 
     def graph_bytes(self, start: State) -> float:
         return self._machine.graph_bytes
@@ -56,121 +96,90 @@ class Compiled:
         return 0.0 if self._machine.interpreted else self._machine.seconds - self._seconds
 
     def prepare(self, parts: Sequence[str], start: State) -> None:
-        machine, training = self._machine, self._training
-        with machine.trial():
-            left = [part for part in parts if part not in machine.agreed]
+        code = self._code
+        with self._machine.unproven(parts) as left:
             if not left:
                 return
-            eager = Eager(training, self._plain, self._seed, self._sums, self._fixed)
-            i, state = early_state(eager.advance, start, training.steps)
+            i, state = early_state(self._eager(self._sums).advance, start, code.training.steps)
             for part in left:
-                prove = self._prove_after if part in ("advance", "record") else self._prove_before
-                if prove(part, i, state):
-                    machine.agreed.add(part)
+                if part in ("advance", "record"):
+                    agrees = _forth_agrees(code, part, i, state)
+                else:
+                    agrees = _back_agrees(code, part, i, state, self._pull_eagerly)
+                if agrees:
+                    self._machine.agreed.add(part)
 
     def advance(self, i: int, state: State) -> State:
-        with self._quiet(i):
-            out = self._machine.advance(*self._inputs(i, state))
-        return self._after(state, out)
+        return self._form.state_after(self._code("advance", i, state), state)
 
     def record(self, i: int, state: State) -> tuple[Sequence[Tensor], State]:
-        with self._quiet(i):
-            out = self._machine.record(*self._inputs(i, state))
-        kept = self._form.after
-        return out[kept:], self._after(state, out[:kept])
+        out = self._code("record", i, state)
+        return out[self._form.after :], self._form.state_after(out, state)
 
     def rewind(self, i: int, tape: Sequence[Tensor], adjoint: list[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            out = self._machine.rewind(*tape, *contiguous(adjoint))
-        return self._before(i, out)
+        return self._before(i, self._code.rewind(tape, adjoint))
 
     def pull(self, i: int, state: State, adjoint: list[Tensor]) -> list[Tensor]:
-        with self._quiet(i):
-            out = self._machine.pull(*self._inputs(i, state), *contiguous(adjoint))
-        return self._before(i, out)
+        return self._before(i, self._code("pull", i, state, adjoint))
 
     def finish(self) -> tuple[Tensor, Tensors]:
+        self.remark = self._machine.remark
         norms, numbers = self._back[:, 0], self._back[:, 1:].cpu()
         numbers[: self._pulled] = 0  # Earlier steps have no share.
-        return norms, self._machine.graph.numbers_behind(self._numbers, numbers)
+        return norms, self._machine.graph.numbers_behind(self._code.numbers, numbers)
 
-    def _inputs(self, i: int, state: State) -> list[Tensor]:
-        form = self._form
-        values = self._plain.at(i) if form.several else {}
-        return contiguous(
-            [
-                *form.moving(state),
-                *form.rest(state),
-                *(values[n] for n in form.several),
-                *(row[i] for row in self._rows),
-                *form.leaves(self._training.problem.batch(i, self._seed)),
-            ]
-        )
+    def _eager(self, sums: Cotangents) -> Eager:
+        code = self._code
+        return Eager(code.training, code.plain, code.seed, sums, self._fixed)
 
-    @contextmanager
-    def _quiet(self, i: int) -> Iterator[None]:
-        draws: AbstractContextManager[None] = nullcontext()
-        if self._machine.graph.random:
-            draws = draws_of(i, self._seed, self._back.device)
-        with torch.no_grad(), draws:
-            yield
-
-    def _after(self, state: State, out: Sequence[Tensor]) -> State:
-        many = len(self._form.moved)
-        return self._form.state(out[:many], out[many:], state)
+    def _pull_eagerly(
+        self, i: int, state: State, adjoint: list[Tensor]
+    ) -> tuple[list[Tensor], Cotangents]:
+        sums = self._sums.empty()
+        return self._eager(sums).pull(i, state, adjoint), sums
 
     def _before(self, i: int, out: Sequence[Tensor]) -> list[Tensor]:
-        many = len(self._form.moved)
-        self._back[i], self._pulled = out[-1], i
-        self._sums.add(i, out[many:-1], self._several)
-        return list(out[:many])
+        back = self._form.split_pullback(out)
+        self._back[i], self._pulled = back.numbers, i
+        self._sums.add(i, back.several, self._several)
+        return list(back.adjoint)
 
-    def _prove_after(self, part: str, i: int, state: State) -> bool:
-        form = self._form
 
-        def replaced(state: State) -> list[Tensor]:
-            return [*form.moving(state), *(state.buffers[n] for n in form.counted)]
+def _forth_agrees(code: StepCode, part: str, i: int, state: State) -> bool:
+    """Whether a part takes a step as autograd does, as check_against_autograd says."""
+    graph, training = code.machine.graph, code.training
+    form = graph.form
 
-        def step(state: State) -> list[Tensor]:
-            return replaced(self._training.step(state, self._plain.at(i), i, self._seed))
+    def step(state: State) -> list[Tensor]:
+        after = training.step(state, code.plain.at(i), i, code.seed)
+        return [*form.moving(after), *(after.buffers[n] for n in form.counted)]
 
-        names = [*form.names, *(f"buffers {name}" for name in form.counted)]
-        with self._quiet(i):
-            out = getattr(self._machine, part)(*self._inputs(i, state))
-        return self._agrees(names, out[: form.after], step, state)
+    names = [*form.names, *(f"buffers {name}" for name in form.counted)]
+    found = code(part, i, state)[: form.after]
+    return check_against_autograd(training, names, found, step, state, graph.low)
 
-    def _prove_before(self, part: str, i: int, state: State) -> bool:
-        form, machine = self._form, self._machine
-        adjoint = directions(form.moving(state))
 
-        def pull(state: State) -> list[Tensor]:
-            sums = self._sums.empty()
-            eager = Eager(self._training, self._plain, self._seed, sums, self._fixed)
-            return [*eager.pull(i, state, adjoint), *(sums.at(n, i) for n in hypers)]
+def _back_agrees(code: StepCode, part: str, i: int, state: State, by_autograd: Pull) -> bool:
+    """The same of the way back."""
+    graph, form = code.machine.graph, code.machine.graph.form
+    adjoint = directions(form.moving(state))
+    if part == "pull":
+        out = code(part, i, state, adjoint)
+    else:
+        out = code.rewind(code("record", i, state)[form.after :], adjoint)
+    back = form.split_pullback(out)
+    numbers = [n[i : i + 1] for n in code.numbers]
+    single = graph.numbers_behind(numbers, back.numbers[None, 1:].double().cpu())
+    several = [n for n in form.learned if n in form.several]
+    hypers = [*single, *several]
 
-        inputs = self._inputs(i, state)
-        with self._quiet(i):
-            if part == "pull":
-                out = machine.pull(*inputs, *adjoint)
-            else:
-                out = machine.rewind(*machine.record(*inputs)[form.after :], *adjoint)
-        numbers = [n[i : i + 1] for n in self._numbers]
-        back = machine.graph.numbers_behind(numbers, out[-1][None, 1:].double().cpu())
-        hypers = [*back, *self._several]
-        # Buffers of the start are constants for autograd.
-        moved = [n for n in form.names if i or not n.startswith("buffers ")]
-        names = [f"the adjoint of {name}" for name in moved]
-        names += [f"the cotangent of {name}" for name in hypers]
-        others = out[len(form.moved) : -1]
-        found = [*out[: len(moved)], *(x[0] for x in back.values()), *others]
-        return self._agrees(names, found, pull, state)
+    def pull(state: State) -> list[Tensor]:
+        before, sums = by_autograd(i, state, adjoint)
+        return [*before, *(sums.at(n, i) for n in hypers)]
 
-    def _agrees(
-        self,
-        names: list[str],
-        found: Sequence[Tensor],
-        by_autograd: Callable[[State], list[Tensor]],
-        state: State,
-    ) -> bool:
-        low = self._machine.graph.low
-        return check_against_autograd(self._training, names, found, by_autograd, state, low)
+    # Buffers of the start are constants for autograd.
+    moved = [n for n in form.names if i or not n.startswith("buffers ")]
+    names = [f"the adjoint of {name}" for name in moved]
+    names += [f"the cotangent of {name}" for name in hypers]
+    found = [*back.adjoint[: len(moved)], *(x[0] for x in single.values()), *back.several]
+    return check_against_autograd(code.training, names, found, pull, state, graph.low)

@@ -178,7 +178,7 @@ class _ReplayPass:
             graphs=graphs,
             states=kept.peak,
             recomputed=kept.recomputed,
-            how=f"{said}{self.how}",
+            how=f"{said}{self.how}{self.steps.remark}",
         )
         if self.steps.seconds:
             remember(training, self.sums.names, self.start, self.steps.seconds)

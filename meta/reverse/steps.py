@@ -22,7 +22,11 @@ class Steps(Protocol):
 
     An adjoint is d loss / d state as a list: of the weights, the slots, and the buffers that steps
     replace. A pullback also adds the share of the hypers to the sums it was made with.
+
+    remark: after `finish`, what is to be said of how they were done, beside what was known before.
     """
+
+    remark: str
 
     @property
     def seconds(self) -> float:
@@ -83,6 +87,7 @@ class Eager:
         self._training, self._plain, self._seed = training, plain, seed
         self._sums, self._fixed = sums, fixed
         self._norms = torch.full((training.steps,), float("nan"), dtype=torch.float64)
+        self.remark = ""
 
     def prepare(self, parts: Sequence[str], start: State) -> None:
         """Nothing has to be made."""

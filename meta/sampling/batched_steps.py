@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ...inner.torch_internals import Run, tree_flatten
+from ...inner.torch_internals import Run
 from ..problems.problem import draws_of
 from ..tracing.fx_graph import contiguous
 from ..tracing.machine import Machine, build_once, machine_of
@@ -94,12 +94,12 @@ class BatchedSteps:
 
     def advance(self, i: int, state: State) -> State:
         """Step i of all."""
-        return self._after(state, self._call(self.machine.advance, i, state))
+        return self.form.state_after(self._call(self.machine.advance, i, state), state)
 
     def record(self, i: int, state: State) -> tuple[State, Sequence[Tensor]]:
         """(the state after step i, what `rewind` needs)."""
         out = self._call(self.machine.record, i, state)
-        return self._after(state, out[: self.form.after]), out[self.form.after :]
+        return self.form.state_after(out, state), out[self.form.after :]
 
     def rewind(self, tape: Sequence[Tensor], adjoint: Sequence[Tensor]) -> Sequence[Tensor]:
         """The adjoint before a step from that after it, and the shares of the hypers."""
@@ -110,23 +110,18 @@ class BatchedSteps:
         """The same from the state before step i, which is done again."""
         return self._call(self.machine.pull, i, state, adjoint)
 
-    def _after(self, state: State, out: Sequence[Tensor]) -> State:
-        many = len(self.form.moved)
-        return self.form.state(out[:many], out[many:], state)
-
     def prove(self, parts: Sequence[str]) -> None:
-        """Raise Distrusted unless generated code does what the traced operations do."""
+        """Raise Refused unless generated code does what the traced operations do."""
         machine, form = self.machine, self.form
         if machine.interpreted:
             return
-        with machine.trial():
-            left = [part for part in parts if part not in machine.agreed]
+        with machine.unproven(parts) as left:
             if not left:
                 return
             advance, pull = machine.graph.advance(), machine.graph.pull()
 
             def step(i: int, state: State) -> State:
-                return self._after(state, self._call(advance, i, state))
+                return form.state_after(self._call(advance, i, state), state)
 
             i, state = early_state(step, self.start, self.training.steps)
             adjoint = directions(form.moving(state))
@@ -157,22 +152,13 @@ class BatchedSteps:
         self, run: Run, i: int, state: State, adjoint: Sequence[Tensor] = ()
     ) -> Sequence[Tensor]:
         form = self.form
-        values = [plain.at(i) for plain in self.plain] if form.several else []
-        inputs = [
-            *form.moving(state),
-            *form.rest(state),
-            *(torch.stack([each[n] for each in values]) for n in form.several),
-            *(row[i] for row in self._rows),
-            *self._batches(i),
-            *adjoint,
-        ]
+        each = [plain.at(i) for plain in self.plain] if form.several else []
+        values = {n: torch.stack([one[n] for one in each]) for n in form.several}
+        rows = [row[i] for row in self._rows]
+        batches = [self.training.problem.batch(i, seed) for seed in self.seeds]
+        inputs = form.inputs(state, values, rows, form.batch.stacked(batches), adjoint)
         with torch.no_grad(), draws_of(i, self.seeds[0], state.p.device):
-            return run(*contiguous(inputs))
-
-    def _batches(self, i: int) -> list[Tensor]:
-        found = [tree_flatten(self.training.problem.batch(i, seed)) for seed in self.seeds]
-        leaves = zip(*(leaves for leaves, _ in found), strict=True)
-        return self.form.checked([torch.stack(each) for each in leaves], found[0][1])
+            return run(*contiguous(inputs.flat()))
 
 
 def state_of(state: State, k: int) -> State:

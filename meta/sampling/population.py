@@ -206,11 +206,11 @@ class _BatchedPass:
 
     def _put_away(self, i: int, out: Sequence[Tensor]) -> list[Tensor]:
         """The adjoint before step i; the shares of the hypers are put away."""
-        many = len(self.steps.form.moved)
-        self.back[i] = out[-1]
+        back = self.steps.form.split_pullback(out)
+        self.back[i] = back.numbers
         for k, sums in enumerate(self.steps.sums):
-            sums.add(i, [x[k] for x in out[many:-1]], self.several)
-        return list(out[:many])
+            sums.add(i, [x[k] for x in back.several], self.several)
+        return list(back.adjoint)
 
 
 __all__ = ["Population", "losses", "metagradients"]

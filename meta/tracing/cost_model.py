@@ -8,7 +8,6 @@ never pays more than twice the best (Karlin et al. 1988, doi:10.1007/BF01762111)
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -41,6 +40,9 @@ _NEW, _AGAIN, _STEPS = 20.0, 0.3, 3.5
 _TRACE_PRODUCT, _OF_PRODUCT = 2.5, 0.25
 # Tracing takes a few seconds and saves the Python of autograd's steps, about 2 ms each.
 _TRACE_STEPS = 1000
+# A cache that cannot be read or written is no reason to stop: there is no home, it is full, a file
+# in it is torn.
+_NO_CACHE = OSError, ValueError, RuntimeError
 
 
 def why_not_compile(
@@ -60,7 +62,8 @@ def why_not_compile(
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1 is set"
     ahead = _ahead(training, state, values, seed, expect) * _step(training, state, values, seed)
-    price = _remembered().get(_key(training, learned, state, kind), _NEW / _AGAIN) * _AGAIN
+    known = _remembered(_key(training, learned, state, kind))
+    price = _NEW if known is None else known * _AGAIN
     if kind.saved * ahead >= price:
         return ""
     return f"{ahead:.2g} s of steps are too few to pay for about {price:.2g} s of compiling"
@@ -103,29 +106,30 @@ def worth_tracing_products(problem: Problem) -> bool:
 def remember(
     training: Training, learned: Sequence[str], state: State, seconds: float, kind: Mode = REVERSE
 ) -> None:
-    """Keep the price of a training's compiled steps, beside the code itself.
+    """Keep the price of a training's compiled steps for other processes.
 
     The highest seen: later ones were paid with that code at hand.
     """
-    key, prices = _key(training, learned, state, kind), _remembered()
-    prices[key] = max(seconds, prices.get(key, 0.0))
-    with suppress(OSError):  # A cache that cannot be written is no reason to stop.
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        _file().write_text(json.dumps(prices))
+    key = _key(training, learned, state, kind)
+    with suppress(*_NO_CACHE):
+        file = _folder() / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{max(seconds, _remembered(key) or 0.0):.3g}\n")
 
 
-def _remembered() -> dict[str, float]:
-    with suppress(OSError, ValueError):
-        found = json.loads(_file().read_text())
-        if isinstance(found, dict):
-            return found
-    return {}
+def _remembered(key: str) -> float | None:
+    with suppress(*_NO_CACHE):
+        return float((_folder() / key).read_text())
+    return None
 
 
-def _file() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "hyperdescent.json"
+def _folder() -> Path:
+    """Of files with a number of seconds each. Not beside inductor's code, which says only once it
+    is loaded where that is.
+    """
+    return Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hyperdescent/compiling"
+    )
 
 
 def _key(training: Training, learned: Sequence[str], state: State, kind: Mode) -> str:

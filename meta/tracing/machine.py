@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -22,16 +23,51 @@ from .verify import Verified
 
 
 @dataclass(eq=False)
-class Machine(Verified):
-    """The compiled parts of one step, each made when first asked for.
+class TracedCode(Verified):
+    """The parts of a traced graph as code, each made when first asked for.
 
     interpreted: run the traced operations as they are. agreed: the parts that were seen to agree
-    with autograd.
+    with autograd. remark: what is to be said of how they run, once they have been made.
     """
 
+    interpreted: bool = field(default=False, kw_only=True)
+    agreed: set[str] = field(default_factory=set, init=False)
+    remark: str = field(default="", init=False)
+
+    @property
+    def how(self) -> str:
+        return "traced" if self.interpreted else "compiled"
+
+    @property
+    def captures(self) -> bool:
+        """Whether a part is one CUDA graph on a GPU, which may not draw random numbers."""
+        raise NotImplementedError
+
+    @contextmanager
+    def unproven(self, parts: Iterable[str]) -> Iterator[list[str]]:
+        """Those of the parts that have yet to agree with autograd; the machine is refused for good
+        if that is raised inside.
+        """
+        with self.trial():
+            yield [part for part in parts if part not in self.agreed]
+
+    def _compiled(self, graph: Graph) -> Run:
+        run = scripted(graph, self._note) if self.interpreted else generate(graph, self.spend)
+        return captured(run) if self.captures else run
+
+    def _note(self, why: str) -> None:
+        self.remark = f", some of it as Python: {why}"
+
+
+@dataclass(eq=False)
+class Machine(TracedCode):
+    """The parts of a training's step."""
+
     graph: StepGraph
-    interpreted: bool = False
-    agreed: set[str] = field(default_factory=set)
+
+    @property
+    def captures(self) -> bool:
+        return not self.graph.random
 
     @cached_property
     def advance(self) -> Run:
@@ -62,14 +98,6 @@ class Machine(Verified):
             except CannotTrace as why:
                 raise Refused(f"it cannot be compiled: {why}") from why
 
-    @property
-    def how(self) -> str:
-        return "traced" if self.interpreted else "compiled"
-
-    def _compiled(self, graph: Graph) -> Run:
-        run = scripted(graph) if self.interpreted else generate(graph, self.spend)
-        return run if self.graph.random else captured(run)
-
 
 M = TypeVar("M")
 
@@ -79,7 +107,7 @@ def build_once(
 ) -> M:
     """What make() returns, made once per problem, rule and set of learned hypers.
 
-    Steps, schedules, values and seeds play no part in it. Raises Distrusted if it cannot be.
+    Steps, schedules, values and seeds play no part in it. Raises Refused if it cannot be.
     """
     rule = training.rule
     shapes = tuple((name, value.shape, value.dtype) for name, value in values.items())
@@ -114,6 +142,6 @@ def machine_of(
 
     def make() -> Machine:
         graph, seconds = build_once(training, "graph", values, learned, make_graph)
-        return Machine(graph, interpreted, seconds=seconds)
+        return Machine(graph, interpreted=interpreted, seconds=seconds)
 
     return build_once(training, f"reverse, {interpreted=}", values, learned, make)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -34,13 +35,12 @@ from ...inner.fx_graph import (
 from ...inner.numerics.pullback import vjp
 from ...inner.torch_internals import (
     partition,
-    tree_unflatten,
 )
 from ..training.state import State
 from ..training.training import Training
 from .fx_graph import batchable, contiguous, traced
 from .matmul_layout import narrow_transposed
-from .state_layout import StateLayout, TensorSpec
+from .state_layout import StateLayout, StepInputs, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,9 @@ class StepGraph:
         """
         flat = [x.zeros(count) for x in self.takes]
         joint = retraced(torch.vmap(batchable(self.joint), randomness="different"), flat)
-        form = self.form
-        shapes = tuple((torch.Size([count, *shape]), dtype) for shape, dtype in form.shapes)
         return replace(
             self,
-            form=replace(form, shapes=shapes),
+            form=replace(self.form, batch=self.form.batch.many(count)),
             joint=joint,
             takes=tuple(map(TensorSpec.of, flat)),
         )
@@ -135,7 +133,7 @@ def trace(
 ) -> StepGraph:
     """The graph of a training's step and pullback; CannotTrace if it is more than tensors."""
     form = StateLayout.of(training, state, values, learned, 0, seed)
-    form.check()
+    form.batch.check()
     examples, others = (_examples(training, form, state, values, i, seed + i) for i in (0, 1))
     return _divide(form, _whole(training, form, state, examples, others), examples)
 
@@ -143,18 +141,10 @@ def trace(
 def _examples(
     training: Training, form: StateLayout, state: State, values: Tensors, i: int, seed: int
 ) -> list[Tensor]:
-    moving = form.moving(state)
-    return contiguous(
-        [
-            *moving,
-            *form.rest(state),
-            *(values[n] for n in form.several),
-            *(values[n] for n in form.single),
-            torch.tensor(float(i + 1), dtype=torch.float64),
-            *form.leaves(training.problem.batch(i, seed)),
-            *(torch.ones_like(x) for x in moving),
-        ]
-    )
+    numbers = [*(values[n] for n in form.single), torch.tensor(float(i + 1), dtype=torch.float64)]
+    bars = [torch.ones_like(x) for x in form.moving(state)]
+    batch = form.batch.leaves(training.problem.batch(i, seed))
+    return contiguous(form.inputs(state, values, numbers, batch, bars).flat())
 
 
 def _whole(
@@ -167,20 +157,15 @@ def _whole(
     """A step, undivided and without mutations."""
 
     def joint(*flat: Tensor) -> list[Tensor]:
-        take = iter(flat)
-        moving = [next(take).detach().requires_grad_() for _ in form.moved]
-        counted = [next(take) for _ in form.counted]
-        still = [next(take) for _ in form.still]
-        inside = {n: next(take) for n in (*form.several, *form.single)}
+        inputs = form.split(flat, len(form.single) + 1)
+        moving = [x.detach().requires_grad_() for x in inputs.moving]
+        start, inside = form.start(inputs._replace(moving=moving), state)
         inside |= {n: inside[n].detach().requires_grad_() for n in form.learned}
-        t = next(take)
-        batch = tree_unflatten([next(take) for _ in form.shapes], form.batch)
-        bars = list(take)
-        around = state._replace(buffers=state.buffers | dict(zip(form.still, still, strict=True)))
-        start = form.state(moving, counted, around)
+        batch, t = form.batch.nest(inputs.batch), inputs.numbers[-1]
         after = training.step_on(start, inside, t, batch)
         moved = form.moving(after)
-        grads = vjp(moved, [*moving, *(inside[n] for n in form.learned)], bars, keep=False)
+        learned = [inside[n] for n in form.learned]
+        grads = vjp(moved, [*moving, *learned], inputs.beside, keep=False)
         return [
             *(x.detach() for x in moved),
             *(after.buffers[n].detach() for n in form.counted),
@@ -191,10 +176,12 @@ def _whole(
 
 
 def _divide(form: StateLayout, whole: Graph, examples: list[Tensor]) -> StepGraph:
-    inputs, outputs = graph_io(whole)
-    fixed = form.after + len(form.still) + len(form.several)
-    numbers = inputs[fixed : fixed + len(form.single) + 1]
-    vectors = [n for n in inputs if n not in numbers]
+    flat, outputs = graph_io(whole)
+    inputs, made = (
+        form.split(flat, len(form.single) + 1),
+        form.split(examples, len(form.single) + 1),
+    )
+    numbers = inputs.numbers
     bars_to = form.after + len(form.moved)
     states, bars = outputs[: form.after], outputs[form.after : bars_to]
     grads = dict(zip(form.learned, outputs[bars_to:], strict=True))
@@ -208,22 +195,35 @@ def _divide(form: StateLayout, whole: Graph, examples: list[Tensor]) -> StepGrap
     read_late = {x for n in late for x in n.all_input_nodes} | set(small)
     ending = [n for n in whole.graph.nodes if n in read_late and n not in early | late]
     behind = extract(whole, [*numbers, ending], small, draws=False)
-    joint = extract(
-        whole,
-        [*vectors[:fixed], *(nodes for _, nodes in before.rows), *vectors[fixed:]],
-        [*states, *bars, *large, [NormOf(bars[0]), *ending]],
-    )
-    made = dict(zip(inputs, examples, strict=True))
-    rows = before.over([made[n][None] for n in numbers], examples[0].device)
-    flat = [
-        *(made[n] for n in vectors[:fixed]),
-        *(row[0] for row in rows),
-        *(made[n] for n in vectors[fixed:]),
+    results: list[fx.Node | list[fx.Node | NormOf]] = [
+        *states,
+        *bars,
+        *large,
+        [NormOf(bars[0]), *ending],
     ]
-    joint = retraced(joint, flat)
-    narrow_transposed(joint)
+    joint, takes = without_scalars(whole, before, inputs, made, results)
     draws = any(map(is_random, joint.graph.nodes))
-    return StepGraph(form, before, joint, behind, draws, tuple(map(TensorSpec.of, flat)))
+    return StepGraph(form, before, joint, behind, draws, tuple(map(TensorSpec.of, takes)))
+
+
+def without_scalars(
+    whole: Graph,
+    before: ScalarPrelude,
+    inputs: StepInputs[fx.Node],
+    made: StepInputs[Tensor],
+    outputs: Sequence[fx.Node | list[fx.Node | NormOf]],
+) -> tuple[Graph, list[Tensor]]:
+    """(a graph that takes rows in the place of its numbers, examples of its inputs).
+
+    before: what makes the rows. inputs, made: nodes and examples of what the whole graph takes.
+    """
+    held: Any = [nodes for _, nodes in before.rows]
+    body = extract(whole, inputs._replace(numbers=held).flat(), outputs)
+    rows = before.over([x[None] for x in made.numbers], made.moving[0].device)
+    takes = made._replace(numbers=[row[0] for row in rows]).flat()
+    body = retraced(body, takes)
+    narrow_transposed(body)
+    return body, takes
 
 
 def _late(

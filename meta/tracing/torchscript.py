@@ -21,18 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...inner.fx_graph import Graph, graph_io
-from ...inner.torch_internals import unfused
+from ...inner.fx_graph import Graph, first_line, graph_io
+from ...inner.torch_internals import Refused, Run, unfused
 
 
-def scripted(graph: Graph) -> Callable[..., Sequence[Tensor]]:
-    """The graph as a TorchScript function; the graph itself where TorchScript cannot say it."""
+def scripted(graph: Graph, say: Callable[[str], None] = lambda why: None) -> Run:
+    """The graph as a TorchScript function; the graph itself where TorchScript cannot say it, and
+    say is told why.
+    """
     constants = [n for n in graph.graph.nodes if n.op == "get_attr"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # It is deprecated, and by what is not there without.
             run = torch.jit.CompilationUnit(_source(graph, constants)).step
-    except Exception:  # Whatever its compiler says of an operation that it does not know.
+            unfused()  # Which it is to run in, on a GPU.
+    except Exception as error:  # Whatever its compiler says of an operation that it does not know.
+        say(str(error) if isinstance(error, Refused) else first_line(error))
         return graph
     held = [getattr(graph, str(n.target)) for n in constants]
 

@@ -47,7 +47,7 @@ class Verified:
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        """Where it is made and looked at: Distrusted if it was refused once, or is inside."""
+        """Where it is made and looked at: Refused if it was refused once, or is inside."""
         if self.refused:
             raise Refused(self.refused)
         try:
@@ -83,7 +83,7 @@ def check_against_autograd(
     state: State,
     low: bool = False,
 ) -> bool:
-    """Raise Distrusted unless compiled results are as near to autograd's as rounding lets them be.
+    """Raise Refused unless compiled results are as near to autograd's as rounding lets them be.
 
     False if there was nothing to compare, because autograd's are not finite: divergence is not
     the compiler's fault.

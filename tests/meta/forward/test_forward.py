@@ -44,7 +44,7 @@ def training(rule="adamw", of=None, **options):
 @pytest.fixture
 def traced(monkeypatch):
     """Without a compiler, whose code test_compiled looks at."""
-    monkeypatch.setattr(tangents, "generate", lambda graph, spent: graph)
+    monkeypatch.setattr(tangents.TangentMachine, "_compiled", lambda self, graph: graph)
     return Forward(compile=True)
 
 
@@ -91,7 +91,7 @@ def test_compiled_steps_that_are_wrong_are_not_used(monkeypatch, part):
     names += [f"the tangent of {name}" for name in names]
     tried = []
 
-    def wrong(graph, spent):
+    def wrong(self, graph):
         def run(*inputs):
             out = list(graph(*inputs))
             out[names.index(part)] = 1.001 * out[names.index(part)]
@@ -100,7 +100,7 @@ def test_compiled_steps_that_are_wrong_are_not_used(monkeypatch, part):
 
         return run
 
-    monkeypatch.setattr(tangents, "generate", wrong)
+    monkeypatch.setattr(tangents.TangentMachine, "_compiled", wrong)
     run = training()
     point = run.start(["lr", "beta1"])
     expected, _ = Forward(compile=False)(run, point, seed=3)

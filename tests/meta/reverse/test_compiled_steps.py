@@ -299,7 +299,7 @@ class TestDistrust:
         of, graph = traced
         monkeypatch.setattr(machine, "trace", lambda *given: graph)
         monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
         return training(Around(of), granularity=GRANULARITY)
 
@@ -368,9 +368,9 @@ class TestDistrust:
             warnings.warn("one part of torch should ask another", DeprecationWarning, stacklevel=1)
             return graph
 
-        made = Machine.__dict__["_compiled"]
+        made = Machine._compiled
         monkeypatch.undo()
-        assert Machine.__dict__["_compiled"] is not made
+        assert Machine._compiled is not made
         monkeypatch.setattr(torch._inductor, "compile", warn)
         found, _ = Replay(compile=True)(run, run.start(NAMES), seed=0)
         assert found.note.how.endswith("compiled")

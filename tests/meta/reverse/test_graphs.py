@@ -39,7 +39,7 @@ HOW = {"autograd": False, "traced": True}
 def as_traced(monkeypatch, tmp_path):
     monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
     # What making these took is no price to be remembered.
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "prices"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "prices"))
 
 
 @pytest.fixture(params=HOW.values(), ids=HOW)

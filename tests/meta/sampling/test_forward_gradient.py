@@ -48,7 +48,8 @@ class TestAlong:
     @pytest.mark.parametrize("compile", [False, True])
     def test_slopes_are_the_gradient_times_the_directions(self, run, compile, monkeypatch):
         monkeypatch.setattr(
-            "hyperdescent.meta.forward.tangent_step.generate", lambda graph, spent: graph
+            "hyperdescent.meta.forward.tangent_step.TangentMachine._compiled",
+            lambda self, graph: graph,
         )
         point = run.start(["lr", "beta1"])
         draw = torch.Generator().manual_seed(0)

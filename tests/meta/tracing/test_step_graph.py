@@ -40,7 +40,7 @@ GRAPHS = ("keep", "recompute")
 def as_traced(monkeypatch, tmp_path):
     monkeypatch.setattr(Machine, "_compiled", lambda self, graph: graph)
     # What making these took is no price to be remembered, and "auto" is asked for below.
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
 
 

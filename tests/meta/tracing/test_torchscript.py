@@ -16,6 +16,7 @@ from hyperdescent.meta.reverse.replay import Replay
 from hyperdescent.meta.tracing import cost_model as price
 from hyperdescent.meta.tracing.matmul_layout import narrow_transposed
 from hyperdescent.meta.tracing.torchscript import scripted
+from hyperdescent.meta.training.cache import cache_of
 from hyperdescent.meta.training.training import Training
 
 
@@ -115,22 +116,31 @@ class TestNarrowProducts:
 
 
 class TestPrice:
-    def test_of_code_on_disk_does_not_replace_that_of_making_it(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(price, "_file", lambda: tmp_path / "prices")
-        monkeypatch.setattr(price, "_key", lambda *given: "one")
+    def test_of_code_on_disk_does_not_replace_that_of_making_it(self, asked):
+        ask, run, state = asked
         for seconds in (30.0, 2.0):
-            price.remember(None, ["lr"], None, seconds)
-        assert price._remembered() == {"one": 30.0}
+            price.remember(run, ["lr"], state, seconds)
+        assert "about 9 s of compiling" in ask()
+
+    def test_is_new_where_the_cache_cannot_be_read(self, asked, tmp_path, monkeypatch):
+        ask, run, state = asked
+        price.remember(run, ["lr"], state, 5.0)
+        (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+        file.write_bytes(b"\xff torn")
+        assert "about 20 s" in ask()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # No folder.
+        price.remember(run, ["lr"], state, 5.0)
+        assert "about 20 s" in ask()
 
     @pytest.fixture
     def asked(self, tmp_path, monkeypatch):
         """Why compiling would not pay for a training of 100 steps of 10 ms; options of it."""
         monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-        monkeypatch.setattr(price, "_file", lambda: tmp_path / "prices")
-        monkeypatch.setattr(price, "_step", lambda *given: 0.01)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         data = torch.randn(20, 3), torch.randint(2, (20,))
         of = problem_from_module(lambda: nn.Linear(3, 2), F.cross_entropy, data, data, batch_size=5)
         run = Training(of, find_rule("sgd"), 100)
+        cache_of(of)["seconds of a step", price._rule(run)] = 0.01
         state = run.begin(run.resolve({}).at(0), 0)
 
         def ask(expect=None, kind=price.REVERSE):
@@ -156,7 +166,7 @@ class TestPrice:
         ask, run, state = asked
         price.spend(replace(run, rule=find_rule("adam")), 1e3)
         assert ask()
-        monkeypatch.undo()
+        del cache_of(run.problem)["seconds of a step", price._rule(run)]
         ticks = iter((0.0, 2.0, 2.0, 6.0))
         monkeypatch.setattr(price, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
         values = run.resolve({}).at(0)
