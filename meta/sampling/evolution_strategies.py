@@ -9,24 +9,20 @@ Guided ES: Maheswaranathan et al. 2019, arXiv:1806.10230.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...inner.core.hyper import Tensors
-from ...inner.torch_internals import Refused
 from ..problems.seeding import fold_in
-from ..tracing.state_layout import UnevenBatches
 from ..training.coordinates import Coordinates
 from ..training.estimate import Estimate, Estimator, Note, finished
-from ..training.loop import TrainingLoop
-from ..training.state import Resolved, State, finite
 from ..training.training import Training
-from .batched_steps import BatchedSteps
 from .control_variate import Guess, GuessState
+from .crowd import Crowd, together
 
 # Guided ES's step along its estimate, such that with a share of 1/2 a guide that is exact is right.
 _BETA = 2.0
@@ -81,11 +77,11 @@ class ES(Estimator):
             if known.ok:
                 noise, factor = self._guided(space, noise, known.grad, seed), _BETA
 
-        def attempt(crowd: _Crowd) -> list[float]:
+        def attempt(crowd: Crowd) -> list[float]:
             return crowd.losses(crowd.run(crowd.start(), 0, training.steps))
 
         points = space.around(noise)
-        (base, *losses), how = _together(attempt, training, points, seed, self.compile)
+        (base, *losses), how = together(attempt, training, points, seed, self.compile)
         guess = self.guess.at(space.z, carry) if self.guess else None
         slopes = _slopes(losses, noise, self.sigma, guess) * factor
         past = self.guess.add(carry, space.z, noise, _changes(losses)) if self.guess else None
@@ -173,7 +169,7 @@ class PES(Estimator):
         noise = draw if fresh else carry.summed
         summed = carry.summed + noise if self.kind == "pes" else noise
 
-        def attempt(crowd: _Crowd) -> tuple[Any, list[float], list[float]]:
+        def attempt(crowd: Crowd) -> tuple[Any, list[float], list[float]]:
             states = crowd.start() if first == 0 else crowd.taken_over(carry.states)
             if self.kind == "truncated" and first:
                 states = crowd.spread(states)
@@ -185,7 +181,7 @@ class PES(Estimator):
             return states, before, crowd.losses(states)
 
         points = space.around(noise)
-        (states, before, after), how = _together(attempt, training, points, seed, self.compile)
+        (states, before, after), how = together(attempt, training, points, seed, self.compile)
         base, *losses = after
         if self.objective == "final":
             losses = [x - y for x, y in zip(losses, before[1:], strict=True)]
@@ -266,132 +262,6 @@ def _slopes(
     if guess is None:
         return noise * changes[:, None] / sigma**2
     return guess + noise * (changes - noise @ guess)[:, None] / sigma**2
-
-
-class _Crowd(Protocol):
-    """Trainings with points of their own under one seed, stepped together."""
-
-    how: str
-
-    def start(self) -> Any: ...
-
-    def run(self, states: Any, first: int, last: int) -> Any: ...
-
-    def losses(self, states: Any) -> list[float]: ...
-
-    def spread(self, states: Any) -> Any:
-        """The first state for all."""
-        ...
-
-    def taken_over(self, states: Any) -> Any:
-        """States that an earlier crowd left, which may have been of the other kind."""
-        ...
-
-
-A = TypeVar("A")
-
-
-def _together(
-    attempt: Callable[[_Crowd], A],
-    training: Training,
-    points: list[Tensors],
-    seed: int,
-    compile: bool,
-) -> tuple[A, str]:
-    """(what attempt makes of the trainings, how they were done): together where that can be, one
-    after the other where not, from where attempt begins.
-    """
-    try:
-        many = BatchedSteps(training, points, [seed] * len(points), compile)
-        # Together their draws would differ, and with them the losses of a pair.
-        refused = "its loss draws at random" if many.machine.graph.random else ""
-        if not refused:
-            together = _Together(many)
-            return attempt(together), together.how
-    except (Refused, UnevenBatches) as why:
-        refused = str(why)
-    alone = _OneByOne(training, points, seed, refused)
-    return attempt(alone), alone.how
-
-
-class _Together:
-    def __init__(self, many: BatchedSteps) -> None:
-        self._many = many
-        self.how = f"{many.count} trainings at once"
-
-    def start(self) -> State:
-        return self._many.start
-
-    def run(self, states: State, first: int, last: int) -> State:
-        return self._many.run(states, first, last)
-
-    def losses(self, states: State) -> list[float]:
-        return self._many.losses(states)
-
-    def taken_over(self, states: State | list[State | None]) -> State:
-        if isinstance(states, State):
-            return states
-        raise Refused("its trainings were not done together so far")
-
-    def spread(self, states: State) -> State:
-        def first(x: Tensor) -> Tensor:
-            return x[:1].expand_as(x).contiguous()
-
-        return State(
-            first(states.p),
-            {name: first(x) for name, x in states.slots.items()},
-            {name: first(x) for name, x in states.buffers.items()},
-        )
-
-
-class _OneByOne:
-    def __init__(self, training: Training, points: list[Tensors], seed: int, why: str) -> None:
-        self._training, self._seed = training, seed
-        self._resolved = [training.resolve(point) for point in points]
-        self.how = f"one training after the other: {why}"
-
-    def start(self) -> list[State | None]:
-        with torch.no_grad():
-            return [self._training.begin(r.at(0), self._seed) for r in self._resolved]
-
-    def run(self, states: list[State | None], first: int, last: int) -> list[State | None]:
-        training = self._training
-
-        def go_on(state: State, resolved: Resolved) -> State | None:
-            with TrainingLoop(state, last - first) as loop:
-                for i, state in loop:
-                    values = resolved.at(first + i)
-                    loop.state = training.step(state, values, first + i, self._seed)
-            return loop.state if loop.ok else None
-
-        return [
-            state and go_on(state, resolved)
-            for state, resolved in zip(states, self._resolved, strict=True)
-        ]
-
-    def losses(self, states: list[State | None]) -> list[float]:
-        last = self._training.steps - 1
-        found = []
-        for state, resolved in zip(states, self._resolved, strict=True):
-            loss = math.inf
-            if state is not None and finite(state):
-                with torch.no_grad():
-                    loss = float(self._training.outer_loss(state, resolved.at(last)))
-            found.append(loss if math.isfinite(loss) else math.inf)
-        return found
-
-    def taken_over(self, states: State | list[State | None]) -> list[State | None]:
-        if not isinstance(states, State):
-            return states
-
-        def one(each: Tensors, k: int) -> Tensors:
-            return {name: x[k] for name, x in each.items()}
-
-        p, slots, buffers = states
-        return [State(p[k], one(slots, k), one(buffers, k)) for k in range(len(p))]
-
-    def spread(self, states: list[State | None]) -> list[State | None]:
-        return [states[0]] * len(states)
 
 
 def _check(pairs: int, sigma: float) -> None:
