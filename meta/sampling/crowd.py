@@ -1,4 +1,4 @@
-"""Trainings under one seed with points of their own: in one step for all, or one after the other."""
+"""Trainings under one seed with points of their own: in one step for all, or one by one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from ...inner.core.hyper import Tensors
 from ...inner.torch_internals import Refused
