@@ -253,7 +253,7 @@ class BatchedTraining:
         sums.add_all(graph.numbers_behind(self.numbers[k], back[:, 1:].cpu()))
         final = norm_at_end(training.rule, seeded)
         norms = torch.cat([back[:, 0].to(final), final[None]])
-        how = f"{said}, {self.count} trainings at once, {self.machine.how}"
+        how = f"{said}, {self.count} trainings at once, {self.machine.how}{self.machine.remark}"
         note = Note(steps=training.steps, adjoint=norms, how=how)
         return finished(loss, sums.through(self.leaves[k]), note)
 
