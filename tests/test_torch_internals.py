@@ -237,6 +237,22 @@ def test_a_partitioner_that_is_called_otherwise_is_none(run, monkeypatch):
     assert "by autograd" in found.note.how
 
 
+def test_a_partitioner_without_its_newest_argument_will_do(run, monkeypatch):
+    from torch._functorch import partitioners
+
+    cut = partitioners.min_cut_rematerialization_partition
+
+    def older(joint, inputs, *, num_fwd_outputs):
+        return cut(joint, inputs, num_fwd_outputs=num_fwd_outputs)
+
+    monkeypatch.setattr(partitioners, "min_cut_rematerialization_partition", older)
+    point = run.start(["lr"])
+    found, _ = Replay(compile="trace", graphs="keep")(run, point, seed=0)
+    expected, _ = Replay(compile=False)(run, point, seed=0)
+    assert found.note.how.endswith("graphs kept, traced")
+    assert found.grad["lr"] == pytest.approx(float(expected.grad["lr"]), rel=1e-12)
+
+
 @pytest.mark.parametrize("name", [*TRACED, "compile"])
 @pytest.mark.filterwarnings("ignore:.*has not converged")
 def test_products_are_autograds_without(lacking, name):

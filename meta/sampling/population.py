@@ -200,7 +200,8 @@ class _BatchedPass:
         sums.add_all(many.machine.graph.numbers_behind(many.numbers[k], back[:, 1:].cpu()))
         final = norm_at_end(training.rule, seeded)
         norms = torch.cat([back[:, 0].to(final), final[None]])
-        how = f"{said}, {many.count} trainings at once, {many.machine.how}"
+        machine = many.machine
+        how = f"{said}, {many.count} trainings at once, {machine.how}{machine.remark}"
         note = Note(steps=training.steps, adjoint=norms, how=how)
         return finished(loss, sums.through(many.leaves[k]), note)
 
