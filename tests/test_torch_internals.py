@@ -25,8 +25,6 @@ from hyperdescent.meta.training.training import Training
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / "inner" / "torch_internals.py"
 LAYERS = ("inner", "meta", "search", "studies", "scripts")
-# Still to be freed of them.
-PENDING = ("inner/kernels", "inner/torch_form")
 SOURCES = [p for layer in LAYERS for p in sorted((ROOT / layer).rglob("*.py")) if p != HOME]
 # Of no use to anyone but torch, though their names begin without an underscore.
 UNSTABLE = ("torch.fx.experimental",)
@@ -88,7 +86,6 @@ def test_private_names_of_torch_are_in_one_file(layer):
         f"{path.relative_to(ROOT)}:{line} {name}"
         for path in SOURCES
         if path.is_relative_to(ROOT / layer)
-        and not path.relative_to(ROOT).as_posix().startswith(PENDING)
         for line, name in private_names(path.read_text())
     ]
     assert found == []

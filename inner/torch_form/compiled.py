@@ -9,6 +9,7 @@ and only the rest is compiled. A schedule changes values of tensors, and never t
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -146,16 +147,21 @@ class CompiledStep:
         if the first of them shows that it cannot be compiled.
         """
         rows, known = numbers
+        inputs = *rows, p, g, *slots.values()
         if self.refused:
             return None
-        try:
-            late = self._run(*rows, p, g, *slots.values())
-        except Exception as error:  # Whatever a compiler, or one that is not there, raises.
-            if self._ran:
-                raise
-            self.refused = first_line(error)
-            return None
-        self._ran = True
+        if self._ran:
+            late = self._run(*inputs)
+        else:
+            try:
+                with warnings.catch_warnings():
+                    # What torch warns of inside itself is nothing a user could change.
+                    warnings.simplefilter("ignore")
+                    late = self._run(*inputs)
+            except Exception as error:  # Whatever a compiler, or one that is not there, raises.
+                self.refused = first_line(error)
+                return None
+            self._ran = True
         return {**known, **dict(zip(self._late, late, strict=True))}
 
 
