@@ -35,7 +35,7 @@ def narrow_transposed(graph: Graph) -> None:
         if not on_cpu or columns > _COLUMNS or rows < _TALLER * columns:
             continue
         for x in n.all_input_nodes:
-            if "val" not in x.meta:  # Torches before 2.9 leave constants without.
+            if "val" not in x.meta:  # torch 2.6 leaves constants without.
                 held = getattr(graph, str(x.target))
                 x.meta["val"] = n.meta["val"].fake_mode.from_tensor(held)
         with graph.graph.inserting_before(n):
