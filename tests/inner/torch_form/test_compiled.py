@@ -1,4 +1,4 @@
-"""Steps by generated code: the rule's steps, whatever the values, and a word where there is none."""
+"""Steps by generated code: the rule's, whatever the values, and a word where there is none."""
 
 import copy
 import pickle
