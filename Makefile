@@ -9,7 +9,10 @@ WORKERS ?= 2
 # GPU give the index of torch's CPU builds instead: make demo TORCH_INDEX=...
 TORCH_INDEX ?=
 
-.PHONY: demo test check bench clean
+# Rules that contracts are tested on: those that span the others, or all.
+RULES ?= spanning
+
+.PHONY: demo test test-all check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/hyperdescent demo --out runs/demo --budget $(BUDGET)
@@ -18,7 +21,10 @@ demo: $(VENV)/installed
 # the quick ones, would come last in any other order.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) \
-		--dist loadscope --no-loadscope-reorder
+		--dist loadscope --no-loadscope-reorder $(if $(filter all,$(RULES)),--every-rule)
+
+test-all:
+	$(MAKE) test RULES=all
 
 # Format, lint and types; mypy sees the root under the package's name through a link.
 check: $(VENV)/installed-dev

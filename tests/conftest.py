@@ -6,9 +6,14 @@ is compiled say compile=True.
 
 import gc
 import os
+from collections import defaultdict
 
 import pytest
 import torch
+from spanning import SPANNING
+
+from hyperdescent.inner.core.rule import Rule
+from hyperdescent.inner.registry import RULES
 
 torch.set_num_threads(1)
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
@@ -23,6 +28,44 @@ def prices_of_their_own(tmp_path_factory):
     del os.environ["XDG_CACHE_HOME"]
     if before is not None:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-rule",
+        action="store_true",
+        help="run what is asserted of every rule on all of them, not on those of spanning.py alone",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a test that is run on many registered rules, keep those that span the others."""
+    if config.getoption("--every-rule"):
+        return
+    rules = defaultdict(set)
+    for item in items:
+        if name := _rule_of(item):
+            rules[item.function].add(name)
+    many = {function for function, names in rules.items() if len(names) > 2 * len(SPANNING)}
+    left_out = [
+        item
+        for item in items
+        if item.function in many and (_rule_of(item) or SPANNING[0]) not in SPANNING
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
+
+
+def _rule_of(item):
+    """The name of the registered rule that an item is about, if it is about one."""
+    callspec = getattr(item, "callspec", None)
+    for value in callspec.params.values() if callspec else ():
+        if isinstance(value, Rule) and value.name in RULES:
+            return value.name
+        if isinstance(value, str) and value in RULES:
+            return value
+    return None
 
 
 def pytest_collection_finish(session):
