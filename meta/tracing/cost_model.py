@@ -59,7 +59,7 @@ def why_not_compile(
     expect: seconds of metagradients still to come, if known; at the least the one that is about to
     be made, for which a few steps are timed.
     """
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+    if _switched_off():
         return "TORCH_COMPILE_DISABLE=1 is set"
     ahead = _ahead(training, state, values, seed, expect) * _step(training, state, values, seed)
     known = _remembered(_key(training, learned, state, kind))
@@ -73,6 +73,8 @@ def worth_tracing(
     training: Training, state: State, values: Tensors, seed: int, expect: float | None
 ) -> bool:
     """Whether tracing pays where compiling does not."""
+    if _switched_off():
+        return training.steps >= _TRACE_STEPS
     return _ahead(training, state, values, seed, expect) >= _STEPS * _TRACE_STEPS
 
 
@@ -83,6 +85,11 @@ def _ahead(
     seconds = cache_of(training.problem).get(("seconds spent", _rule(training)), 0.0)
     step = _step(training, state, values, seed)
     return float(max(seconds / step + _STEPS * training.steps, (expect or 0.0) / step))
+
+
+def _switched_off() -> bool:
+    """Whether compiling is: then nothing is decided by the clock, and bits never depend on it."""
+    return os.environ.get("TORCH_COMPILE_DISABLE") == "1"
 
 
 def spend(training: Training, seconds: float) -> None:
@@ -99,6 +106,8 @@ def spend_on_products(problem: Problem, seconds: float) -> None:
 
 def worth_tracing_products(problem: Problem) -> bool:
     """Whether traced ones would have saved by now what they take to make."""
+    if _switched_off():
+        return False
     spent = float(cache_of(problem).get("seconds of products", 0.0))
     return spent * _OF_PRODUCT >= _TRACE_PRODUCT
 
