@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hyperdescent.inner.core.flat import flat_step, initial_slots
 from hyperdescent.inner.core.hyper import decay, learning_rate
 from hyperdescent.inner.registry import RULES, find_rule
 from hyperdescent.meta.meta_optimizer import MetaOptimizer
@@ -99,18 +100,22 @@ def test_no_coordinate_moves_more_than_the_bound(rule, bound):
     assert moves.max() >= bound * (1 - 1e-12)  # The rate asks for far more.
 
 
-# Their lr is a factor: of a rate found from a millionth on, or of a gradient clipped to a tenth.
-FACTORS = {"dog", "ldog", "prodigy", "deltagclip"}
-# Otherwise Scion stays in a ball around 0, the logarithm of a rate of 1.
-FREE = {"scion": {"unconstrained": True}}
-
-
 @pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
-def test_any_rule_can_be_the_meta_rule(rule):
-    options = {"rate": 2.0} if rule.name in FACTORS else {}
-    rule = rule.choose(**FREE.get(rule.name, {}))
-    _, _, estimates = descend(MetaOptimizer(Stub(), rule=rule, **options), 60)
-    assert estimates[-1].loss < 0.5 * estimates[0].loss
+def test_a_move_is_a_step_of_the_meta_rule(rule):
+    """On the relative gradient over its largest entry, cut to the bound and kept inside."""
+    meta = MetaOptimizer(Stub(), rule=rule)
+    _, path, estimates = descend(meta, 2, progress=lambda k, steps: 0.0)
+    z, grad = path[0], COORDINATES.pull(path[0], estimates[0].grad)
+    own = {"lr": meta.rate, "beta1": meta.beta1, "beta2": meta.beta2, "eps": meta.eps}
+    roles = {name: hyper.role or name for name, hyper in rule.hypers.items()}
+    values = rule.values({n: own[role] for n, role in roles.items() if role in own})
+    slots = initial_slots(rule, COORDINATES.layout, z, values)
+    unit, t = grad.abs().max(), torch.ones((), dtype=torch.float64)
+    loss = torch.tensor(estimates[0].loss, dtype=torch.float64) / unit
+    moved, _ = flat_step(rule, COORDINATES.layout, z, grad / unit, slots, t, values, loss=loss)
+    expected = COORDINATES.inside(z + (moved - z).clamp(-meta.bound, meta.bound))
+    # The unit is a product of quotients in one, a quotient in the other.
+    torch.testing.assert_close(path[1], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_rate_falls_to_nothing_with_the_budget():

@@ -270,26 +270,9 @@ class TestGrains:
         )
         assert_exact(run, ["lr.peak"])
 
-    @pytest.mark.parametrize("granularity", ["shared", "tensor", "element"])
     @pytest.mark.parametrize("spec", SPECS)
-    @pytest.mark.parametrize("name", ["lr", "alpha"])
-    def test_starts_with_every_schedule(self, name, spec, granularity):
-        run = Training(
-            problem(),
-            find_rule("alphagrad"),
-            STEPS,
-            schedules={name: find_schedule(spec)},
-            granularity={name: granularity},
-        )
-        point = run.start([name])
-        assert {n: v.shape for n, v in point.items()} == {n: run.hypers[n].shape for n in point}
-        assert run.resolve(point).varying[name].shape == (STEPS, *run.declared[name].shape)
-        estimate, _ = Replay()(run, point, seed=0)
-        assert estimate.ok, estimate.note.reason
-
-    def test_exact_in_all_knobs_of_a_per_tensor_schedule(self):
-        run = scheduled("lr", "cosine", granularity={"lr": "tensor"})
-        assert_exact(run, ["lr"])
+    def test_exact_in_all_knobs_of_a_per_tensor_schedule(self, spec):
+        assert_exact(scheduled("lr", spec, granularity={"lr": "tensor"}), ["lr"])
 
     def test_a_given_value_is_for_the_knobs_in_its_unit(self):
         # Smoothing and warm-up are both shares that default to 0.1, and not the same thing.
