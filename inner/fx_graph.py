@@ -21,9 +21,21 @@ class CannotTrace(Exception):
 
 
 def retraced(function: Callable[..., Any], examples: Sequence[Tensor]) -> Graph:
+    """The operations of a function on tensors like the examples."""
     made = trace(function, examples)
+    _describe_constants(made)
     _shorten(made)
     return made
+
+
+def _describe_constants(graph: Graph) -> None:
+    """Say of constants what is said of all nodes; torch 2.6 does not."""
+    described = (n.meta.get("val") for n in graph.graph.nodes)
+    mode = next((x.fake_mode for x in described if hasattr(x, "fake_mode")), None)
+    for n in graph.graph.find_nodes(op="get_attr"):
+        held = getattr(graph, str(n.target))
+        if mode is not None and "val" not in n.meta and isinstance(held, Tensor):
+            n.meta["val"] = mode.from_tensor(held)
 
 
 def _shorten(graph: Graph) -> None:

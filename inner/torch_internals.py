@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,7 +36,7 @@ def _find(module: str, *names: str) -> Any:
     """A module, or what a path of names in it leads to; Refused if there is no such thing."""
     path = module
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = sys.modules.get(module) or importlib.import_module(module)
     except Exception as error:  # The compiler fails to load in many ways, and one is enough.
         raise Refused(f"this torch has no {path} ({type(error).__name__}: {error})") from error
     for name in names:

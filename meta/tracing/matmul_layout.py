@@ -34,10 +34,6 @@ def narrow_transposed(graph: Graph) -> None:
         on_cpu = n.meta["val"].device.type == "cpu"
         if not on_cpu or columns > _COLUMNS or rows < _TALLER * columns:
             continue
-        for x in n.all_input_nodes:
-            if "val" not in x.meta:  # torch 2.6 leaves constants without.
-                held = getattr(graph, str(x.target))
-                x.meta["val"] = n.meta["val"].fake_mode.from_tensor(held)
         with graph.graph.inserting_before(n):
             product = _call(graph, aten.mm.default, _transposed(graph, b), _transposed(graph, a))
             # In the layout that it had: what follows, however far on, may view it.

@@ -83,8 +83,12 @@ class BatchLayout:
 
     def leaves(self, batch: Any) -> list[Tensor]:
         """The tensors of a batch; UnevenBatches if they are not as those that were traced."""
-        found, leaves = BatchLayout.of(batch)
-        self._check_like(found)
+        leaves, nested = tree_flatten(batch)
+        same = nested == self.nested and len(leaves) == len(self.shapes)
+        for x, spec in zip(leaves, self.shapes, strict=False):
+            same = same and isinstance(x, Tensor) and (x.shape, x.dtype) == spec
+        if not same:
+            self._check_like(BatchLayout.of(batch)[0])
         return leaves
 
     def stacked(self, batches: Sequence[Any]) -> list[Tensor]:
