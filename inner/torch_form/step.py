@@ -67,22 +67,18 @@ class GroupStep:
         return split_like(read, bucket.params)
 
     def own(self, p: Tensor, name: str, states: States) -> Tensors:
-        """A parameter's slots. They begin if it has none, and one of an option that is in force
-        only now begins now.
+        """A parameter's slots, those of a number in the shape of a vector of one. They begin if it
+        has none, and one of an option that is in force only now begins now.
         """
         unit, own = Layout.alone(p.shape, name), states[p]
         due = [n for n in self.rule.slots if n not in self.shared]
-        late = [
-            n
-            for n in due
-            if n not in own or not (own[n].numel() or not self.rule.slot_shape(n, unit).numel())
-        ]
+        late = [n for n in due if n not in own or not own[n].numel()]
         if late:
             like = p.view(unit.shapes[0])
             begun = {n: self.rule.begin(n, like, self.values, unit) for n in late}
             # It is going to be written into, so no entry may stand for several.
             whole = {n: x.contiguous() for n, x in begun.items() if x.shape == like.shape}
-            states[p] = own | begun | {n: x.view(p.shape) for n, x in whole.items()}
+            states[p] = own | begun | whole
         return {n: states[p][n] for n in due}
 
     def run_compiled(
@@ -126,7 +122,7 @@ class ElementStep(GroupStep):
     def _alone(self, p: Tensor, name: str, g: Tensor, states: States) -> Tensors:
         """One tensor, in its own memory."""
         own = self.own(p, name, states)
-        long = {n: x for n, x in own.items() if x.shape == p.shape}
+        long = {n: own[n] for n, shape in self._shapes.items() if shape == _SOME.shapes[0]}
         # A tensor that does not lie in one piece, as of channels_last, is copied there and back.
         flat, slots = p.reshape(-1), {n: x.reshape(-1) for n, x in long.items()}
         after, shared = self._move(flat, g.reshape(-1), {**own, **slots})
@@ -158,15 +154,20 @@ class ElementStep(GroupStep):
         return shared
 
     @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Those of the slots of a short vector, but for shared ones, under the options in force."""
+        own = (n for n in self.rule.slots if n not in self.shared)
+        p = torch.zeros(_SOME.shapes[0])
+        return {n: self.rule.begin(n, p, self.values, _SOME).shape for n in own}
+
+    @cached_property
     def _lasting(self) -> list[str] | None:
         """The slots with an entry per element, under the options in force; None if a tensor has one
         of another kind to itself, and cannot be a part of a vector.
         """
-        own = [n for n in self.rule.slots if n not in self.shared]
-        shapes = {n: self.rule.slot_shape(n, _SOME) for n in own}
-        if any(shape.numel() and shape != _SOME.shapes[0] for shape in shapes.values()):
+        if any(shape.numel() and shape != _SOME.shapes[0] for shape in self._shapes.values()):
             return None
-        return [n for n, shape in shapes.items() if shape.numel()]
+        return [n for n, shape in self._shapes.items() if shape.numel()]
 
     def _move(self, p: Tensor, g: Tensor, slots: Tensors) -> tuple[Tensors, Tensors]:
         """(the slots after a step, the shared ones); p is written into."""
@@ -216,15 +217,13 @@ class TensorStep(GroupStep):
         shape = layout.shapes[0]
         own = self.own(p, name, states)
         if p.is_contiguous() and all(x.is_contiguous() for x in own.values()):
-            flat = {n: x.view(shape) if x.shape == p.shape else x for n, x in own.items()}
-            shared = self.run_compiled(p.view(shape), g.reshape(shape), flat, layout)
+            shared = self.run_compiled(p.view(shape), g.reshape(shape), own, layout)
             if shared is not None:
                 return shared
-        before = {n: x.view(shape) if x.shape == p.shape else x for n, x in own.items()}
         moved, after = self.rule(
             p.view(shape),
             g.view(shape),
-            {**before, **self.shared},
+            {**own, **self.shared},
             self.t,
             self.values,
             loss=self.loss,
@@ -239,7 +238,7 @@ class TensorStep(GroupStep):
             if n not in self.shared
         }
         p.copy_(moved.view_as(p))
-        states[p] = {n: x.view(p.shape) if x.shape == shape else x for n, x in kept.items()}
+        states[p] = kept
         return {n: after[n] for n in self.shared}
 
     def _stack(self, bucket: Bucket, grads: list[Tensor], states: States) -> Tensors | None:
