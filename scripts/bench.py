@@ -19,7 +19,7 @@ from ..studies.benchmarks.metagradient_report import (
     write,
     write_section,
 )
-from ..studies.benchmarks.optimizers import Pair, bench_optimizers, find_models, find_rivals
+from ..studies.benchmarks.optimizers import Row, bench_optimizers, find_models, find_rivals
 from ..studies.benchmarks.workloads import find_workloads
 from ..studies.measure.device import find_device
 from .show import console, telling
@@ -65,7 +65,7 @@ def run_optimizers(models: str, only: str, repeats: int, out: Path | None, devic
     where, rules = find_device(device), find_rivals(split_names(only))
     with telling(screen) as say:
         for model in find_models(split_names(models)):
-            pairs: list[Pair] = []
+            pairs: list[Row] = []
             try:
                 for pair in bench_optimizers(
                     [model], rules, repeats=repeats, device=where, say=say
@@ -84,7 +84,7 @@ def run_optimizers(models: str, only: str, repeats: int, out: Path | None, devic
                         screen.print(f"kept in {out}", markup=False)
 
 
-def _optimizers_command(pair: Pair, only: str, repeats: int, device: str) -> str:
+def _optimizers_command(pair: Row, only: str, repeats: int, device: str) -> str:
     words = [f"hyperdescent bench optimizers --model {pair.model}"]
     words += [f"--only {only}"] if only else []
     words += [f"--repeats {repeats} --threads {torch.get_num_threads()}"]

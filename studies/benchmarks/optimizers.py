@@ -1,7 +1,8 @@
-"""The benchmark of the drop-in optimizers: a step's time and memory beside torch.optim's foreach
-form and, where that has none, beside pytorch_optimizer's.
+"""The benchmark of the drop-in optimizers: a step's time and memory, as rules are written and
+compiled, beside torch.optim's foreach and fused forms and, where it has no such rule, beside
+pytorch_optimizer's.
 
-Both step the same weights along the same gradients, one after the other in every round. Memory is
+All step the same weights along the same gradients, one after the other in every round. Memory is
 the growth over weights and gradients, state included, in a process of its own.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +34,9 @@ _ROUND, _MOST = 0.25, 100
 # many seconds; and the seconds after which a process is ended.
 _GROWING, _PATIENCE, _LIMIT = 8, 20.0, 300.0
 SEED = 0
+# The sides of a comparison: ours as a rule is written and compiled, theirs (torch's is foreach),
+# and torch's fused form where there is one.
+OURS, COMPILED, THEIRS, FUSED = "ours", "compiled", "theirs", "fused"
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,14 @@ def _matrices_apart(params: Sequence[Tensor]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Rival:
-    """Another library's form of a rule. grouped: parameters as it takes them."""
+    """Another library's form of a rule. forms: its ways of doing a step, by name, and what asks for
+    them. grouped: parameters as it takes them.
+    """
 
     library: str
     title: str
     given: Mapping[str, Any] = field(default_factory=dict)
+    forms: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {THEIRS: {}})
     grouped: Callable[[Sequence[Tensor]], Sequence[Any]] = list
 
     @property
@@ -95,14 +103,17 @@ class Rival:
         """Why it cannot be measured; empty where it can."""
         return "" if find_spec(self.library.partition(".")[0]) else f"{self.library} is not here"
 
-    def make(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-        form: Callable[..., torch.optim.Optimizer]
-        form = getattr(importlib.import_module(self.library), self.title)
-        return form(self.grouped(params), **self.given)
+    def make(self, params: Sequence[Tensor], form: str = "") -> torch.optim.Optimizer:
+        made: Callable[..., torch.optim.Optimizer]
+        made = getattr(importlib.import_module(self.library), self.title)
+        asked = self.forms[form or next(iter(self.forms))]
+        return made(self.grouped(params), **self.given, **asked)
 
 
-def _torch(title: str, **given: Any) -> Rival:
-    return Rival("torch.optim", title, {"lr": 1e-3, "foreach": True, **given})
+def _torch(title: str, *, fused: bool = False, **given: Any) -> Rival:
+    """fused: whether torch has that form of it."""
+    forms = {THEIRS: {"foreach": True}, **({FUSED: {"fused": True}} if fused else {})}
+    return Rival("torch.optim", title, {"lr": 1e-3, **given}, forms)
 
 
 def _other(title: str, **given: Any) -> Rival:
@@ -111,14 +122,14 @@ def _other(title: str, **given: Any) -> Rival:
 
 # By rule, what its drop-in form is measured against, and what both are given beside lr.
 RIVALS: dict[str, tuple[Rival, dict[str, Any]]] = {
-    "sgd": (_torch("SGD", momentum=0.9), {"momentum": 0.9}),
-    "adam": (_torch("Adam"), {}),
-    "adamw": (_torch("AdamW"), {}),
-    "amsgrad": (_torch("Adam", amsgrad=True), {}),
+    "sgd": (_torch("SGD", fused=True, momentum=0.9), {"momentum": 0.9}),
+    "adam": (_torch("Adam", fused=True), {}),
+    "adamw": (_torch("AdamW", fused=True), {}),
+    "amsgrad": (_torch("Adam", fused=True, amsgrad=True), {}),
     "nadam": (_torch("NAdam"), {}),
     "radam": (_torch("RAdam"), {}),
     "rmsprop": (_torch("RMSprop"), {}),
-    "adagrad": (_torch("Adagrad"), {}),
+    "adagrad": (_torch("Adagrad", fused=True), {}),
     "adabelief": (_other("AdaBelief", rectify=True), {}),
     "adan": (_other("Adan"), {}),
     "ademamix": (_other("AdEMAMix", weight_decouple=True), {}),
@@ -137,25 +148,27 @@ RIVALS: dict[str, tuple[Rival, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Ours beside another on a model.
-
-    seconds, others: per step, one per round. grown: memory of ours and of the other.
+class Row:
+    """A rule on a model, by side. seconds: per step, one per round. grown: memory. first: seconds
+    of the first compiled step. left_out: why a side was not measured.
     """
 
     model: str
     rule: str
     over: str
     rival: str
-    seconds: list[float]
-    others: list[float]
-    grown: tuple[Grown, Grown]
+    seconds: Mapping[str, list[float]] = field(default_factory=dict)
+    grown: Mapping[str, Grown] = field(default_factory=dict)
+    first: float | None = None
     gpu: str = ""
-    left_out: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def ratios(self) -> list[float]:
-        return [ours / other for ours, other in zip(self.seconds, self.others, strict=True)]
+    def ratios(self, side: str, other: str) -> list[float]:
+        """One per round; none where a side was left out."""
+        if not {side, other} <= set(self.seconds):
+            return []
+        pairs = zip(self.seconds[side], self.seconds[other], strict=True)
+        return [mine / theirs for mine, theirs in pairs]
 
 
 def find_models(names: Sequence[str]) -> list[Model]:
@@ -183,74 +196,87 @@ def bench_optimizers(
     repeats: int = 9,
     device: torch.device = CPU,
     say: Say = lambda told: None,
-) -> Iterator[Pair]:
+) -> Iterator[Row]:
     """Each rule on each model beside its rival, as it is measured."""
     check_repeats(repeats)
     for model in models:
         for name in rules:
-            yield _pair(model, name, repeats, device, say)
+            yield _row(model, name, repeats, device, say)
 
 
-def _pair(model: Model, name: str, repeats: int, device: torch.device, say: Say) -> Pair:
+def _row(model: Model, name: str, repeats: int, device: torch.device, say: Say) -> Row:
     rival, _ = RIVALS[name]
-    known = (model.name, name, RULES[name].over, f"{rival.library}.{rival.title}")
-    left_out = rival.missing
-    seconds: tuple[list[float], list[float]] = [], []
-    grown = Grown(None), Grown(None)
-    try:
-        if not left_out:
-            grown = _memory(model, name, device, say)
-            sides = zip(("ours", "theirs"), grown, strict=True)
-            left_out = ", ".join(f"{who}: {x.left_out}" for who, x in sides if x.left_out)
-        if not left_out:
-            seconds = _seconds(model, name, repeats, device, say)
-    except Exception as error:  # Of whatever kind a library raises; the other pairs are measured.
-        left_out = reason(error)
-    return Pair(*known, *seconds, grown, gpu=gpu_name(device), left_out=left_out)
-
-
-def _memory(model: Model, name: str, device: torch.device, say: Say) -> tuple[Grown, Grown]:
-    each = []
-    for who in ("ours", "other"):
-        say(f"{model.name}, {name}: memory, {who}")
-        each.append(run_isolated(memory_of, model, name, who, device, limit=_LIMIT))
-    return each[0], each[1]
+    row = Row(model.name, name, RULES[name].over, f"{rival.library}.{rival.title}")
+    left_out: dict[str, str] = {}
+    grown: dict[str, Grown] = {}
+    steps: dict[str, Steps] = {}
+    for side in (OURS, COMPILED, *rival.forms):
+        if rival.missing and side in rival.forms:
+            left_out[side] = rival.missing
+            continue
+        say(f"{model.name}, {name}: memory, {side}")
+        grown[side] = run_isolated(memory_of, model, name, side, device, limit=_LIMIT)
+        if grown[side].left_out:
+            left_out[side] = grown[side].left_out
+            continue
+        try:
+            optimizer = _maker(name, side)(model.parameters(device))
+            made = Steps(optimizer, device, strict=side == COMPILED)
+            made()  # What fails, fails here; the other sides are measured.
+            steps[side] = made
+        except Exception as error:  # Of whatever kind a library raises.
+            left_out[side] = reason(error)
+    seconds = _seconds(steps, repeats, device, lambda told: say(f"{model.name}, {name}: {told}"))
+    first = steps[COMPILED].first if COMPILED in steps else None
+    return replace(
+        row,
+        seconds=seconds,
+        grown=grown,
+        first=first,
+        gpu=gpu_name(device),
+        left_out=left_out,
+    )
 
 
 def _seconds(
-    model: Model, name: str, repeats: int, device: torch.device, say: Say
-) -> tuple[list[float], list[float]]:
-    both = {who: _maker(name, who)(model.parameters(device)) for who in ("ours", "other")}
-    steps = {who: Steps(optimizer, device) for who, optimizer in both.items()}
-    seconds, _ = interleaved(
-        steps,
-        repeats,
-        lambda told: say(f"{model.name}, {name}: {told}"),
-        synchronize=partial(synchronize, device),
-    )
-    ours, others = ([s / steps[who].count for s in seconds[who]] for who in ("ours", "other"))
-    return ours, others
+    steps: Mapping[str, Steps], repeats: int, device: torch.device, say: Say
+) -> dict[str, list[float]]:
+    if not steps:
+        return {}
+    seconds, _ = interleaved(steps, repeats, say, synchronize=partial(synchronize, device))
+    return {side: [s / steps[side].count for s in each] for side, each in seconds.items()}
 
 
-def _maker(name: str, who: str) -> Maker:
-    return RIVALS[name][0].make if who == "other" else partial(_ours, name)
+def _maker(name: str, side: str) -> Maker:
+    if side in (OURS, COMPILED):
+        return partial(_ours, name, compile=side == COMPILED)
+    return partial(RIVALS[name][0].make, form=side)
 
 
-def _ours(name: str, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    return torch_form(RULES[name])(params, lr=1e-3, **RIVALS[name][1])
+def _ours(name: str, params: Sequence[Tensor], *, compile: bool = False) -> torch.optim.Optimizer:
+    return torch_form(RULES[name])(params, lr=1e-3, compile=compile, **RIVALS[name][1])
 
 
 class Steps:
-    """A round of an optimizer: as many steps as fill one, which the first call finds out."""
+    """A round of an optimizer: as many steps as fill one, which the first call finds out. first:
+    seconds of its first step. strict: whether a warning is an error, as of what is not compiled.
+    """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.count = 0
-        self._optimizer, self._device = optimizer, device
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, device: torch.device, *, strict: bool = False
+    ) -> None:
+        self.count, self.first = 0, 0.0
+        self._optimizer, self._device, self._strict = optimizer, device, strict
 
     def __call__(self) -> None:
         if not self.count:
-            self._optimizer.step()  # It begins its state.
+            begun = time.perf_counter()
+            with warnings.catch_warnings():
+                if self._strict:
+                    warnings.simplefilter("error", UserWarning)
+                self._optimizer.step()  # It begins its state.
             synchronize(self._device)
+            self.first = time.perf_counter() - begun
             begun = time.perf_counter()
             self._optimizer.step()
             synchronize(self._device)
@@ -285,11 +311,15 @@ def _several(optimizer: torch.optim.Optimizer) -> None:
 
 
 __all__ = [
+    "COMPILED",
+    "FUSED",
     "MODELS",
+    "OURS",
     "RIVALS",
+    "THEIRS",
     "Model",
-    "Pair",
     "Rival",
+    "Row",
     "Steps",
     "bench_optimizers",
     "find_models",

@@ -16,48 +16,57 @@ from ..measure.markdown import (
     spread,
     write_section,
 )
-from .optimizers import MODELS, Pair
+from .optimizers import COMPILED, FUSED, MODELS, OURS, THEIRS, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NAME = "optimizers"
-_HEADER = ["rule", "over", "beside", "ours, ms", "time / theirs", "MiB", "MiB, theirs"]
+_HEADER = [
+    *("rule", "over", "beside", "ours, ms", "/ theirs", "/ fused"),
+    *("compiled, ms", "/ theirs", "/ fused", "first, s"),
+    *("MiB", "MiB, compiled", "MiB, theirs"),
+]
 
 
-def table(pairs: Sequence[Pair]) -> Table:
+def table(rows: Sequence[Row]) -> Table:
     """The rules on one model for a terminal."""
-    return for_terminal(_described(pairs[0]), [_HEADER, *map(_cells, pairs)], words=3)
+    return for_terminal(_described(rows[0]), [_HEADER, *map(_cells, rows)], words=3)
 
 
-def line(pair: Pair) -> str:
-    """One pair, as it is measured."""
-    if pair.left_out:
-        return f"{pair.rule} left out: {pair.left_out}"
-    ours, theirs = (in_mib(grown.mib) for grown in pair.grown)
-    times = f"{spread(pair.ratios)} times the time of {pair.rival}"
-    return f"{pair.rule}: {times}, {ours} MiB beside {theirs}"
+def line(row: Row) -> str:
+    """One rule, as it is measured."""
+    said = [f"{side} left out: {why}" for side, why in row.left_out.items()]
+    for side in (OURS, COMPILED):
+        for other in (THEIRS, FUSED):
+            if ratios := row.ratios(side, other):
+                said.append(f"{side} {spread(ratios)} times the time of {_called(row, other)}")
+    return f"{row.rule}: {', '.join(said)}"
 
 
-def write(file: Path, pairs: Sequence[Pair], command: str) -> None:
+def _called(row: Row, side: str) -> str:
+    return f"{row.rival}, fused" if side == FUSED else row.rival
+
+
+def write(file: Path, rows: Sequence[Row], command: str) -> None:
     """Put the measurements on one model into a Markdown file."""
     write_section(file, _INTRODUCTION, NAME)
-    where = " on a GPU" if pairs[0].gpu else ""
-    write_section(file, section(pairs, command), f"{NAME} {pairs[0].model}{where}")
+    where = " on a GPU" if rows[0].gpu else ""
+    write_section(file, section(rows, command), f"{NAME} {rows[0].model}{where}")
 
 
-def section(pairs: Sequence[Pair], command: str) -> str:
+def section(rows: Sequence[Row], command: str) -> str:
     """The Markdown of one model."""
-    measured = [pair for pair in pairs if pair.seconds]
-    packages = {pair.rival.partition(".")[0] for pair in measured}
-    exact = all(grown.exact for pair in pairs for grown in pair.grown)
-    rounds = max((len(pair.seconds) for pair in pairs), default=0)
+    packages = {row.rival.partition(".")[0] for row in rows if THEIRS in row.seconds}
+    exact = all(grown.exact for row in rows for grown in row.grown.values())
+    rounds = max((len(each) for row in rows for each in row.seconds.values()), default=0)
     return "\n\n".join(
         [
-            f"### {_described(pairs[0])}",
-            origin_of(command, packages, pairs[0].gpu),
+            f"### {_described(rows[0])}",
+            origin_of(command, packages, rows[0].gpu),
             f"Medians (lowest-highest) of {rounds} rounds.{doubtful_peak(exact)}",
-            markdown(_HEADER, list(map(_cells, pairs))),
+            markdown(_HEADER, list(map(_cells, rows))),
+            *_omissions(rows),
         ]
     )
 
@@ -65,24 +74,47 @@ def section(pairs: Sequence[Pair], command: str) -> str:
 _INTRODUCTION = """\
 ## A step of the drop-in optimizers
 
-`hyperdescent.optim` beside the foreach form of `torch.optim` and, where that has no such rule,
-beside `pytorch_optimizer` at its defaults: the same weights and gradients in float32, each with the
-same lr, SGD with momentum 0.9. Time is the ratio of both in the same round; memory what an
-optimizer takes beside weights and gradients, its state included, in a process of its own."""
+`hyperdescent.optim`, a rule as it is written and with `compile=True`, beside `torch.optim`'s
+foreach form and its fused one, and where torch has no such rule beside `pytorch_optimizer` at its
+defaults: the same weights and gradients in float32, each with the same lr, SGD with momentum 0.9.
+All sides take their steps in the same rounds, and a ratio is of one round; "first" is the first
+compiled step, most of which is compiling, and less where the code is on disk. Memory is what an
+optimizer takes beside weights and gradients, its state included, in a process of its own.
+
+As it is written, a rule is done in blocks that stay in cache and short tensors are gathered: on
+many small tensors that is fast, on long ones on a CPU it is not, for every operation passes over
+the block. Compiled, it is one pass."""
 
 
-def _described(pair: Pair) -> str:
-    model = MODELS[pair.model]
-    where = f", on one {pair.gpu}" if pair.gpu else ""
+def _described(row: Row) -> str:
+    model = MODELS[row.model]
+    where = f", on one {row.gpu}" if row.gpu else ""
     return f"{model.what}, {model.numel:,} weights{where}"
 
 
-def _cells(pair: Pair) -> list[str]:
-    if pair.left_out:
-        return [pair.rule, pair.over, f"{pair.rival}, left out: {pair.left_out}", *["-"] * 4]
-    ours, theirs = (in_mib(grown.mib) for grown in pair.grown)
-    milliseconds = f"{1e3 * median(pair.seconds):.2f}"
-    return [pair.rule, pair.over, pair.rival, milliseconds, spread(pair.ratios), ours, theirs]
+def _cells(row: Row) -> list[str]:
+    cells = [row.rule, row.over, row.rival]
+    for side in (OURS, COMPILED):
+        seconds = row.seconds.get(side)
+        cells.append(f"{1e3 * median(seconds):.2f}" if seconds else "-")
+        cells += [_spread(row.ratios(side, other)) for other in (THEIRS, FUSED)]
+    cells.append(f"{row.first:.1f}" if row.first else "-")
+    mib = (row.grown.get(side) for side in (OURS, COMPILED, THEIRS))
+    return [*cells, *(in_mib(grown.mib) if grown else "-" for grown in mib)]
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    return spread(ratios) if ratios else "-"
+
+
+def _omissions(rows: Sequence[Row]) -> list[str]:
+    """What was left out, a line each."""
+    said = [
+        f"- {row.rule}, {_called(row, side) if side in (THEIRS, FUSED) else side}, left out: {why}"
+        for row in rows
+        for side, why in row.left_out.items()
+    ]
+    return ["\n".join(said)] if said else []
 
 
 __all__ = ["line", "section", "table", "write"]

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from hyperdescent.inner.torch_form.compiled import compiled_step
 from hyperdescent.scripts import command
 from hyperdescent.scripts.bench import run_optimizers
 from hyperdescent.studies.benchmarks import optimizers as optimizers_bench
@@ -16,8 +17,8 @@ from hyperdescent.studies.benchmarks.optimizers import (
     MODELS,
     RIVALS,
     Model,
-    Pair,
     Rival,
+    Row,
     Steps,
     bench_optimizers,
     find_models,
@@ -29,13 +30,16 @@ from hyperdescent.studies.measure.device import CPU
 from hyperdescent.studies.measure.timing import Grown, run_isolated
 
 TINY = Model("tiny", "three tensors", ((4, 3), (5,), (2, 3, 2, 2)))
+NOT_COMPILED = (
+    "UserWarning: a step of {} with compile=True is not compiled: TORCH_COMPILE_DISABLE=1 is set"
+)
 # Theirs is another form of the rule, as its docstring says; in a benchmark that does not matter.
 APART = {"ademamix", "ano", "grams", "muon", "scion", "shampoo", "prodigy", "schedulefreeadamw"}
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No process of its own for memory, and one step per round."""
+    """No process of its own for memory, one step per round, and nothing that is compiled."""
     monkeypatch.setattr(optimizers_bench, "run_isolated", lambda measure, *given, limit: Grown(1.5))
     monkeypatch.setattr(optimizers_bench, "steps_of", lambda seconds: 1)
     monkeypatch.setitem(MODELS, "tiny", TINY)
@@ -63,15 +67,30 @@ def test_ours_takes_the_steps_of_its_rival(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_pair_has_a_time_per_round_of_each(quick):
+def test_a_row_has_a_time_per_round_of_each_side(quick):
     told = []
-    (pair,) = bench_optimizers([TINY], ["adam"], repeats=2, say=told.append)
-    assert (pair.model, pair.rule, pair.rival) == ("tiny", "adam", "torch.optim.Adam")
-    assert len(pair.seconds) == len(pair.others) == len(pair.ratios) == 2
-    assert pair.ratios == [a / b for a, b in zip(pair.seconds, pair.others, strict=True)]
-    assert told[:2] == ["tiny, adam: memory, ours", "tiny, adam: memory, other"]
-    assert told[2] == "tiny, adam: time, round 0 of 2, ours"
-    assert told[-1] == "tiny, adam: time, round 2 of 2, other"
+    (row,) = bench_optimizers([TINY], ["adam"], repeats=2, say=told.append)
+    assert (row.model, row.rule, row.rival) == ("tiny", "adam", "torch.optim.Adam")
+    assert {side: len(each) for side, each in row.seconds.items()} == dict.fromkeys(
+        ("ours", "theirs", "fused"), 2
+    )
+    assert row.left_out == {"compiled": NOT_COMPILED.format("Adam")}
+    sides = zip(row.seconds["ours"], row.seconds["fused"], strict=True)
+    assert row.ratios("ours", "fused") == [a / b for a, b in sides]
+    assert row.ratios("compiled", "fused") == []
+    kinds = ("ours", "compiled", "theirs", "fused")
+    assert told[:4] == [f"tiny, adam: memory, {side}" for side in kinds]
+    assert told[4] == "tiny, adam: time, round 0 of 2, ours"
+    assert told[-1] == "tiny, adam: time, round 2 of 2, fused"
+
+
+def test_what_can_be_compiled_is_a_side_of_its_own(quick, monkeypatch):
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+    compiled_step.cache_clear()
+    (row,) = bench_optimizers([TINY], ["lion"], repeats=1)
+    compiled_step.cache_clear()
+    assert len(row.ratios("compiled", "theirs")) == 1 and row.first > 0 and not row.left_out
 
 
 def test_a_round_has_as_many_steps_as_fill_it():
@@ -125,28 +144,26 @@ class Breaks(torch.optim.SGD):
         self.state[None] = 1
 
 
-@pytest.mark.parametrize("who", ["ours", "theirs"])
-def test_what_fails_is_left_out_and_the_rest_is_measured(quick, monkeypatch, who):
-    if who == "ours":
-        ours = optimizers_bench._ours
-        made = {"adam": lambda name, params: Breaks(params)}
-        monkeypatch.setattr(optimizers_bench, "_ours", lambda *x: made.get(x[0], ours)(*x))
-    else:
-        monkeypatch.setattr(torch.optim, "Adam", lambda params, **given: Breaks(params))
+def test_what_fails_is_left_out_and_the_rest_is_measured(quick, monkeypatch):
+    monkeypatch.setattr(torch.optim, "Adam", lambda params, **given: Breaks(params))
     adam, sgd = bench_optimizers([TINY], ["adam", "sgd"], repeats=1)
-    assert adam.left_out == "RuntimeError: no second step" and not adam.seconds
-    assert not sgd.left_out and len(sgd.ratios) == 1
+    failed = "RuntimeError: no second step"
+    assert adam.left_out == {
+        "compiled": NOT_COMPILED.format("Adam"), "theirs": failed, "fused": failed
+    }  # fmt: skip
+    assert [*adam.seconds] == ["ours"] and len(sgd.ratios("ours", "theirs")) == 1
     text = optimizers_report.section([adam, sgd], "the command")
-    assert "torch.optim.Adam, left out: RuntimeError: no second step | - | - |" in text
-    assert optimizers_report.line(adam) == "adam left out: RuntimeError: no second step"
+    assert f"- adam, torch.optim.Adam, left out: {failed}" in text
+    assert f"- adam, torch.optim.Adam, fused, left out: {failed}" in text
+    assert f"theirs left out: {failed}" in optimizers_report.line(adam)
 
 
 def test_what_has_no_memory_to_tell_of_is_left_out(quick, monkeypatch):
     ended = Grown(None, left_out="its process was ended after 300 s")
     monkeypatch.setattr(optimizers_bench, "run_isolated", lambda measure, *given, limit: ended)
-    (pair,) = bench_optimizers([TINY], ["adam"], repeats=1)
-    assert pair.left_out == f"ours: {ended.left_out}, theirs: {ended.left_out}"
-    assert not pair.seconds
+    (row,) = bench_optimizers([TINY], ["lion"], repeats=1)
+    assert row.left_out == dict.fromkeys(("ours", "compiled", "theirs"), ended.left_out)
+    assert not row.seconds
 
 
 def test_muon_has_its_matrices_apart():
@@ -167,16 +184,16 @@ def test_every_rival_steps(name):
 
 def test_memory_is_of_the_state(monkeypatch):
     large = Model("large", "", ((2**21,),))  # 8 MiB, and Adam's two slots are 16
-    for who in ("ours", "other"):
+    for who in ("ours", "theirs"):
         assert 12 < memory_of(large, "adam", who, CPU).mib < 60
 
 
 def test_what_is_not_installed_is_left_out_and_said(quick, monkeypatch):
     monkeypatch.setitem(RIVALS, "adam", (Rival("no_such_package", "Adam"), {}))
-    (pair,) = bench_optimizers([TINY], ["adam"], repeats=1)
-    assert pair.left_out == "no_such_package is not here" and not pair.seconds
-    text = optimizers_report.section([pair], "the command")
-    assert "| adam | element | no_such_package.Adam, left out: no_such_package is not here" in text
+    (row,) = bench_optimizers([TINY], ["adam"], repeats=1)
+    assert row.left_out["theirs"] == "no_such_package is not here" and [*row.seconds] == ["ours"]
+    text = optimizers_report.section([row], "the command")
+    assert "- adam, no_such_package.Adam, left out: no_such_package is not here" in text
 
 
 def test_names_that_do_not_exist_are_answered():
@@ -189,14 +206,23 @@ def test_names_that_do_not_exist_are_answered():
 
 
 def test_a_table_shows_what_was_measured(quick):
-    pair = Pair(
+    row = Row(
         *("tiny", "adam", "element", "torch.optim.Adam"),
-        seconds=[0.002, 0.003, 0.001],
-        others=[0.004, 0.004, 0.004],
-        grown=(Grown(9.54), Grown(13.0)),
+        seconds={
+            "ours": [0.002, 0.003, 0.001],
+            "compiled": [0.001, 0.001, 0.001],
+            "theirs": [0.004, 0.004, 0.004],
+            "fused": [0.001, 0.002, 0.001],
+        },
+        grown={"ours": Grown(9.54), "compiled": Grown(8.0), "theirs": Grown(13.0)},
+        first=3.21,
     )
-    text = optimizers_report.section([pair], "the command")
-    assert "| adam | element | torch.optim.Adam | 2.00 | 0.500 (0.250-0.750) | 9.5 | 13 |" in text
+    text = optimizers_report.section([row], "the command")
+    assert (
+        "| adam | element | torch.optim.Adam | 2.00 | 0.500 (0.250-0.750) | 1.50 (1.00-2.00)"
+        in text
+    )
+    assert "| 1.00 | 0.250 (0.250-0.250) | 1.00 (0.50-1.00) | 3.2 | 9.5 | 8.0 | 13 |" in text
     assert "Medians (lowest-highest) of 3 rounds." in text and "`the command`" in text
     assert f"three tensors, {4 * 3 + 5 + 24} weights" in text
 
@@ -227,4 +253,4 @@ def test_an_interrupt_loses_nothing_that_was_measured(quick, monkeypatch, capsys
     text, told = file.read_text(), capsys.readouterr().out
     assert "| sgd |" in text and "| adam |" not in text
     assert "bench optimizers --model tiny --only sgd --repeats 1" in text
-    assert "MiB beside 1.5" in told and "torch.optim.SGD" in told and "kept in" in told
+    assert "times the time of torch.optim.SGD, fused" in told and "kept in" in told
