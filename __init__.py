@@ -8,7 +8,7 @@
 
 At the front is what a user types first. What rules, spaces and methods are made of has names of its
 own: `hd.optim`, `hd.rules`, `hd.wrappers`, `hd.schedules`, `hd.hypers`, `hd.slots`, `hd.numerics`,
-`hd.estimators`, `hd.solvers`.
+`hd.estimators`, `hd.solvers`; and in `hd.testing` is what those of your own must hold.
 """
 
 import sys
@@ -62,6 +62,7 @@ __all__ = [
     "schedules",
     "slots",
     "solvers",
+    "testing",
     "train",
     "train_online",
     "tune",
@@ -71,6 +72,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "testing":
+        return import_module(".testing", __name__)
     if name not in _STUDIES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".studies.engine.{_STUDIES[name]}", __name__), name)

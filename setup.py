@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-ROOMS = ("inner", "meta", "search", "studies", "scripts")
+ROOMS = ("inner", "meta", "search", "studies", "testing", "scripts")
 
 
 class Modules(build_py):

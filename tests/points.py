@@ -5,9 +5,9 @@ from nets import VALUES
 from oracle import references
 
 from hyperdescent.inner.registry import RULES
+from hyperdescent.testing.points import allowed, applies, middle, sloped, telling
 
 F64 = torch.float64
-GRANULARITY = ("shared", "tensor", "element")
 REFERENCE = references()
 
 # Where the loss is about 1 and its gradient about 0.1, as of the nets that tests train; points of
@@ -42,44 +42,9 @@ def prepared(rule):
     return rule.choose(**chosen) if chosen else rule
 
 
-def applies(rule, hyper):
-    return hyper.when is None or rule.options()[hyper.when[0]] == hyper.when[1]
-
-
-def middle(hyper, share=0.5):
-    low, high = hyper.box()
-    return float(hyper.value(torch.tensor(low + share * (high - low), dtype=F64)))
-
-
-def allowed(hyper, granularity):
-    """A granularity, or the finest that a hyper has."""
-    return min(granularity, hyper.finest, key=GRANULARITY.index)
-
-
-def bare(name):
-    """What a hyper is called in a rule by itself."""
-    return name.removeprefix("rest_").removeprefix("aux_")
-
-
-def telling(rule, common):
-    """A number for every hyper that means anything: the common one of its name, or the middle of
-    its search range.
-    """
-    return {
-        name: common.get(name, common.get(bare(name), middle(hyper)))
-        for name, hyper in rule.hypers.items()
-        if applies(rule, hyper)
-    }
-
-
 def values_in_nets(rule):
     """Numbers at which every hyper of a rule moves the loss of the nets that tests train."""
     return telling(rule, VALUES | reference_point(rule) | OF_NETS.get(rule.name, {}))
-
-
-def sloped(rule):
-    """The hypers that mean anything and whose derivative says what they do."""
-    return [n for n, h in rule.hypers.items() if applies(rule, h) and n not in rule.rough()]
 
 
 EVERY_RULE = {name: prepared(rule) for name, rule in RULES.items()}
@@ -92,3 +57,19 @@ _ITERATIONS = ("matalg_steps", "ns_steps")
 def brief(rule):
     """The rule with as few iterations as it may have, where operations are what takes time."""
     return rule.choose(**{n: c.low for n, c in rule.choices.items() if n in _ITERATIONS})
+
+
+__all__ = [
+    "EVERY_RULE",
+    "F64",
+    "REFERENCE",
+    "allowed",
+    "applies",
+    "brief",
+    "middle",
+    "prepared",
+    "reference_point",
+    "sloped",
+    "telling",
+    "values_in_nets",
+]

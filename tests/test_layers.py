@@ -38,9 +38,10 @@ ROOMS = {
     "studies/engine": "inner, meta, search, studies",
     "studies/benchmarks": "inner, meta, search, studies, measure",
     "studies/library": "inner, meta, search, studies, measure, engine, benchmarks",
+    "testing": "inner, meta, search, studies",
     "scripts": "inner, meta, search, studies",
 }
-LAYERS = ("inner", "meta", "search", "studies", "scripts")
+LAYERS = ("inner", "meta", "search", "studies", "testing", "scripts")
 MODULES = {
     path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__"): path
     for layer in LAYERS

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("inner", "meta", "search", "studies", "scripts")
+ROOMS = ("inner", "meta", "search", "studies", "testing", "scripts")
 
 
 def sources():

@@ -24,7 +24,7 @@ from hyperdescent.meta.training.training import Training
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / "inner" / "torch_internals.py"
-LAYERS = ("inner", "meta", "search", "studies", "scripts")
+LAYERS = ("inner", "meta", "search", "studies", "testing", "scripts")
 SOURCES = [p for layer in LAYERS for p in sorted((ROOT / layer).rglob("*.py")) if p != HOME]
 # Of no use to anyone but torch, though their names begin without an underscore.
 UNSTABLE = ("torch.fx.experimental",)
