@@ -191,8 +191,6 @@ class TestGradient:
     def test_is_right_in_every_hyperparameter(self, rule, granularity):
         contract.check_gradient(rule, reference_point(rule), granularity)
 
-    # torch's own forward mode scripts its decompositions on first use.
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     @each_thorough
     def test_is_right_in_forward_mode(self, rule):
         contract.check_forward_gradient(rule, reference_point(rule))
