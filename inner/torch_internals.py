@@ -207,7 +207,7 @@ def unflatten_dense(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     try:
         return list(torch._utils._unflatten_dense_tensors(flat, like))
     except AttributeError:
-        _warn("torch._utils._unflatten_dense_tensors", "many small weights are parted slower")
+        _warn("torch._utils._unflatten_dense_tensors", "many small weights are split slower")
         parts = flat.split([x.numel() for x in like])
         return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
 

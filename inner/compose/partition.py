@@ -50,27 +50,32 @@ def partition(
             )
     if not callable(where):
         raise TypeError(f"where={where!r} is no function of the name and the shape of a tensor")
-    parted = PartitionedUpdate(one, other, where, prefix)
+    partitioned = PartitionedUpdate(one, other, where, prefix)
     given = "" if prefix == "rest_" else f", prefix={prefix!r}"
-    theirs = {parted.called(n): c for n, c in other.choices.items()}
-    kept = {n: Slot(PartitionedSlot(parted, True, n)) for n in one.slots}
-    kept |= {parted.called(n): Slot(PartitionedSlot(parted, False, n)) for n in other.slots}
+    theirs = {partitioned.called(n): c for n, c in other.choices.items()}
+    kept = {n: Slot(PartitionedSlot(partitioned, True, n)) for n in one.slots}
+    kept |= {
+        partitioned.called(n): Slot(PartitionedSlot(partitioned, False, n)) for n in other.slots
+    }
     needs: tuple[Need, ...] = ("loss", "layout")
     if "loss" not in (*one.needs, *other.needs):
         needs = ("layout",)
     return Rule(
         name=f"partition({one.name}, {other.name}{given})",
         title=f"Partition{one.title}{other.title}",
-        hypers={**one.hypers, **{parted.called(n): parted.hyper(n) for n in other.hypers}},
+        hypers={
+            **one.hypers,
+            **{partitioned.called(n): partitioned.hyper(n) for n in other.hypers},
+        },
         choices={**one.choices, **{n: c for n, c in theirs.items() if n not in one.choices}},
         slots=kept,
-        update=parted,
+        update=partitioned,
         over="tensor",
-        check=PartitionedCheck(parted) if one.check or other.check else None,
-        chosen={**{parted.called(n): v for n, v in other.chosen.items()}, **one.chosen},
+        check=PartitionedCheck(partitioned) if one.check or other.check else None,
+        chosen={**{partitioned.called(n): v for n, v in other.chosen.items()}, **one.chosen},
         doc=f"{one.doc}\n\nFor the rest:\n\n{other.doc}",
         needs=needs,
-        readout=PartitionedReadout(parted) if one.readout or other.readout else None,
+        readout=PartitionedReadout(partitioned) if one.readout or other.readout else None,
     )
 
 
@@ -186,26 +191,28 @@ class PartitionedUpdate:
 class PartitionedReadout:
     """The weights to use of a tensor."""
 
-    parted: PartitionedUpdate
+    partitioned: PartitionedUpdate
 
     def __call__(self, p: Tensor, s: Tensors, values: Tensors, layout: Layout) -> Tensor:
-        parted, first = self.parted, self.parted.picks(layout)
-        rule = parted.one if first else parted.other
+        partitioned, first = self.partitioned, self.partitioned.picks(layout)
+        rule = partitioned.one if first else partitioned.other
         if rule.readout is None:
             return p
-        own = {n: s[full] for n, full in parted.slots_of(first).items()}
-        return rule.readout(p, own, parted.hypers_of(first, values), layout)
+        own = {n: s[full] for n, full in partitioned.slots_of(first).items()}
+        return rule.readout(p, own, partitioned.hypers_of(first, values), layout)
 
 
 @dataclass(frozen=True)
 class PartitionedCheck:
     """The conditions of both rules on their values."""
 
-    parted: PartitionedUpdate
+    partitioned: PartitionedUpdate
 
     def __call__(self, values: Mapping[str, object]) -> str | None:
-        for first, rule in ((True, self.parted.one), (False, self.parted.other)):
-            own = self.parted.hypers_of(first, values) | self.parted.choices_of(first, values)
+        for first, rule in ((True, self.partitioned.one), (False, self.partitioned.other)):
+            own = self.partitioned.hypers_of(first, values) | self.partitioned.choices_of(
+                first, values
+            )
             if rule.check and (problem := rule.check(own)):
                 return f"{rule.name}: {problem}"
         return None
@@ -217,15 +224,15 @@ class PartitionedSlot:
     each weight's own here.
     """
 
-    parted: PartitionedUpdate
+    partitioned: PartitionedUpdate
     first: bool
     name: str
 
     def __call__(self, p: Tensor, values: Mapping[str, Any], layout: Layout) -> Tensor:
-        if self.parted.picks(layout) != self.first:
+        if self.partitioned.picks(layout) != self.first:
             return p.new_zeros(0)
-        rule = self.parted.chosen(self.first, values)
-        made = rule.begin(self.name, p, self.parted.hypers_of(self.first, values), layout)
+        rule = self.partitioned.chosen(self.first, values)
+        made = rule.begin(self.name, p, self.partitioned.hypers_of(self.first, values), layout)
         return made.to(p) + torch.zeros_like(p) if rule.slots[self.name].shared else made
 
 

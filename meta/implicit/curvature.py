@@ -20,7 +20,7 @@ Curvature = Literal["hessian", "gauss-newton"]
 
 
 @runtime_checkable
-class Parted(Protocol):
+class SplitLoss(Protocol):
     """A problem whose training loss is a function of the model's output and of the weights."""
 
     def output(
@@ -74,7 +74,7 @@ def _gauss_newton(training: Training, state: State, values: Tensors, i: int, see
     """Products for the batch of step i: J' (d2 loss / d output2) J and what the weights do to the
     loss beside the output.
     """
-    problem = cast(Parted, training.problem)
+    problem = cast(SplitLoss, training.problem)
     batch = training.problem.batch(i, seed)
     # Constants here: what a graph to them would keep may be as long as the weights.
     hypers = training.of_loss({name: x.detach() for name, x in values.items()})

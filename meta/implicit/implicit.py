@@ -21,7 +21,7 @@ from ..training.estimate import Estimate, GoingOn, Note, finished
 from ..training.outcome import Outcome
 from ..training.state import Resolved
 from ..training.training import Training
-from .curvature import Curvature, Parted
+from .curvature import Curvature, SplitLoss
 from .hessian_products import (
     ProductMachine,
     autograd_products,
@@ -122,7 +122,7 @@ class Implicit(GoingOn):
     def _check(self, training: Training, point: Tensors) -> None:
         """Raise ValueError or TypeError for what has no implicit hypergradient."""
         check_moves_optimum(training, point)
-        if self.curvature == "gauss-newton" and not isinstance(training.problem, Parted):
+        if self.curvature == "gauss-newton" and not isinstance(training.problem, SplitLoss):
             raise TypeError(
                 f"curvature='gauss-newton' has to see the output of the model, and "
                 f"{training.problem.name} has no output() and loss_of(); give curvature='hessian'"

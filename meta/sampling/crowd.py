@@ -29,7 +29,7 @@ class Crowd(Protocol):
 
     def losses(self, states: Any) -> list[float]: ...
 
-    def spread(self, states: Any) -> Any:
+    def repeat_first(self, states: Any) -> Any:
         """The first state for all."""
         ...
 
@@ -83,7 +83,7 @@ class _Together:
             return states
         raise Refused("its trainings were not done together so far")
 
-    def spread(self, states: State) -> State:
+    def repeat_first(self, states: State) -> State:
         def first(x: Tensor) -> Tensor:
             return x[:1].expand_as(x).contiguous()
 
@@ -140,7 +140,7 @@ class _OneByOne:
         p, slots, buffers = states
         return [State(p[k], one(slots, k), one(buffers, k)) for k in range(len(p))]
 
-    def spread(self, states: list[State | None]) -> list[State | None]:
+    def repeat_first(self, states: list[State | None]) -> list[State | None]:
         return [states[0]] * len(states)
 
 

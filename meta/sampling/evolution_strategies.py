@@ -172,7 +172,7 @@ class PES(Estimator):
         def attempt(crowd: Crowd) -> tuple[Any, list[float], list[float]]:
             states = crowd.start() if first == 0 else crowd.taken_over(carry.states)
             if self.kind == "truncated" and first:
-                states = crowd.spread(states)
+                states = crowd.repeat_first(states)
             # What the first window adds is all of the loss: hypers that enter it count throughout.
             before = carry.losses or [0.0] * (2 * self.pairs + 1)
             if self.objective == "final" and self.kind == "truncated":
