@@ -51,6 +51,8 @@ class GroupStep:
         self.loss, self.compiled = loss, compiled
         self._told = set[str]() if told is None else told
         self._numbers: dict[CompiledStep, Numbers] = {}
+        # Slots that belong to other options than those in force.
+        self._idle = set[str]()
 
     def __call__(self, bucket: Bucket, grads: Sequence[Tensor | None], states: States) -> Tensors:
         """Step the parameters of a bucket and their slots; the shared ones after it are returned.
@@ -72,10 +74,11 @@ class GroupStep:
         """
         unit, own = Layout.alone(p.shape, name), states[p]
         due = [n for n in self.rule.slots if n not in self.shared]
-        late = [n for n in due if n not in own or not own[n].numel()]
+        late = [n for n in due if n not in own or not (own[n].numel() or n in self._idle)]
         if late:
             like = p.view(unit.shapes[0])
             begun = {n: self.rule.begin(n, like, self.values, unit) for n in late}
+            self._idle |= {n for n, x in begun.items() if not x.numel()}
             # It is going to be written into, so no entry may stand for several.
             whole = {n: x.contiguous() for n, x in begun.items() if x.shape == like.shape}
             states[p] = own | begun | whole
