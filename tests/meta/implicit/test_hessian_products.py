@@ -169,7 +169,8 @@ class TestRefused:
         assert "differs from autograd's" in found.note.how
         assert_same(found, estimate(run, False))
 
-    def test_batches_of_other_shapes(self):
+    def test_batches_of_other_shapes(self, monkeypatch):
+        monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)  # Or nothing asks the clock.
         draw = torch.Generator().manual_seed(0)
         x = torch.randn(20, 16, dtype=DOUBLE, generator=draw)
         y = x[:, :3].argmax(1)
@@ -201,6 +202,7 @@ class TestRefused:
 
 class TestAuto:
     def test_traces_once_autograd_has_taken_as_long_as_that_takes_to_pay(self, monkeypatch):
+        monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)  # Or nothing asks the clock.
         run = training()
         assert "by autograd" in estimate(run, "auto").note.how
         price.spend_on_products(run.problem, price._TRACE_PRODUCT / price._OF_PRODUCT)
