@@ -6,7 +6,9 @@ is compiled say compile=True.
 
 import gc
 import os
+import tempfile
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,10 @@ from hyperdescent.inner.registry import RULES
 
 torch.set_num_threads(1)
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
+# What inductor keeps on disk for other instructions of this processor does not compile.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    folder = Path(tempfile.gettempdir(), f"torchinductor-{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 @pytest.fixture(autouse=True, scope="session")
