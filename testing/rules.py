@@ -257,7 +257,8 @@ def check_mathematics_only(rule: Rule) -> None:
     waiting = _written(rule.update)
     while waiting:
         function = waiting.pop()
-        if function in seen or function.__module__.startswith(_TRUSTED):
+        # What was typed in at a prompt has no module.
+        if function in seen or (function.__module__ or "").startswith(_TRUSTED):
             continue
         seen.add(function)
         used = _names(function.__code__)
