@@ -10,6 +10,7 @@ vector. Compiled, each of these is one generated kernel or a few (compiled.py).
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -26,7 +27,7 @@ from .buckets import Bucket, States, StepConfig, joined, split_like
 from .compiled import CompiledStep, Numbers, StepKey, compiled_step
 
 
-class GroupStep:
+class GroupStep(ABC):
     """A rule at one step of a param group.
 
     shared: the slots that are one number for a param group, or, of a rule over models, belong to
@@ -54,11 +55,11 @@ class GroupStep:
         # Slots that belong to other options than those in force.
         self._idle = set[str]()
 
+    @abstractmethod
     def __call__(self, bucket: Bucket, grads: Sequence[Tensor | None], states: States) -> Tensors:
         """Step the parameters of a bucket and their slots; the shared ones after it are returned.
         Those of a model without a gradient are left where they are.
         """
-        raise NotImplementedError
 
     def readout(self, bucket: Bucket, states: States) -> list[Tensor]:
         """The weights to use of every parameter."""
