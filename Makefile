@@ -9,8 +9,8 @@ WORKERS ?= 2
 # GPU give the index of torch's CPU builds instead: make demo TORCH_INDEX=...
 TORCH_INDEX ?=
 
-# Rules that contracts are tested on: those that span the others, or all.
-RULES ?= spanning
+# Rules and cases that are tested: those that span the others, or all.
+CASES ?= spanning
 
 .PHONY: demo test test-all check bench clean
 
@@ -21,10 +21,10 @@ demo: $(VENV)/installed
 # the quick ones, would come last in any other order.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) \
-		--dist loadscope --no-loadscope-reorder $(if $(filter all,$(RULES)),--every-rule)
+		--dist loadscope --no-loadscope-reorder $(if $(filter all,$(CASES)),--thorough)
 
 test-all:
-	$(MAKE) test RULES=all
+	$(MAKE) test CASES=all
 
 # Format, lint and types; mypy sees the root under the package's name through a link.
 check: $(VENV)/installed-dev

@@ -38,15 +38,25 @@ def prices_of_their_own(tmp_path_factory):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--every-rule",
+        "--thorough",
         action="store_true",
-        help="run what is asserted of every rule on all of them, not on those of spanning.py alone",
+        help="run what is asserted of every rule on all of them, not on those of spanning.py "
+        "alone, and all cases of what is sampled",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "sampled(count): of a test whose cases take long, so many are run without --thorough",
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a test that is run on many registered rules, keep those that span the others."""
-    if config.getoption("--every-rule"):
+    """Of a test that is run on many registered rules, keep those that span the others; of one that
+    is sampled, so many cases.
+    """
+    if config.getoption("--thorough"):
         return
     rules = defaultdict(set)
     for item in items:
@@ -58,6 +68,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items
         if item.function in many and (_rule_of(item) or SPANNING[0]) not in SPANNING
     ]
+    sampled = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            sampled[item.function].append(item)
+    for cases in sampled.values():
+        (count,) = cases[0].get_closest_marker("sampled").args
+        kept = {len(cases) * k // count for k in range(count)} if count else set()
+        left_out += [case for k, case in enumerate(cases) if k not in kept]
     config.hook.pytest_deselected(items=left_out)
     gone = set(left_out)
     items[:] = [item for item in items if item not in gone]

@@ -1,6 +1,6 @@
 """Rules that between them have every trait which a contract may depend on.
 
-What holds of every rule is tested on these each time, and on all of them with --every-rule.
+What holds of every rule is tested on these each time, and on all of them with --thorough.
 """
 
 from collections import Counter

@@ -179,6 +179,7 @@ class TestOwnProblem:
         assert told.returncode == 0, told.stderr
         assert {file.name for file in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
 
+    @pytest.mark.sampled(0)
     def test_workers_find_it_and_a_cell_that_fails_is_exit_code_1(self, tmp_path):
         (tmp_path / "mine.py").write_text(MINE)
         (tmp_path / "study.yaml").write_text(STUDY % ("'mine:make'", 2, 3))

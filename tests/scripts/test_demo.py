@@ -29,6 +29,7 @@ def out(run):
     return run[0]
 
 
+@pytest.mark.sampled(0)
 def test_without_a_terminal_there_are_some_lines_and_a_table_of_losses(run):
     told = run[1]
     assert sum(" of 15: " in line for line in told.splitlines()) == 3

@@ -84,6 +84,7 @@ def test_convolutions_compile():
     assert_same(Forward(compile=True), training(of=problem(cnn)), ["lr", "beta1"])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("part", ["p", "slots m", "the tangent of p", "the tangent of slots v"])
 def test_compiled_steps_that_are_wrong_are_not_used(monkeypatch, part):
     """And are not tried again."""

@@ -34,6 +34,7 @@ def training(rule="adam", steps=7, **options):
     return Training(of, find_rule(rule), steps, values={"lr": 0.05})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("compile", [False, "trace"])
 @pytest.mark.parametrize("graphs", ["keep", "recompute"])
 @pytest.mark.parametrize("accumulate", [1, 2])

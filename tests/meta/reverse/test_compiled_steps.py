@@ -503,6 +503,7 @@ class TestDistrust:
             Replay(compile=True, **GAIT_OF[part])(run, run.start(NAMES), seed=0)
         assert 0 < max(before) < 5 and max(asked) == 19
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("factor", [-1.0, 0.0, 1.5])
     @pytest.mark.parametrize("part", GAIT_OF)
     def test_of_an_error_beyond_that_of_bfloat16(self, monkeypatch, part, factor):

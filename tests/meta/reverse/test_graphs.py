@@ -107,6 +107,7 @@ def store_of(name, places):
 
 @NETS
 class TestEveryBitIsTheSame:
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("store", STORES)
     def test_from_every_plan_and_store(self, make, how, store, places):
         run = run_of(make)
@@ -388,6 +389,7 @@ def parabola(steps, lr, momentum):
 
 
 class TestClip:
+    @pytest.mark.sampled(8)
     @pytest.mark.parametrize("clip", [1e-3, 0.7, 5.0, 1e9])
     @pytest.mark.parametrize("window", [None, 4])
     @pytest.mark.parametrize(("lr", "momentum"), [(0.6, 0.0), (0.3, 0.6), (0.9, 0.3)])
@@ -405,6 +407,7 @@ class TestClip:
                 assert float(found.grad["momentum"]) == pytest.approx(in_momentum, rel=1e-12)
             assert found.note.adjoint[-len(norms) :].tolist() == pytest.approx(norms, rel=1e-12)
 
+    @pytest.mark.sampled(4)
     @NETS
     @pytest.mark.parametrize("clip", [1e6, float("inf"), 10**6])
     def test_a_large_one_changes_no_bit(self, make, how, clip):

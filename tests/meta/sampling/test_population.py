@@ -69,6 +69,7 @@ RUNS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("make", "learn"), RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("memory", [None, 5000], ids=["graphs", "states"])
 def test_each_is_what_it_is_alone(make, learn, memory):
